@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: MIT
+"""Multi-head latent attention (MLA): the cache is one short row per token, shared by all heads.
+
+Section 2.1.2-2.1.3, equations (37)-(47). Each token is compressed to a latent c_kv of d_c numbers
+from which every head's key and value *could* be expanded. Position cannot enter through those
+keys: with RoPE between W^UQ and W^UK the product would depend on the distance, R·W_UK·c is not
+W_UK·R·c, and the re-association below would be lost. So position gets its own little query per
+head, q_r, and one key for all heads, k_r, made from h and not from the latent ("decoupled RoPE").
+What is cached is [c_kv ; k_r], d_c + d_r numbers: 576 for V2 where MHA would keep 32,768.
+
+The same attention is computed in two ways, two functions with one signature:
+
+  attend_expanded   builds each head's keys and values, then attends as usual. Per query-key pair
+                    and head it multiplies d_h + d_r + d_v numbers (320): right for training and
+                    for reading a prompt, where the expansion is shared by many queries.
+  attend_absorbed   never builds them: q·(W_UK c) = (W_UKᵀ q)·c, so the query goes down to the
+                    latent once and meets the cached rows as they lie; the output is gathered in
+                    the latent and goes up through W_UV once. MQA with one 576-wide key whose
+                    first 512 numbers are also the value. 3.4 times the work per pair, but no
+                    expansion of S old tokens: right for decoding.
+
+It is a decode-time re-association, not a merging of weights: W_O·W_UV as one matrix would have
+335.5M numbers a layer for V2 instead of 92.3M, and be slower.
+
+How this file differs from the famous versions:
+  1. W_UK, W_UV, W_UQ, W_QR are separate, as in the paper; the published files interleave them.
+  2. Both latents are normed (the paper says so in section 3.1.2, not in the equations), with eps
+     1e-6 whatever the model's own eps is: so do the published weights.
+  3. d_cq = None leaves query compression out, as V2-Lite does: c_q is then h itself, and W_UQ,
+     W_QR together are the plain W^Q.
+
+Shapes: B batch, T new tokens, S = cached + new tokens, n_h heads; d width, d_h head, d_r RoPE,
+d_v value, d_c and d_cq latent sizes.
+Copy with: rope.py, kv_cache.py.  Needs: torch.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsv2_ref.attention.kv_cache import LatentCache
+from dsv2_ref.attention.rope import rotate
+
+
+def visible_keys(T: int, S: int, positions: Tensor | None, device: torch.device) -> Tensor | None:
+    """Which keys a query sees, (B or 1, 1, T, S) bool; None for all of them.
+
+    Key j stands at position j. Without `positions` the queries are the last T of the S tokens.
+    """
+    if positions is None:
+        if T == 1:
+            return None
+        positions = torch.arange(S - T, S, device=device)[None]
+    return torch.arange(S, device=device) <= positions[:, None, :, None]
+
+
+def attend_expanded(
+    q_c: Tensor, q_r: Tensor, c_kv: Tensor, k_r: Tensor, W_UK: Tensor, W_UV: Tensor,
+    scale: float, positions: Tensor | None = None,
+) -> Tensor:
+    """Every head's keys and values are built, then attended to.
+
+    q_c (B, T, n_h, d_h), q_r (B, T, n_h, d_r), c_kv (B, S, d_c), k_r (B, S, d_r),
+    W_UK (n_h, d_h, d_c), W_UV (n_h, d_v, d_c), positions (B, T) of the queries -> (B, T, n_h, d_v).
+    """
+    T, S, n_h = q_c.shape[1], c_kv.shape[1], q_c.shape[2]
+    k_c = F.linear(c_kv, W_UK.flatten(0, 1)).unflatten(-1, (n_h, -1))        # (B, S, n_h, d_h) (42)
+    v_c = F.linear(c_kv, W_UV.flatten(0, 1)).unflatten(-1, (n_h, -1))        # (B, S, n_h, d_v) (45)
+    q = torch.cat((q_c, q_r), -1)                                            # (B, T, n_h, ·)   (40)
+    k = torch.cat((k_c, k_r[:, :, None].expand(-1, -1, n_h, -1)), -1)        # (B, S, n_h, ·)   (44)
+    causal = positions is None and T == S                                    # lets SDPA skip half
+    o = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v_c.transpose(1, 2), is_causal=causal, scale=scale,
+        attn_mask=None if causal else visible_keys(T, S, positions, q.device),
+    )                                                                        # (B, n_h, T, d_v) (46)
+    return o.transpose(1, 2)
+
+
+def attend_absorbed(
+    q_c: Tensor, q_r: Tensor, c_kv: Tensor, k_r: Tensor, W_UK: Tensor, W_UV: Tensor,
+    scale: float, positions: Tensor | None = None,
+) -> Tensor:
+    """The same attention with W_UK on the query's side and W_UV on the output's.
+
+    Shapes as in `attend_expanded`; the softmax is taken in at least fp32.
+    """
+    B, T, n_h, _ = q_c.shape
+    visible = visible_keys(T, c_kv.shape[1], positions, q_c.device)
+    q_latent = torch.einsum("bthd,hdc->bhtc", q_c, W_UK)                     # (B, n_h, T, d_c)
+    # heads and queries are one dimension here: all of them meet the same cached rows
+    scores = q_latent.reshape(B, n_h * T, -1) @ c_kv.transpose(1, 2)         # (B, n_h·T, S)
+    scores = torch.baddbmm(scores, q_r.transpose(1, 2).reshape(B, n_h * T, -1), k_r.transpose(1, 2))
+    scores = scores.unflatten(1, (n_h, T)) * scale                           # (B, n_h, T, S)
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -torch.inf)
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    o_latent = weights.to(c_kv.dtype).flatten(1, 2) @ c_kv                   # (B, n_h·T, d_c)
+    return torch.einsum("bhtc,hvc->bthv", o_latent.unflatten(1, (n_h, T)), W_UV)
+
+
+def absorbed_is_cheaper(T: int, S: int, d_h: int, d_r: int, d_v: int, d_c: int) -> bool:
+    """Whether `attend_absorbed` multiplies less than `attend_expanded` for T queries on S keys.
+
+    Per head: expanding S keys and values against carrying T queries down and T outputs up, and
+    d_h + d_r + d_v against 2·d_c + d_r multiplications a query-key pair.
+    """
+    expanded = S * d_c * (d_h + d_v) + T * S * (d_h + d_r + d_v)
+    absorbed = T * d_c * (d_h + d_v) + T * S * (2 * d_c + d_r)
+    return absorbed < expanded
+
+
+class MultiHeadLatentAttention(nn.Module):
+    """MLA over width d: n_h heads of d_h + d_r (query, key) and d_v (value) numbers.
+
+    `scale` is the softmax scale; None means 1/sqrt(d_h + d_r), without YaRN's factor.
+    """
+
+    def __init__(
+        self, d: int, n_h: int, d_h: int, d_r: int, d_v: int, d_c: int,
+        d_cq: int | None = None, scale: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.n_h, self.d_h, self.d_r, self.d_v = n_h, d_h, d_r, d_v
+        self.scale = (d_h + d_r) ** -0.5 if scale is None else scale
+        self.W_DQ = nn.Linear(d, d_cq, bias=False) if d_cq else nn.Identity()
+        self.norm_q = nn.RMSNorm(d_cq, eps=1e-6) if d_cq else nn.Identity()
+        self.W_UQ = nn.Linear(d_cq or d, n_h * d_h, bias=False)
+        self.W_QR = nn.Linear(d_cq or d, n_h * d_r, bias=False)
+        self.W_DKV = nn.Linear(d, d_c, bias=False)
+        self.norm_kv = nn.RMSNorm(d_c, eps=1e-6)
+        self.W_UK = nn.Linear(d_c, n_h * d_h, bias=False)
+        self.W_UV = nn.Linear(d_c, n_h * d_v, bias=False)
+        self.W_KR = nn.Linear(d, d_r, bias=False)
+        self.W_O = nn.Linear(n_h * d_v, d, bias=False)
+
+    def queries(self, h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """h (B, T, d) -> the content and the position part of every head's query."""
+        c_q = self.norm_q(self.W_DQ(h))                                      # (B, T, d_cq)     (37)
+        q_c = self.W_UQ(c_q).unflatten(-1, (self.n_h, self.d_h))             # (B, T, n_h, d_h) (38)
+        q_r = self.W_QR(c_q).unflatten(-1, (self.n_h, self.d_r))             # (B, T, n_h, d_r)
+        return q_c, rotate(q_r, cos, sin)                                    # (B, T, n_h, d_r) (39)
+
+    def latents(self, h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """h (B, T, d) -> what is cached: d_c + d_r numbers a token."""
+        c_kv = self.norm_kv(self.W_DKV(h))                                   # (B, T, d_c)      (41)
+        k_r = rotate(self.W_KR(h), cos, sin)                                 # (B, T, d_r)      (43)
+        return c_kv, k_r
+
+    def forward(
+        self, h: Tensor, cos: Tensor, sin: Tensor, attend: Callable[..., Tensor] = attend_expanded,
+        cache: LatentCache | None = None, layer: int = 0, positions: Tensor | None = None,
+    ) -> Tensor:
+        """h (B, T, d), cos and sin (T or B, T, d_r/2) -> u (B, T, d).
+
+        `attend` is one of the functions above; `cache` is appended to at `layer`, not advanced.
+        """
+        q_c, q_r = self.queries(h, cos, sin)
+        c_kv, k_r = self.latents(h, cos, sin)
+        if cache is not None:
+            c_kv, k_r = cache.append(layer, c_kv, k_r)                       # (B, S, ·)
+        W_UK = self.W_UK.weight.unflatten(0, (self.n_h, self.d_h))           # (n_h, d_h, d_c)
+        W_UV = self.W_UV.weight.unflatten(0, (self.n_h, self.d_v))           # (n_h, d_v, d_c)
+        o = attend(q_c, q_r, c_kv, k_r, W_UK, W_UV, self.scale, positions)   # (B, T, n_h, d_v)
+        return self.W_O(o.flatten(2))                                        # (B, T, d)        (47)

@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: MIT
+"""Models on disk in the published format, and training states. Only safetensors and JSON are read.
+
+A published checkpoint is a directory: config.json, one or more .safetensors files with one tensor
+per linear layer and expert, and an index where there are several files. The rows of three of its
+matrices are interleaved where the paper has separate ones:
+
+  q_proj / q_b_proj     per head [W_UQ ; W_QR]
+  kv_a_proj_with_mqa    [W_DKV ; W_KR]
+  kv_b_proj             per head [W_UK ; W_UV]
+
+Only this file knows those names. Loading streams: the model is allocated once, and one published
+tensor at a time is copied into it. Nothing is unpickled and no remote code is run. Saving writes a
+neighbouring directory first and renames it when it is complete.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dsv2_ref.config import Config
+from dsv2_ref.model import Block, DeepSeekV2
+from dsv2_ref.moe.experts import FeedForward
+
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A published tensor and the views of our parameters that it is made of.
+
+    Each part is (groups, rows, columns); group by group their rows are stacked, which is how the
+    published rows interleave heads.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[Tensor, ...]
+
+    def read(self) -> Tensor:
+        """Our values in the published layout, a contiguous copy on the CPU."""
+        return torch.cat(self.parts, 1).reshape(self.shape).cpu()
+
+    def write(self, published: Tensor) -> None:
+        """Copy a published tensor into our parameters, casting to their dtype."""
+        rows = [part.shape[1] for part in self.parts]
+        pieces = published.reshape(self.parts[0].shape[0], sum(rows), -1).split(rows, 1)
+        for part, piece in zip(self.parts, pieces, strict=True):
+            part.copy_(piece)
+
+
+def _entry(name: str, *weights: Tensor, heads: int = 1) -> Entry:
+    weights = tuple(w.detach() for w in weights)
+    shape = (sum(len(w) for w in weights), *weights[0].shape[1:])
+    return Entry(name, shape, tuple(w.reshape(heads, len(w) // heads, -1) for w in weights))
+
+
+def _feed_forward(prefix: str, ffn: FeedForward) -> Iterator[Entry]:
+    yield _entry(f"{prefix}.gate_proj.weight", ffn.W_gate.weight)
+    yield _entry(f"{prefix}.up_proj.weight", ffn.W_up.weight)
+    yield _entry(f"{prefix}.down_proj.weight", ffn.W_down.weight)
+
+
+def _block(prefix: str, block: Block) -> Iterator[Entry]:
+    a, c = block.attention, block.config
+    yield _entry(f"{prefix}.input_layernorm.weight", block.norm_attention.weight)
+    query = "q_proj"
+    if c.d_cq is not None:
+        query = "q_b_proj"
+        yield _entry(f"{prefix}.self_attn.q_a_proj.weight", a.W_DQ.weight)
+        yield _entry(f"{prefix}.self_attn.q_a_layernorm.weight", a.norm_q.weight)
+    yield _entry(f"{prefix}.self_attn.{query}.weight", a.W_UQ.weight, a.W_QR.weight, heads=c.n_h)
+    yield _entry(f"{prefix}.self_attn.kv_a_proj_with_mqa.weight", a.W_DKV.weight, a.W_KR.weight)
+    yield _entry(f"{prefix}.self_attn.kv_a_layernorm.weight", a.norm_kv.weight)
+    yield _entry(f"{prefix}.self_attn.kv_b_proj.weight", a.W_UK.weight, a.W_UV.weight, heads=c.n_h)
+    yield _entry(f"{prefix}.self_attn.o_proj.weight", a.W_O.weight)
+    yield _entry(f"{prefix}.post_attention_layernorm.weight", block.norm_ffn.weight)
+    if not c.is_moe(block.layer):
+        yield from _feed_forward(f"{prefix}.mlp", block.ffn)
+        return
+    yield _entry(f"{prefix}.mlp.gate.weight", block.router.weight)
+    yield from _feed_forward(f"{prefix}.mlp.shared_experts", block.experts.shared)
+    for e in range(c.n_routed):
+        expert = f"{prefix}.mlp.experts.{e}"
+        yield _entry(f"{expert}.gate_proj.weight", block.experts.W_gate[e])
+        yield _entry(f"{expert}.up_proj.weight", block.experts.W_up[e])
+        yield _entry(f"{expert}.down_proj.weight", block.experts.W_down[e])
+
+
+def published_entries(model: DeepSeekV2) -> Iterator[Entry]:
+    """Every published tensor of a model, in file order."""
+    yield _entry("model.embed_tokens.weight", model.embedding.weight)
+    for layer, block in enumerate(model.blocks):
+        yield from _block(f"model.layers.{layer}", block)
+    yield _entry("model.norm.weight", model.norm.weight)
+    if not model.config.tie_embeddings:
+        yield _entry("lm_head.weight", model.head.weight)
+
+
+def load(
+    path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> DeepSeekV2:
+    """The model in a published directory, in eval mode.  dtype None: as stored; device None: CPU.
+
+    ValueError names the tensor that is missing, extra or misshapen, or the file that is damaged.
+    """
+    path = Path(path)
+    config = Config.from_hf(path)
+    files = _tensor_files(path)
+    with torch.device("meta"):
+        model = DeepSeekV2(config)
+    expected = {entry.name: entry.shape for entry in published_entries(model)}
+    _check_names(path, expected, files)
+    if dtype is None:
+        dtype = _read(files["model.embed_tokens.weight"], "model.embed_tokens.weight").dtype
+    model = model.to(dtype).to_empty(device=device or "cpu")
+    if config.tie_embeddings:                                  # to_empty unties
+        model.head.weight = model.embedding.weight
+    entries = {entry.name: entry for entry in published_entries(model)}
+    for file in sorted(set(files.values())):
+        with _open(file) as reader:
+            for name in sorted(n for n, f in files.items() if f == file and n in entries):
+                shape = tuple(reader.get_slice(name).get_shape())
+                if shape != expected[name]:
+                    raise ValueError(f"{name}: shape {shape} in {file}, expected {expected[name]}")
+                entries[name].write(reader.get_tensor(name))
+    return model.eval()
+
+
+def save(
+    model: DeepSeekV2, path: str | Path, files: dict[str, str] | None = None,
+    overwrite: bool = False, shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write the published format into the directory `path`, which must not hold anything yet.
+
+    `files` are further text files, name -> content (a tokenizer.json). `overwrite` replaces a
+    directory that exists, once the new one is complete. Nothing is ever half-written.
+    """
+    path = Path(path).absolute()
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path}: a file, expected a directory to save into")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise ValueError(f"{path}: not empty, expected a new or empty directory")
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch.mkdir()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written ({error.strerror})") from None
+    try:
+        _write_shards(model, scratch, shard_bytes)
+        config = model.config.to_hf() | {"torch_dtype": str(model.embedding.weight.dtype)[6:]}
+        texts = {"config.json": json.dumps(config, indent=2) + "\n"} | (files or {})
+        for name, text in texts.items():
+            (scratch / name).write_text(text, encoding="utf-8")
+        if path.is_dir() and any(path.iterdir()):
+            old = scratch.with_suffix(".old")
+            path.rename(old)
+            scratch.rename(path)
+            shutil.rmtree(old)
+        else:
+            os.replace(scratch, path)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def save_state(path: str | Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """Write a training state, tensors and a JSON-able dictionary, as one file, atomically.
+
+    An interruption at any moment leaves the file that was there before.
+    """
+    path = Path(path)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    tensors = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, scratch, metadata={"state": json.dumps(state)})
+        with open(scratch, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(scratch, path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: cannot be written ({error})") from None
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read back what `save_state` wrote."""
+    with _open(Path(path)) as reader:
+        metadata = reader.metadata() or {}
+        if "state" not in metadata:
+            raise ValueError(f"{path}: no training state inside, expected a file of `save_state`")
+        tensors = {name: reader.get_tensor(name) for name in reader.keys()}
+        return tensors, json.loads(metadata["state"])
+
+
+def _write_shards(model: nn.Module, folder: Path, shard_bytes: int) -> None:
+    shards: list[list[Entry]] = [[]]
+    room = shard_bytes
+    size = model.embedding.weight.element_size()
+    for entry in published_entries(model):
+        nbytes = size * torch.Size(entry.shape).numel()
+        if nbytes > room and shards[-1]:
+            shards.append([])
+            room = shard_bytes
+        room -= nbytes
+        shards[-1].append(entry)
+    where, total = {}, 0
+    for i, shard in enumerate(shards, 1):
+        name = "model.safetensors"
+        if len(shards) > 1:
+            name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {entry.name: entry.read() for entry in shard}
+        total += sum(t.nbytes for t in tensors.values())
+        where |= dict.fromkeys(tensors, name)
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _tensor_files(path: Path) -> dict[str, Path]:
+    """Published tensor name -> the file it lies in."""
+    if (path / INDEX).exists():
+        try:
+            where = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            return {name: path / str(file) for name, file in where.items()}
+        except (json.JSONDecodeError, KeyError, AttributeError, TypeError, UnicodeDecodeError):
+            raise ValueError(f"{path / INDEX}: damaged, expected JSON with a weight_map") from None
+    with _open(path / "model.safetensors") as reader:
+        return dict.fromkeys(reader.keys(), path / "model.safetensors")
+
+
+def _check_names(path: Path, expected: dict[str, Any], files: dict[str, Path]) -> None:
+    if missing := sorted(set(expected) - set(files)):
+        raise ValueError(f"{missing[0]}: missing from {path} ({len(missing)} missing in all)")
+    extra = sorted(n for n in set(files) - set(expected) if not n.endswith("rotary_emb.inv_freq"))
+    if extra:
+        raise ValueError(f"{extra[0]}: not part of the model that {path}/config.json describes "
+                         f"({len(extra)} such tensors)")
+
+
+def _open(file: Path) -> safe_open:
+    try:
+        return safe_open(file, "pt")
+    except FileNotFoundError:
+        raise ValueError(f"{file}: no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: damaged, expected a whole safetensors file ({error})") from None
+
+
+def _read(file: Path, name: str) -> Tensor:
+    with _open(file) as reader:
+        return reader.get_tensor(name)

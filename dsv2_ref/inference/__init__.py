@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""Using a trained model: generation."""

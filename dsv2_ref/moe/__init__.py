@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""DeepSeekMoE, one file per concept: routing, balance, dropping, experts."""

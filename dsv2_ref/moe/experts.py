@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: MIT
+"""Shared and routed experts: the computation of DeepSeekMoE once the router has spoken.
+
+Section 2.2.1, equation (20): h' = u + sum of the shared experts + gated sum of the chosen routed
+experts. An expert is a small SwiGLU feed-forward network. DeepSeekMoE cuts experts fine (160 of
+width 1536 where others have 8 of width 14336), so that a token combines six specialists, and keeps
+two experts that every token passes, so that the others need not all learn the same common things.
+
+The routed sum is computed in three ways, three functions with one signature:
+
+  experts_loop      one expert after the other, on the tokens that chose it. Reads only the experts
+                    that were chosen: right for few tokens, and the plainest to read.
+  experts_padded    all experts at once in a batched matmul, each padded to the fullest one. Right
+                    on a CPU in training, where a new row count costs more than the padding.
+  experts_grouped   `torch.nn.functional.grouped_mm` over slots sorted by expert: no padding. Right
+                    on a GPU in bf16; refuses fp64.
+
+How this file differs from the famous versions:
+  1. Weights of all experts are stacked, (E, w, d); an expert that gets no token therefore gets a
+     gradient of zeros, never None, and nobody waits for it.
+  2. Shared experts are *summed*: N_s networks of width w are one of width N_s·w, as published.
+  3. Router and experts see the normed stream x, the residual is the un-normed u: (20) leaves the
+     pre-norm out.
+
+Shapes: N flat tokens, d width, w expert width, E routed experts, K slots a token, R kept slots.
+Copy with: nothing.  Needs: torch (2.10 or later for `experts_grouped`).
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: W_down(silu(W_gate x) * W_up x), of width w over d."""
+
+    def __init__(self, d: int, w: int) -> None:
+        super().__init__()
+        self.W_gate = nn.Linear(d, w, bias=False)
+        self.W_up = nn.Linear(d, w, bias=False)
+        self.W_down = nn.Linear(w, d, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d) -> (..., d)."""
+        return self.W_down(F.silu(self.W_gate(x)) * self.W_up(x))
+
+
+def sort_slots(
+    indices: Tensor, n_routed: int, keep: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Slots grouped by expert.
+
+    indices (N, K), keep (N, K) bool -> order (R,), the kept slots n·K + k sorted by expert, and
+    counts (E,), how many each expert got.
+    """
+    expert = indices.flatten()
+    if keep is not None:
+        expert = expert.masked_fill(~keep.flatten(), n_routed)   # dropped slots sort to the end
+    counts = torch.bincount(expert, minlength=n_routed)[:n_routed]
+    order = expert.argsort(stable=True)
+    return (order if keep is None else order[: int(counts.sum())]), counts
+
+
+def experts_loop(
+    x: Tensor, indices: Tensor, gates: Tensor, W_gate: Tensor, W_up: Tensor, W_down: Tensor,
+    keep: Tensor | None = None,
+) -> Tensor:
+    """Gated sum of the chosen experts, one expert at a time.
+
+    x (N, d), indices and gates (N, K), W_gate and W_up (E, w, d), W_down (E, d, w), keep (N, K)
+    bool or None for all -> (N, d), summed in at least fp32.
+    """
+    order, counts = sort_slots(indices, len(W_gate), keep)
+    y = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, gates.dtype))
+    for e, slots in enumerate(order.split(counts.tolist())):
+        if len(slots):
+            token = slots // indices.shape[1]
+            hidden = F.silu(F.linear(x[token], W_gate[e])) * F.linear(x[token], W_up[e])
+            out = F.linear(hidden, W_down[e]) * gates.flatten()[slots, None]
+            y = y.index_add(0, token, out.to(y.dtype))
+    return y.to(x.dtype)
+
+
+def experts_padded(
+    x: Tensor, indices: Tensor, gates: Tensor, W_gate: Tensor, W_up: Tensor, W_down: Tensor,
+    keep: Tensor | None = None,
+) -> Tensor:
+    """The same with every expert padded to the fullest one's C tokens; arguments as above."""
+    order, counts = sort_slots(indices, len(W_gate), keep)
+    E, K, C = len(W_gate), indices.shape[1], int(counts.max())
+    expert = torch.repeat_interleave(torch.arange(E, device=x.device), counts)       # (R,)
+    first = counts.cumsum(0) - counts
+    place = expert * C + torch.arange(len(order), device=x.device) - first[expert]   # (R,) in E·C
+    padded = x.new_zeros(E * C, x.shape[1]).index_copy(0, place, x[order // K])
+    padded = padded.view(E, C, -1)                                                   # (E, C, d)
+    hidden = F.silu(padded @ W_gate.mT) * (padded @ W_up.mT)                         # (E, C, w)
+    out = (hidden @ W_down.mT).flatten(0, 1)[place]                                  # (R, d)
+    return _gated_sum(out, order, gates, x)
+
+
+def experts_grouped(
+    x: Tensor, indices: Tensor, gates: Tensor, W_gate: Tensor, W_up: Tensor, W_down: Tensor,
+    keep: Tensor | None = None,
+) -> Tensor:
+    """The same with grouped matmuls over the sorted slots; arguments as above, bf16 or fp32."""
+    order, counts = sort_slots(indices, len(W_gate), keep)
+    ends = counts.cumsum(0).to(torch.int32)
+    rows = x[order // indices.shape[1]]                                              # (R, d)
+    gate = F.grouped_mm(rows, W_gate.mT, offs=ends)                                  # (R, w)
+    up = F.grouped_mm(rows, W_up.mT, offs=ends)                                      # (R, w)
+    out = F.grouped_mm(F.silu(gate) * up, W_down.mT, offs=ends)                      # (R, d)
+    return _gated_sum(out, order, gates, x)
+
+
+def _gated_sum(out: Tensor, order: Tensor, gates: Tensor, x: Tensor) -> Tensor:
+    """Slots (R, d) back to their tokens, each times its gate: (N, d) in x's dtype."""
+    y = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, gates.dtype))
+    out = out * gates.flatten()[order, None]
+    return y.index_add(0, order // gates.shape[1], out.to(y.dtype)).to(x.dtype)
+
+
+class MixtureOfExperts(nn.Module):
+    """N_s shared and E routed experts of width w over d, without a router."""
+
+    def __init__(self, d: int, w: int, n_shared: int, n_routed: int) -> None:
+        super().__init__()
+        self.shared = FeedForward(d, n_shared * w)
+        self.W_gate = nn.Parameter(torch.empty(n_routed, w, d))
+        self.W_up = nn.Parameter(torch.empty(n_routed, w, d))
+        self.W_down = nn.Parameter(torch.empty(n_routed, d, w))
+        for W in (self.W_gate, self.W_up, self.W_down):
+            nn.init.normal_(W, std=0.02)
+
+    def forward(
+        self, u: Tensor, x: Tensor, indices: Tensor, gates: Tensor,
+        run: Callable[..., Tensor] = experts_loop, keep: Tensor | None = None,
+    ) -> Tensor:
+        """u (N, d) residual stream, x (N, d) its norm, indices and gates (N, K) -> (N, d).
+
+        `run` is one of the functions above; `keep` (N, K) says which slots were not dropped.
+        """
+        routed = run(x, indices, gates, self.W_gate, self.W_up, self.W_down, keep)
+        return u + self.shared(x) + routed                                   # (N, d)           (20)

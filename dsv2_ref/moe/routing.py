@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: MIT
+"""Which experts a token goes to, and with what weight.
+
+Section 2.2.1-2.2.2, equations (21) and (22). Each routed expert has a centroid e_i; a token's
+affinity to it is a softmax over all experts of u·e_i. The top K experts are mixed with their own
+affinities. V2 adds *device-limited routing*: the experts of a layer lie on D devices, and a token
+may reach at most M of them, so that its messages are bounded by M and not by K. Devices are ranked
+by the best expert they hold, and the top K are taken inside the best M. The paper found M >= 3
+about as good as no limit; V2 has D = 8, M = 3, K = 6. V2-Lite has no limit: plain greedy top-K.
+
+How this differs from the famous versions:
+  1. A device is scored by its single best expert. DeepSeek-V3 scores it by the sum of its two
+     best, and many implementations of V2 silently do the same.
+  2. Experts of forbidden devices are masked with -inf. Masked with 0, an expert whose affinity
+     has underflowed to 0 can still be chosen from outside.
+  3. The weights are the softmax over *all* experts, gathered: they sum to less than 1 and are not
+     renormalised. V2's published weights carry a factor of 16 (`routed_scaling_factor`), which
+     the equations leave out; it is applied here and nowhere else.
+  4. Affinities are computed in at least fp32 whatever the model's dtype, autocast included: in
+     bf16 two experts tie too easily, and a token changes its experts.
+
+Shapes: N flat tokens, d width, E routed experts, K experts a token, D devices, M devices a token.
+Copy with: nothing.  Needs: torch.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Where N tokens go: experts and gates of their K slots, and all affinities."""
+
+    indices: Tensor    # (N, K) int64
+    gates: Tensor      # (N, K) at least fp32; carries gradient
+    scores: Tensor     # (N, E) at least fp32; rows sum to 1; carries gradient
+
+
+def affinities(u: Tensor, centroids: Tensor) -> Tensor:
+    """u (N, d), centroids (E, d) -> softmax scores (N, E) in at least fp32."""
+    dtype = torch.promote_types(u.dtype, torch.float32)
+    with torch.autocast(u.device.type, enabled=False):
+        s = F.linear(u.to(dtype), centroids.to(dtype)).softmax(-1)           # (N, E)           (22)
+    return s
+
+
+def select_greedy(s: Tensor, top_k: int) -> Tensor:
+    """The K experts of highest affinity: (N, E) -> (N, K), best first."""
+    return s.topk(top_k, -1).indices
+
+
+def select_device_limited(s: Tensor, top_k: int, n_devices: int, max_devices: int) -> Tensor:
+    """The K best experts on the M best devices: (N, E) -> (N, K), best first.
+
+    Expert i lies on device i // (E / n_devices).
+    """
+    groups = s.unflatten(-1, (n_devices, -1))                                # (N, D, E/D)
+    best = groups.amax(-1).topk(max_devices, -1).indices                     # (N, M)
+    allowed = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter_(-1, best, True)
+    masked = groups.masked_fill(~allowed[..., None], -torch.inf)
+    return masked.flatten(-2).topk(top_k, -1).indices
+
+
+class Router(nn.Module):
+    """Centroids of E experts. Greedy if `max_devices` is None, device-limited otherwise."""
+
+    def __init__(
+        self, d: int, n_routed: int, top_k: int, n_devices: int = 1,
+        max_devices: int | None = None, scaling_factor: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if n_routed % n_devices:
+            raise ValueError(f"n_devices: {n_devices}, expected a divisor of n_routed = {n_routed}")
+        reachable = n_routed // n_devices * (max_devices or n_devices)
+        if not 1 <= top_k <= reachable:
+            raise ValueError(f"top_k: {top_k}, expected 1 to {reachable}, the experts in reach")
+        self.top_k, self.scaling_factor = top_k, scaling_factor
+        self.n_devices, self.max_devices = n_devices, max_devices
+        self.weight = nn.Parameter(torch.empty(n_routed, d))
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, u: Tensor) -> Routing:
+        """u (N, d) -> Routing."""
+        s = affinities(u, self.weight)                                       # (N, E)
+        if self.max_devices is None:
+            indices = select_greedy(s.detach(), self.top_k)                  # (N, K)
+        else:
+            indices = select_device_limited(
+                s.detach(), self.top_k, self.n_devices, self.max_devices
+            )
+        g = s.gather(-1, indices) * self.scaling_factor                      # (N, K)           (21)
+        return Routing(indices, g, s)
