@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv2_ref.attention.kv_cache import LatentCache
@@ -32,6 +31,7 @@ from dsv2_ref.attention.rope import (
     yarn_frequencies,
 )
 from dsv2_ref.config import Config
+from dsv2_ref.cross_entropy import linear_cross_entropy
 from dsv2_ref.moe.balance import (
     communication_balance_loss,
     device_balance_loss,
@@ -201,9 +201,9 @@ class DeepSeekV2(nn.Module):
         if lengths is not None:
             if cache is None:
                 raise ValueError("lengths: given without a cache, expected None")
-            if len(lengths) != len(tokens) or not all(1 <= n <= tokens.shape[1] for n in lengths):
+            if len(lengths) != len(tokens) or not all(0 <= n <= tokens.shape[1] for n in lengths):
                 raise ValueError(f"lengths: {list(lengths)}, expected {len(tokens)} numbers "
-                                 f"from 1 to {tokens.shape[1]}")
+                                 f"from 0 to {tokens.shape[1]}")
         h = self._blocks(tokens, run)
         if cache is not None:
             cache.advance(tokens.shape[1] if lengths is None else list(lengths))
@@ -227,9 +227,8 @@ class DeepSeekV2(nn.Module):
         run.balance = [zero, zero, zero] if self.training else None
         run.load = [] if with_load else None
         run.protected = protected
-        logits = self.head(self.norm(self._blocks(tokens, run)))         # (B, T, vocab)
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        language = F.cross_entropy(logits.flatten(0, 1).to(dtype), targets.flatten())
+        h = self.norm(self._blocks(tokens, run)).flatten(0, 1)           # (N, d)
+        language = linear_cross_entropy(h, self.head.weight, targets.flatten())
         return Losses(language, *(run.balance or [zero, zero, zero]), run.load or [])
 
     def new_cache(self, batch: int, max_tokens: int, kind: str = "latent") -> LatentCache:

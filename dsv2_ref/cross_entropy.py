@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: MIT
+"""Cross entropy of a linear head without ever holding all logits.
+
+The logits of one step are by far its largest tensor: 32K tokens times 102,400 words are 13.4 GB in
+fp32, and a plain loss keeps them, their log-softmax and the gradient of both. But the gradient of
+cross entropy is known in closed form, softmax - onehot, so a chunk of tokens can be taken from
+hidden state to gradient in one go, in the forward pass, and forgotten: what is kept for the
+backward pass has the size of the hidden states and of the head. On a CPU it is also faster, since
+a chunk stays in the cache.
+
+Shapes: N tokens, d width, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED = -100          # targets of this value do not count
+CHUNK_LOGITS = 2**20    # logits held at a time
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h: Tensor, W: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+        exact = torch.promote_types(dtype, torch.float32)
+        n = (targets != IGNORED).sum().clamp(min=1)
+        need = any(ctx.needs_input_grad)
+        grad_h = torch.zeros_like(h) if need else None
+        grad_W = torch.zeros_like(W, dtype=exact) if need else None
+        total = torch.zeros((), dtype=exact, device=h.device)
+        W_low, rows = W.to(dtype), max(1, CHUNK_LOGITS // len(W))
+        for h_chunk, t, place in zip(
+            h.split(rows), targets.split(rows), torch.arange(len(h)).split(rows), strict=True
+        ):
+            h_low = h_chunk.to(dtype)
+            log_p = F.log_softmax(F.linear(h_low, W_low).to(exact), -1)          # (rows, V)
+            total += F.nll_loss(log_p, t, ignore_index=IGNORED, reduction="sum")
+            if not need:
+                continue
+            grad = log_p.exp_()                                                  # softmax - onehot
+            counted = (t != IGNORED).to(exact)[:, None]
+            grad.scatter_add_(1, t.clamp(min=0)[:, None], -torch.ones_like(counted))
+            grad = (grad * (counted / n)).to(dtype)
+            grad_h[place[0] : place[-1] + 1] = grad @ W_low
+            grad_W += grad.mT @ h_low
+        ctx.save_for_backward(grad_h, grad_W)
+        ctx.W_dtype = W.dtype
+        return total / n
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        grad_h, grad_W = ctx.saved_tensors
+        return grad_h * upstream.to(grad_h.dtype), (grad_W * upstream).to(ctx.W_dtype), None, None
+
+
+def linear_cross_entropy(h: Tensor, W: Tensor, targets: Tensor) -> Tensor:
+    """Mean of -log softmax(h Wᵀ)[target] over the targets that count.
+
+    h (N, d), W (V, d), targets (N,) -> scalar in at least fp32. Obeys autocast: the matmuls run in
+    its dtype, the softmax in at least fp32.
+    """
+    dtype = h.dtype
+    if torch.is_autocast_enabled(h.device.type):
+        dtype = torch.get_autocast_dtype(h.device.type)
+    with torch.autocast(h.device.type, enabled=False):
+        return _LinearCrossEntropy.apply(h, W, targets, dtype)

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: MIT
+"""Learning-rate schedules, and the optimisers: AdamW as in the paper, Muon for small budgets.
+
+The paper trains with AdamW(0.9, 0.95), weight decay 0.1 and clipping at 1.0; the rate rises
+linearly for 2K steps and is multiplied by 0.316 at 60 % and again at 90 % of the tokens (80 % and
+90 % for Lite). That is `adamw` and `step_decay` here.
+
+A run of minutes has another problem: it ends long before AdamW has averaged its noise away. Muon
+replaces a matrix's momentum M = U·S·Vᵀ by about U·Vᵀ, so that every direction moves alike, and
+reaches the same loss in fewer steps at our size; with it goes `linear_decay`, a rate that
+falls to almost nothing over most of the run. Our choice, not the paper's. `torch.optim.Muon`
+takes 2-D matrices only, while a layer's experts are one (E, w, d) stack; the class below treats
+the last two dimensions as the matrix and equals torch's on 2-D (a test says so).
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+def step_decay(
+    progress: float, warmup: float, at: tuple[float, float] = (0.6, 0.9), factor: float = 0.316
+) -> float:
+    """The paper's schedule: share of the peak rate at `progress` in [0, 1] of the tokens."""
+    if progress < warmup:
+        return progress / warmup
+    return factor ** sum(progress >= mark for mark in at)
+
+
+def linear_decay(
+    progress: float, warmup: float, hold: float = 0.3, final: float = 0.02
+) -> float:
+    """Warm up, hold until `hold`, then fall linearly to `final` of the peak at the end."""
+    if progress < warmup:
+        return progress / warmup
+    if progress <= hold:
+        return 1.0
+    return 1.0 - (1.0 - final) * min((progress - hold) / (1.0 - hold), 1.0)
+
+
+def orthogonalise(M: Tensor, iterations: int = 5) -> Tensor:
+    """About U·Vᵀ of M = U·S·Vᵀ, for each matrix of (..., rows, columns).
+
+    A quintic Newton-Schulz iteration: X <- aX + (b·XXᵀ + c·(XXᵀ)²)X maps every singular value
+    towards 1 (into about 0.7 to 1.2; the coefficients trade the limit for steepness at zero).
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = M.shape[-2] > M.shape[-1]
+    X = (M.mT if tall else M).to(torch.bfloat16)
+    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    shape, X = X.shape, X.reshape(-1, *X.shape[-2:])
+    for _ in range(iterations):
+        A = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+    X = X.view(shape)
+    return X.mT if tall else X
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised. Parameters are matrices or stacks of them, (..., rows, columns).
+
+    The update of a matrix is scaled by sqrt(max(1, rows / columns)), as torch's is by default.
+    """
+
+    def __init__(
+        self, params: Iterable[Tensor], lr: float = 1e-3, weight_decay: float = 0.1,
+        momentum: float = 0.95,
+    ) -> None:
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            lr, mu = group["lr"], group["momentum"]
+            alike: dict[tuple[int, int], list[Tensor]] = {}    # of one shape: iterated together
+            for W in group["params"]:
+                if W.grad is not None:
+                    alike.setdefault(tuple(W.shape[-2:]), []).append(W)
+            for (rows, columns), weights in alike.items():
+                for W in weights:
+                    if not self.state[W]:
+                        self.state[W]["momentum"] = torch.zeros_like(W)
+                    self.state[W]["momentum"].lerp_(W.grad, 1 - mu)
+                ahead = [W.grad.lerp(self.state[W]["momentum"], mu) for W in weights]   # Nesterov
+                updates = orthogonalise(torch.cat([M.reshape(-1, rows, columns) for M in ahead]))
+                sizes = [W.numel() // (rows * columns) for W in weights]
+                for W, update in zip(weights, updates.split(sizes), strict=True):
+                    W.mul_(1 - lr * group["weight_decay"])
+                    W.add_(update.view_as(W), alpha=-lr * max(1.0, rows / columns) ** 0.5)
+
+
+def build_optimizers(
+    model: nn.Module, kind: str, lr: float, weight_decay: float = 0.1,
+    betas: tuple[float, float] = (0.9, 0.95), adamw_lr: float | None = None,
+) -> list[torch.optim.Optimizer]:
+    """The optimisers of a run; each group carries its peak rate as `peak`.
+
+    kind 'adamw': everything by AdamW at `lr`. kind 'muon': matrices and stacks of experts by Muon
+    at `lr`, the embedding, the head, the routers and the norms by AdamW at `adamw_lr`. Norm gains
+    are never decayed: pulling a gain to zero regularises nothing (the paper does not say).
+    """
+    if kind not in ("adamw", "muon"):
+        raise ValueError(f"optimizer: {kind!r}, expected 'adamw' or 'muon'")
+    matrices, tables, gains = [], [], []
+    for name, weight in model.named_parameters():
+        if weight.ndim == 1:
+            gains.append(weight)
+        elif kind == "muon" and not any(x in name for x in ("embedding", "head", "router")):
+            matrices.append(weight)
+        else:
+            tables.append(weight)
+    rate = lr if kind == "adamw" or adamw_lr is None else adamw_lr
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(
+        [{"params": tables}, {"params": gains, "weight_decay": 0.0}],
+        lr=rate, betas=betas, weight_decay=weight_decay,
+    )]
+    if matrices:
+        optimizers.append(Muon(matrices, lr=lr, weight_decay=weight_decay))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return optimizers
+
+
+def set_rate(optimizers: list[torch.optim.Optimizer], share: float) -> None:
+    """Set every group's rate to `share` of its peak."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = share * group["peak"]
