@@ -1,42 +1,19 @@
 # SPDX-License-Identifier: MIT
-"""Learning-rate schedules, and the optimisers: AdamW as in the paper, Muon for small budgets.
+"""The optimisers: AdamW as in the paper, Muon for small budgets.
 
-The paper trains with AdamW(0.9, 0.95), weight decay 0.1 and clipping at 1.0; the rate rises
-linearly for 2K steps and is multiplied by 0.316 at 60 % and again at 90 % of the tokens (80 % and
-90 % for Lite). That is `adamw` and `step_decay` here.
+The paper trains with AdamW(0.9, 0.95) and weight decay 0.1.
 
 A run of minutes has another problem: it ends long before AdamW has averaged its noise away. Muon
 replaces a matrix's momentum M = U·S·Vᵀ by about U·Vᵀ, so that every direction moves alike, and
-reaches the same loss in fewer steps at our size; with it goes `linear_decay`, a rate that
-falls to almost nothing over most of the run. Our choice, not the paper's. `torch.optim.Muon`
-takes 2-D matrices only, while a layer's experts are one (E, w, d) stack; the class below treats
-the last two dimensions as the matrix and equals torch's on 2-D (a test says so).
+reaches the same loss in fewer steps at our size. This is our choice, not the paper's.
+`torch.optim.Muon` takes 2-D matrices only, while a layer's experts are one (E, w, d) stack; the
+class below treats the last two dimensions as the matrix and equals torch's on 2-D (a test says so).
 """
 
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-
-
-def step_decay(
-    progress: float, warmup: float, at: tuple[float, float] = (0.6, 0.9), factor: float = 0.316
-) -> float:
-    """The paper's schedule: share of the peak rate at `progress` in [0, 1] of the tokens."""
-    if progress < warmup:
-        return progress / warmup
-    return factor ** sum(progress >= mark for mark in at)
-
-
-def linear_decay(
-    progress: float, warmup: float, hold: float = 0.3, final: float = 0.02
-) -> float:
-    """Warm up, hold until `hold`, then fall linearly to `final` of the peak at the end."""
-    if progress < warmup:
-        return progress / warmup
-    if progress <= hold:
-        return 1.0
-    return 1.0 - (1.0 - final) * min((progress - hold) / (1.0 - hold), 1.0)
 
 
 def orthogonalise(M: Tensor, iterations: int = 5) -> Tensor:

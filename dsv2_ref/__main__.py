@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: MIT
+"""The command line: results as JSON or text on stdout, messages on stderr, exit code 2 for bad
+input with one line that says what was wrong and what was expected."""
+
+import argparse
+import importlib
+import json
+import pkgutil
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from dsv2_ref import bench as benches
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="dsv2_ref", description="DeepSeek-V2, exactly.")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+
+    p = commands.add_parser("run", help="the main job: train, judge, generate, draw, save")
+    p.add_argument("--out", default="build")
+    p.add_argument("--seconds", type=float, default=225.0, help="for everything together")
+    p.add_argument("--corpus", default="python", help="python, stories, hub:NAME or a path")
+
+    p = commands.add_parser("paper", help="the paper's claims beside ours")
+    p.add_argument("--json", action="store_true")
+
+    p = commands.add_parser("train", help="train a preset")
+    p.add_argument("--preset", default="small", help="small, tiny, lite or v2")
+    p.add_argument("--corpus", default="python", help="python, stories, hub:NAME or a path")
+    p.add_argument("--out", default="build/train")
+    p.add_argument("--resume", action="store_true", help="go on from the state in --out")
+    length = p.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, help="default 300")
+    length.add_argument("--seconds", type=float)
+    p.add_argument("--optimizer", choices=("muon", "adamw"))
+    p.add_argument("--schedule", choices=("linear", "step"))
+    p.add_argument("--precision", choices=("auto", "fp32", "bf16"))
+    for name in ("lr", "warmup", "protected"):
+        p.add_argument(f"--{name}", type=float)
+    for name in ("sequence", "batch", "seed"):
+        p.add_argument(f"--{name}", type=int)
+    p.add_argument("--save-every", type=int, default=100, help="steps")
+    p.add_argument("--evaluate-every", type=int, default=0, help="steps; 0 for at the end alone")
+    p.add_argument("--quiet", dest="progress", action="store_false", help="no progress bar")
+
+    p = commands.add_parser("generate", help="continue a prompt with a saved model")
+    p.add_argument("--model", default="build/model")
+    p.add_argument("--prompt", default="def ")
+    p.add_argument("--max-new-tokens", type=int, default=200)
+    p.add_argument("--temperature", type=float, default=0.7)
+    p.add_argument("--top-p", type=float, default=0.9)
+    p.add_argument("--seed", type=int, default=0)
+
+    p = commands.add_parser("bench", help="a measurement against a peer in the same process")
+    p.add_argument("name", choices=[m.name for m in pkgutil.iter_modules(benches.__path__)])
+    p.add_argument("--quick", action="store_true", help="tiny sizes: does it run at all?")
+    p.add_argument("--json", action="store_true", help="on one line")
+    return parser
+
+
+def dispatch(args: dict) -> None:
+    command = args.pop("command")
+    if command == "paper":
+        from dsv2_ref import paper
+
+        rows = paper.rows()
+        print(paper.as_json(rows) if args["json"] else paper.as_table(rows))
+        return
+    if command == "bench":
+        measure = importlib.import_module(f"dsv2_ref.bench.{args['name']}").run
+        print(json.dumps(measure(quick=args["quick"]), indent=None if args["json"] else 2))
+        return
+    from dsv2_ref import jobs
+
+    result = {"run": jobs.run, "train": jobs.train_command,
+              "generate": jobs.generate_command}[command](**args)
+    print(json.dumps(result, ensure_ascii=False))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = vars(build_parser().parse_args(argv))
+    try:
+        dispatch(args)
+    except (ValueError, ImportError) as error:
+        print(f"dsv2_ref: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if type(error).__name__ != "TrainingDiverged":    # its module is slow to import, see above
+            raise
+        print(f"dsv2_ref: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("dsv2_ref: stopped; what was saved is whole", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

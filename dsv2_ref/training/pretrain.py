@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: MIT
+"""The pretraining loop (section 3.1), for any recipe.
+
+A run ends after the recipe's steps, or by the clock. With steps, on a CPU, it is reproducible bit
+for bit: the data order comes from (seed, epoch), the protected sequences from (seed, step), and a
+saved state holds weights, moments, data position and step. What is saved is saved between two
+steps, whole or not at all.
+"""
+
+import json
+import math
+import signal
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from dsv2_ref.checkpoint import load_state, save_state
+from dsv2_ref.model import DeepSeekV2, Losses
+from dsv2_ref.training.data import PackedBatches
+from dsv2_ref.training.optim import build_optimizers, set_rate
+from dsv2_ref.training.recipe import Recipe
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss is no longer a number."""
+
+
+def fast_precision(device: torch.device | str) -> str:
+    """"bf16" where matrices are faster in it (GPUs, CPUs with AMX), else "fp32"."""
+    if torch.device(device).type == "cuda":
+        return "bf16"
+    return "bf16" if torch.cpu.get_capabilities().get("amx_bf16") else "fp32"
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep freed memory instead of returning it after every step.
+
+    Each step allocates the same large tensors; returned, their pages are zeroed by the kernel again
+    and again, which took a quarter of a step. glibc only, and harmless elsewhere.
+    """
+    import ctypes
+
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return
+    mallopt(-3, 1 << 30)         # M_MMAP_THRESHOLD
+    mallopt(-1, (1 << 31) - 1)   # M_TRIM_THRESHOLD
+
+
+class Trainer:
+    """A model, its optimisers and its place in the data; one `step` at a time."""
+
+    def __init__(self, model: DeepSeekV2, recipe: Recipe, tokens: np.ndarray) -> None:
+        self.model, self.recipe = model, recipe
+        self.device = model.embedding.weight.device
+        self.optimizers = build_optimizers(model, recipe.optimizer, recipe.lr, recipe.weight_decay,
+                                           adamw_lr=recipe.adamw_lr)
+        self.batches = PackedBatches(tokens, recipe.batch, recipe.sequence, recipe.seed)
+        self.precision = recipe.precision
+        if self.precision == "auto":
+            self.precision = fast_precision(self.device)
+        self.steps = self.tokens = 0
+        self.elapsed = 0.0           # seconds spent in steps, over all sessions
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that is done."""
+        if self.recipe.steps is not None:
+            return self.steps / self.recipe.steps
+        return min(self.elapsed / self.recipe.seconds, 1.0)
+
+    def step(self, with_load: bool = False) -> dict[str, Any]:
+        """One update. Returns the log entry; `load` in it is the list of `model.Load`, if asked."""
+        began = time.perf_counter()
+        recipe, progress = self.recipe, self.progress
+        rate = recipe.rate(progress)
+        set_rate(self.optimizers, rate)
+        x, y = self.batches.next_batch(recipe.batch_at(progress))                # (B, T) each
+        draw = torch.Generator().manual_seed(recipe.seed * 1_000_003 + self.steps)
+        protected = torch.rand(len(x), generator=draw) < recipe.protected        # (B,)
+        self.model.train()
+        losses = self._forward(x.to(self.device), y.to(self.device), protected.to(self.device),
+                               with_load)
+        losses.total.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
+        entry = {
+            "step": self.steps + 1, "tokens": self.tokens + x.numel(),
+            "language": losses.language.item(), "expert": losses.expert.item(),
+            "device": losses.device.item(), "communication": losses.communication.item(),
+            "gradient_norm": norm.item(), "lr": rate * recipe.lr, "batch": len(x),
+        }
+        if not math.isfinite(entry["language"]) or not math.isfinite(entry["gradient_norm"]):
+            raise TrainingDiverged(
+                f"step {entry['step']}: loss {entry['language']}, gradient norm "
+                f"{entry['gradient_norm']} at rate {entry['lr']:.2e}; the weights are those of "
+                f"step {self.steps}, try a lower lr or a longer warmup"
+            )
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        self.steps, self.tokens = entry["step"], entry["tokens"]
+        self.elapsed += time.perf_counter() - began
+        entry["seconds"] = round(self.elapsed, 3)
+        if with_load:
+            entry["load"] = losses.load
+        return entry
+
+    def _forward(self, x: Tensor, y: Tensor, protected: Tensor, with_load: bool) -> Losses:
+        with autocast(self.device, self.precision):
+            return self.model.losses(x, y, protected, with_load)
+
+    def save(self, path: str | Path) -> None:
+        """Weights, moments, data position and step as one file, atomically."""
+        tensors = {f"model.{name}": p for name, p in self.model.state_dict().items()}
+        if self.model.config.tie_embeddings:
+            del tensors["model.head.weight"]
+        groups = []
+        for i, optimizer in enumerate(self.optimizers):
+            state = optimizer.state_dict()
+            groups.append(state["param_groups"])
+            for j, values in state["state"].items():
+                tensors |= {f"optimizer.{i}.{j}.{name}": t for name, t in values.items()}
+        save_state(path, tensors, {
+            "config": self.model.config.to_hf(), "recipe": asdict(self.recipe), "groups": groups,
+            "data": self.batches.state(), "steps": self.steps, "tokens": self.tokens,
+            "elapsed": self.elapsed, "precision": self.precision,
+        })
+
+    def load(self, path: str | Path) -> None:
+        """Go on from a saved state. ValueError if it belongs to another model, recipe or data."""
+        tensors, state = load_state(path)
+        mine = {"config": self.model.config.to_hf(), "recipe": asdict(self.recipe)}
+        for what, values in json.loads(json.dumps(mine)).items():
+            for key, value in values.items():
+                if state[what].get(key) != value and key not in ("steps", "seconds"):
+                    raise ValueError(f"{path}: {what}.{key} was {state[what].get(key)!r}, expected "
+                                     f"{value!r} to go on with this run")
+        self.batches.load(state["data"])
+        weights = {n.removeprefix("model."): t for n, t in tensors.items() if n[:6] == "model."}
+        if self.model.config.tie_embeddings:
+            weights["head.weight"] = weights["embedding.weight"]
+        self.model.load_state_dict(weights)
+        for i, (optimizer, groups) in enumerate(zip(self.optimizers, state["groups"], strict=True)):
+            values: dict[int, dict[str, Tensor]] = {}
+            for name, t in tensors.items():
+                if name.startswith(f"optimizer.{i}."):
+                    _, _, j, key = name.split(".")
+                    values.setdefault(int(j), {})[key] = t
+            optimizer.load_state_dict({"state": values, "param_groups": groups})
+        self.steps, self.tokens = state["steps"], state["tokens"]
+        self.elapsed, self.precision = state["elapsed"], state["precision"]
+
+
+@contextmanager
+def autocast(device: torch.device, precision: str) -> Iterator[None]:
+    """bf16 matmuls, fp32 weights and sums; nothing for "fp32"."""
+    with warnings.catch_warnings(), torch.autocast(device.type, torch.bfloat16,
+                                                   enabled=precision == "bf16"):
+        # a norm of bf16 activations by fp32 gains is computed in fp32, just not in one kernel
+        warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
+        yield
+
+
+def train(
+    trainer: Trainer, folder: str | Path | None = None, save_every: int = 0,
+    evaluate: Callable[[], float] | None = None, evaluate_every: int = 0, load_every: int = 50,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """Run to the end of the recipe. Returns the log, one dictionary a step.
+
+    With a `folder`, the log goes to log.jsonl as it grows, and the state to state.safetensors
+    every `save_every` steps, at the end, and on Ctrl-C, which ends the run between two steps.
+    Every `load_every` steps the entry has the expert load: `expert_load` (layers, experts).
+    """
+    folder = None if folder is None else Path(folder)
+    log: list[dict[str, Any]] = []
+    with _Interrupt() as interrupt, _JsonLines(folder, trainer.steps) as lines, tqdm(
+        total=1000, initial=round(1000 * trainer.progress), disable=not progress,
+        bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}",
+    ) as bar:
+        while trainer.progress < 1:
+            with_load = bool(load_every) and trainer.steps % load_every == 0
+            entry = trainer.step(with_load)
+            if with_load:
+                load = entry.pop("load")
+                entry["expert_load"] = [layer.experts.tolist() for layer in load]
+                entry["dropped"] = [round(layer.dropped, 4) for layer in load]
+            if evaluate is not None and evaluate_every and trainer.steps % evaluate_every == 0:
+                entry["bits_per_byte"] = evaluate()
+            log.append(entry)
+            lines.write(entry)
+            bar.update(round(1000 * trainer.progress) - bar.n)
+            rate = trainer.tokens / trainer.elapsed
+            bar.set_postfix_str(f"step {trainer.steps}, loss {entry['language']:.3f}, "
+                                f"{rate:,.0f} tokens/s", refresh=False)
+            saving = save_every and trainer.steps % save_every == 0
+            if folder and (saving or interrupt.asked or trainer.progress >= 1):
+                trainer.save(folder / "state.safetensors")
+            if interrupt.asked:
+                raise KeyboardInterrupt
+    return log
+
+
+class _Interrupt:
+    """Ctrl-C sets `asked`, so that a step is never torn; a second one interrupts at once."""
+
+    asked = False
+
+    def __enter__(self) -> "_Interrupt":
+        try:
+            self.before = signal.signal(signal.SIGINT, self._ask)
+        except ValueError:          # not the main thread: nothing to catch here
+            self.before = None
+        return self
+
+    def _ask(self, *_: object) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, self.before)
+
+    def __exit__(self, *_: object) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self.before)
+
+
+class _JsonLines:
+    """log.jsonl in `folder`, one object a line; on resume, lines after `steps` are cut off."""
+
+    def __init__(self, folder: Path | None, steps: int) -> None:
+        self.file = None
+        if folder is None:
+            return
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / "log.jsonl"
+            old = path.read_text().splitlines(keepends=True) if steps and path.exists() else []
+            self.file = path.open("w", encoding="utf-8")
+        except OSError as error:
+            raise ValueError(f"{folder}: cannot be written ({error.strerror})") from None
+        self.file.writelines(line for line in old if json.loads(line)["step"] <= steps)
+
+    def __enter__(self) -> "_JsonLines":
+        return self
+
+    def write(self, entry: dict[str, Any]) -> None:
+        if self.file is not None:
+            self.file.write(json.dumps(entry) + "\n")
+            self.file.flush()
+
+    def __exit__(self, *_: object) -> None:
+        if self.file is not None:
+            self.file.close()

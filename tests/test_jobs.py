@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: MIT
+"""The command line, in this process: exit codes, one-line errors, files."""
+
+import json
+
+import pytest
+
+from dsv2_ref import checkpoint, jobs
+from dsv2_ref.__main__ import main
+from dsv2_ref.training.pretrain import Trainer, TrainingDiverged
+from dsv2_ref.training.tokenizer import load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    for i in range(12):
+        lines = [f"def f{i}_{j}(x):\n    return x + {j}\n\n\n" for j in range(40)]
+        (folder / f"m{i}.py").write_text("".join(lines))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def trained(texts, tmp_path_factory):
+    out = tmp_path_factory.mktemp("train") / "out"
+    code = main(["train", "--preset", "tiny", "--corpus", texts, "--out", str(out), "--steps", "6",
+                 "--sequence", "32", "--batch", "2", "--save-every", "4", "--quiet"])
+    assert code == 0
+    return out
+
+
+def call(capsys, *args):
+    """(exit code, stdout, stderr) of a command."""
+    capsys.readouterr()
+    try:
+        code = main([str(a) for a in args])
+    except SystemExit as exit:
+        code = exit.code
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_train_writes_everything(trained):
+    names = {p.name for p in trained.iterdir()}
+    assert names == {"state.safetensors", "log.jsonl", "tokenizer.json", "model"}
+    model = checkpoint.load(trained / "model")
+    assert str(model.embedding.weight.dtype) == "torch.bfloat16"
+    tokenizer = load_tokenizer(trained / "tokenizer.json")
+    assert model.config.vocab == tokenizer.vocab < 512          # too little text for more merges
+    assert (model.config.bos, model.config.eos) == (tokenizer.bos, tokenizer.eos)
+    assert len((trained / "log.jsonl").read_text().splitlines()) == 6
+
+
+def test_train_refuses_to_overwrite_and_resumes(trained, texts, capsys):
+    same = ["train", "--preset", "tiny", "--corpus", texts, "--out", trained, "--sequence", "32",
+            "--batch", "2", "--quiet"]
+    code, out, err = call(capsys, *same, "--steps", 6)
+    assert code == 2 and "expected --resume" in err and err.count("\n") == 1 and out == ""
+    code, out, err = call(capsys, *same, "--steps", 8, "--resume", "--lr", 1)
+    assert code == 2 and "recipe.lr was 0.006, expected 1.0" in err
+    code, out, err = call(capsys, *same, "--steps", 8, "--resume")
+    assert code == 0 and json.loads(out)["steps"] == 8
+    code, out, err = call(capsys, *same, "--steps", 8, "--resume")
+    assert code == 2 and "is at its end" in err
+
+
+def test_generate_is_reproducible_json(trained, capsys):
+    args = ["generate", "--model", trained / "model", "--prompt", "def ", "--max-new-tokens", 8]
+    code, out, err = call(capsys, *args)
+    text = json.loads(out)["text"]
+    assert code == 0 and text.startswith("def ") and err.rstrip("\n").startswith("def ")
+    assert json.loads(call(capsys, *args)[1])["text"] == text
+
+
+def test_paper(capsys):
+    code, out, _ = call(capsys, "paper", "--json")
+    rows = json.loads(out)
+    assert code == 0 and all(row["holds"] for row in rows) and len(rows) >= 20
+    code, out, _ = call(capsys, "paper")
+    assert code == 0 and "235,741,434,880" in out
+
+
+@pytest.mark.parametrize(("args", "message"), [
+    (["nonsense"], "invalid choice: 'nonsense'"),
+    (["train", "--preset", "huge"], "preset: 'huge', expected one of"),
+    (["train", "--steps", "0"], "steps: 0, expected a number > 0"),
+    (["train", "--steps", "3", "--seconds", "3"], "not allowed with"),
+    (["train", "--corpus", "/no/such/place", "--steps", "1"], "'/no/such/place'"),
+    (["train", "--resume"], "expected a saved state to resume from"),
+    (["generate", "--model", "/no/such/model"], "/no/such/model"),
+    (["bench", "nothing"], "invalid choice: 'nothing'"),
+], ids=lambda x: " ".join(x) if isinstance(x, list) else "")
+def test_bad_input_is_one_line_and_code_2(args, message, capsys, tmp_path):
+    if args[0] == "train":
+        args = [*args, "--out", tmp_path / "out"]
+    code, out, err = call(capsys, *args)
+    assert code == 2 and out == "" and message in err and err.count("\n") == 1
+
+
+def test_unwritable_output(tmp_path, texts, capsys):
+    (tmp_path / "file").write_text("mine")
+    for command in (["run", "--seconds", 5, "--corpus", texts], ["train", "--corpus", texts]):
+        code, out, err = call(capsys, *command, "--out", tmp_path / "file" / "x")
+        assert code == 2 and "cannot be written" in err and err.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_empty_corpus(tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text("")
+    code, _, err = call(capsys, "train", "--corpus", tmp_path, "--out", tmp_path / "out")
+    assert code == 2 and "empty" in err and err.count("\n") == 1
+
+
+def test_the_main_job_in_small(tmp_path, texts, capsys, monkeypatch):
+    monkeypatch.setattr(jobs, "SMALL", jobs.PRESETS["tiny"])
+    code, out, err = call(capsys, "run", "--seconds", 6, "--corpus", texts, "--out", tmp_path)
+    assert code == 0
+    result = json.loads(out)
+    assert result == json.loads((tmp_path / "run.json").read_text())
+    for key in ("bits_per_byte", "gzip_bits_per_byte", "xz_bits_per_byte", "seconds",
+                "tokens_per_second"):
+        assert result[key] > 0
+    assert list(result["cache_bytes_per_token"]) == ["MHA", "GQA", "MQA", "MLA"]
+    for name in ("loss.png", "cache.png", "expert_load.png"):
+        assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
+    assert checkpoint.load(tmp_path / "model").config.n_layers == 3
+    assert "def " in err and "xz -9e" in err and "93.3%" in err
+    first = (tmp_path / "model" / "model.safetensors").read_bytes()
+    code, _, _ = call(capsys, "run", "--seconds", 6, "--corpus", texts, "--out", tmp_path)
+    assert code == 0 and (tmp_path / "model" / "model.safetensors").read_bytes() != first
+
+
+def test_divergence_is_one_line(tmp_path, texts, capsys, monkeypatch):
+    def diverge(self, with_load=False):
+        raise TrainingDiverged("step 3: loss nan")
+
+    monkeypatch.setattr(Trainer, "step", diverge)
+    code, out, err = call(capsys, "train", "--preset", "tiny", "--corpus", texts, "--quiet",
+                          "--out", tmp_path / "out")
+    assert code == 1 and out == "" and err.splitlines()[-1] == "dsv2_ref: step 3: loss nan"

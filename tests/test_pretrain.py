@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: MIT
+import gc
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from dsv2_ref import checkpoint
+from dsv2_ref.config import TINY
+from dsv2_ref.model import DeepSeekV2
+from dsv2_ref.training import pretrain
+from dsv2_ref.training.pretrain import Trainer, TrainingDiverged, train
+from dsv2_ref.training.recipe import Recipe
+
+CONFIG = TINY.with_(vocab=61, d=24, n_layers=2, dense_width=40, n_routed=8, expert_width=12,
+                    n_h=2, d_h=6, d_r=4, d_v=6, d_c=10, d_cq=14)
+RECIPE = Recipe(steps=12, batch=3, sequence=17, precision="fp32", batch_start=1, batch_ramp=0.4)
+
+
+def tokens():
+    rng = np.random.default_rng(0)
+    walk = np.cumsum(rng.integers(1, 4, 3000)) % 61       # the next token is one of three
+    return walk.astype(np.uint16)
+
+
+def trainer(recipe=RECIPE, config=CONFIG):
+    torch.manual_seed(recipe.seed)
+    return Trainer(DeepSeekV2(config), recipe, tokens())
+
+
+def test_it_learns():
+    log = train(trainer(RECIPE.with_(steps=160)), progress=False)
+    first, last = (np.mean([e["language"] for e in part]) for part in (log[:5], log[-5:]))
+    assert first == pytest.approx(np.log(61), abs=0.3)
+    assert last < 1.8                                      # ln 3 = 1.10 is the floor
+
+
+def test_log_names_everything():
+    log = train(trainer(), progress=False, load_every=5)
+    assert [e["batch"] for e in log][:6] == [1, 1, 2, 2, 3, 3]
+    assert [e["tokens"] for e in log][:3] == [17, 34, 68]
+    loads = [e for e in log if "expert_load" in e]
+    assert [e["step"] for e in loads] == [1, 6, 11]
+    for e in loads:                                        # one MoE layer; K slots a token
+        assert np.array(e["expert_load"]).shape == (1, 8)
+        assert np.sum(e["expert_load"]) == e["batch"] * 17 * CONFIG.top_k
+        assert 0 < e["dropped"][0] < 1
+    assert all(e[k] > 0 for e in log for k in ("expert", "device", "communication"))
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_resumed_losses_are_bit_equal(tmp_path, optimizer):
+    recipe = RECIPE.with_(optimizer=optimizer)
+    whole = train(trainer(recipe), progress=False)
+    first = trainer(recipe)
+    for _ in range(5):
+        first.step()
+    first.save(tmp_path / "state.safetensors")
+    second = trainer(recipe.with_(seed=0), CONFIG)
+    with torch.no_grad():
+        for weight in second.model.parameters():
+            weight.zero_()                                 # nothing may be left of a fresh start
+    second.load(tmp_path / "state.safetensors")
+    assert second.steps == 5
+    rest = train(second, progress=False)
+    exact = ("step", "tokens", "language", "expert", "device", "communication", "gradient_norm")
+    assert [[e[k] for k in exact] for e in rest] == [[e[k] for k in exact] for e in whole[5:]]
+
+
+def test_tied_weights_survive_a_resume(tmp_path):
+    first = trainer()
+    first.step()
+    first.save(tmp_path / "s")
+    second = trainer()
+    second.load(tmp_path / "s")
+    assert second.model.head.weight is second.model.embedding.weight
+
+
+def test_two_runs_are_equal_and_seeds_matter():
+    runs = [train(trainer(RECIPE.with_(seed=s, steps=3)), progress=False) for s in (0, 0, 1)]
+    losses = [[e["language"] for e in run] for run in runs]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_state_of_another_run_is_refused(tmp_path):
+    trainer().save(tmp_path / "s")
+    with pytest.raises(ValueError, match="recipe.lr was 0.006, expected 0.1"):
+        trainer(RECIPE.with_(lr=0.1)).load(tmp_path / "s")
+    with pytest.raises(ValueError, match="config.hidden_size was 24, expected 20"):
+        trainer(config=CONFIG.with_(d=20)).load(tmp_path / "s")
+    other = Trainer(DeepSeekV2(CONFIG), RECIPE, tokens()[:-1])
+    with pytest.raises(ValueError, match="cannot resume: tokens"):
+        other.load(tmp_path / "s")
+
+
+def test_ctrl_c_saves_between_steps(tmp_path, monkeypatch):
+    run = trainer()
+    step = run.step
+
+    def interrupted(*args):
+        if run.steps == 4:
+            os.kill(os.getpid(), signal.SIGINT)            # in the middle of step 5
+        return step(*args)
+
+    monkeypatch.setattr(run, "step", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(run, tmp_path, progress=False)
+    assert signal.getsignal(signal.SIGINT) is before
+    again = trainer()
+    again.load(tmp_path / "state.safetensors")
+    assert again.steps == 5
+    rest = train(again, tmp_path, progress=False)
+    whole = train(trainer(), progress=False)
+    assert [e["language"] for e in rest] == [e["language"] for e in whole[5:]]
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in lines] == list(range(1, 13))
+    assert [e["language"] for e in lines] == [e["language"] for e in whole]
+
+
+def test_interrupted_save_keeps_the_good_state(tmp_path, monkeypatch):
+    run = trainer()
+    run.step()
+    run.save(tmp_path / "s")
+    good = (tmp_path / "s").read_bytes()
+
+    def broken(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(checkpoint, "save_file", broken)
+    run.step()
+    with pytest.raises(ValueError, match="cannot be written"):
+        run.save(tmp_path / "s")
+    assert (tmp_path / "s").read_bytes() == good
+    assert [p.name for p in tmp_path.iterdir()] == ["s"]
+
+
+def test_a_loss_that_is_no_number_stops_the_run_before_the_weights_change():
+    run = trainer()
+    run.step()
+    with torch.no_grad():
+        run.model.norm.weight[0] = float("nan")
+    before = [p.detach().clone() for p in run.model.parameters()]
+    with pytest.raises(TrainingDiverged, match=r"step 2: loss nan.*weights are those of step 1"):
+        run.step()
+    assert all(torch.equal(a, b) or a.isnan().any()
+               for a, b in zip(before, run.model.parameters(), strict=True))
+
+
+def test_memory_is_flat_over_fifty_steps():
+    run = trainer(RECIPE.with_(steps=60))
+    counts = []
+    for i in range(53):
+        run.step(with_load=True)
+        if i in (2, 52):
+            gc.collect()
+            counts.append(sum(o.nbytes for o in gc.get_objects()
+                              if type(o) in (torch.Tensor, torch.nn.Parameter)))
+    assert counts[0] == counts[1]
+
+
+def test_by_the_clock_the_schedule_follows_the_time(monkeypatch):
+    now = iter(range(0, 1000))
+    monkeypatch.setattr(pretrain.time, "perf_counter", lambda: float(next(now)))
+    run = trainer(Recipe(seconds=5.0, batch=2, sequence=9, precision="fp32"))
+    log = train(run, progress=False)
+    assert [e["seconds"] for e in log] == [1, 2, 3, 4, 5]  # each step takes "one second"
+    assert [round(e["lr"] / 6e-3, 3) for e in log] == [0.0, 1.0, 0.86, 0.58, 0.3]
+
+
+def test_protected_sequences_drop_nothing():
+    def dropped(share):
+        run = trainer(RECIPE.with_(protected=share, batch_start=3))
+        return run.step(with_load=True)["load"][0].dropped
+
+    assert dropped(1.0) == 0.0 < dropped(0.0)
+
+
+def test_bf16_matmuls_leave_weights_and_router_in_fp32():
+    run = trainer(RECIPE.with_(precision="bf16"))
+    load = run.step(with_load=True)["load"][0]
+    assert load.routing.scores.dtype == torch.float32
+    assert {p.dtype for p in run.model.parameters()} == {torch.float32}
+
+
+def test_unwritable_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be written"):
+        train(trainer(), tmp_path / "file" / "run", progress=False)

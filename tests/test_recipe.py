@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: MIT
+import pytest
+
+from dsv2_ref.training.recipe import PAPER, Recipe, linear_decay, step_decay
+
+
+def test_step_decay_is_the_papers():
+    assert step_decay(0.0, 0.1) == 0 and step_decay(0.05, 0.1) == 0.5
+    assert step_decay(0.1, 0.1) == step_decay(0.599, 0.1) == 1
+    assert step_decay(0.6, 0.1) == pytest.approx(0.316)
+    assert step_decay(0.9, 0.1) == pytest.approx(0.316**2)
+    assert step_decay(0.79, 0.1, at=(0.8, 0.9)) == 1
+
+
+def test_linear_decay_ends_at_its_floor():
+    assert linear_decay(0.015, 0.03) == 0.5
+    assert linear_decay(0.03, 0.03) == linear_decay(0.3, 0.03) == 1
+    assert linear_decay(0.65, 0.03) == pytest.approx((1 + 0.02) / 2)
+    assert linear_decay(1.0, 0.03) == linear_decay(1.2, 0.03) == pytest.approx(0.02)
+
+
+def test_papers_numbers():
+    v2, lite = PAPER["v2"], PAPER["lite"]
+    assert v2.lr == 2.4e-4 and lite.lr == 4.2e-4
+    assert v2.warmup * v2.steps == pytest.approx(2000)
+    assert lite.warmup * lite.steps == pytest.approx(2000)
+    assert lite.steps * lite.batch * lite.sequence == pytest.approx(5.7e12, rel=0.01)
+    # the ramp's smaller batches cost steps: 225B tokens of mean 5760 sequences, then 9216
+    tokens = v2.sequence * (v2.batch_ramp * v2.steps * 5760 + (1 - v2.batch_ramp) * v2.steps * 9216)
+    assert tokens == pytest.approx(8.1e12, rel=0.02)
+    assert v2.batch_at(0) == 2304 and v2.batch_at(v2.batch_ramp) == v2.batch_at(1) == 9216
+    assert v2.batch_at(v2.batch_ramp / 2) == 5760
+    assert (v2.rate(0.59), round(v2.rate(0.61), 3), round(v2.rate(0.91), 4)) == (1, 0.316, 0.0999)
+    assert lite.rate(0.61) == 1 and lite.batch_at(0) == 4608
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    (dict(), "steps: None and seconds: None, expected just one"),
+    (dict(steps=1, seconds=1.0), "steps: 1 and seconds: 1.0, expected just one"),
+    (dict(steps=0), "steps: 0, expected a number > 0"),
+    (dict(steps=1, lr=float("nan")), "lr: nan, expected a number > 0"),
+    (dict(steps=1, warmup=1.5), "warmup: 1.5, expected a share from 0 to 1"),
+    (dict(steps=1, optimizer="sgd"), "optimizer: 'sgd', expected one of"),
+    (dict(steps=1, precision="fp8"), "precision: 'fp8', expected one of"),
+], ids=lambda x: x if isinstance(x, str) else None)
+def test_bad_recipes(changes, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        Recipe(**changes)
+
+
+def test_with_swaps_steps_for_seconds():
+    recipe = Recipe(steps=5, lr=1e-3).with_(seconds=2.0, lr=None)
+    assert (recipe.steps, recipe.seconds, recipe.lr) == (None, 2.0, 1e-3)
+    assert recipe.with_(steps=7).seconds is None
