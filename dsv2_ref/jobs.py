@@ -16,17 +16,11 @@ from torch import Tensor
 
 from dsv2_ref import checkpoint, cost, figures, paper
 from dsv2_ref.config import PRESETS, SMALL, V2, Config
-from dsv2_ref.inference.evaluate import bits_per_byte
+from dsv2_ref.inference.evaluate import bits_per_byte, compressed_bits_per_byte
 from dsv2_ref.inference.generate import TextStream, generate
 from dsv2_ref.model import DeepSeekV2
-from dsv2_ref.training.data import (
-    Corpus,
-    Document,
-    byte_count,
-    compressed_bits_per_byte,
-    encode,
-    open_corpus,
-)
+from dsv2_ref.training.corpora import Corpus, Document, byte_count, open_corpus
+from dsv2_ref.training.data import encode
 from dsv2_ref.training.pretrain import Trainer, autocast, keep_freed_memory, train
 from dsv2_ref.training.recipe import Recipe
 from dsv2_ref.training.tokenizer import (

@@ -30,7 +30,7 @@ from dsv2_ref.training.optim import build_optimizers, set_rate
 from dsv2_ref.training.recipe import Recipe
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDiverged(FloatingPointError):
     """The loss is no longer a number."""
 
 

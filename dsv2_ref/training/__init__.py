@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""Training: tokenizer, corpora and packed batches, optimisers, the pretraining loop."""

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: MIT
+"""Corpora behind one small interface: whole documents, some of them held out.
+
+A corpus is a list of named documents cut in three: train, validation (for choices made while
+training) and test (for the one number reported at the end). Whole documents are held out, never
+parts of one: the end of a file is far easier to predict after its beginning has been trained on.
+The cut comes from a hash of each document's name, so it does not depend on the order of the disk
+and needs no stored list.
+"""
+
+import hashlib
+import json
+import os
+import sysconfig
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from dsv2_ref.training.stories import sample
+
+TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py", ".tex", ".html", ".c", ".h", ".cpp", ".rs", ".js"}
+# Tests are kept out because they are repetitive, bundles because they are not the library itself.
+SKIPPED_FOLDERS = {
+    "site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__",
+    "ensurepip",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Document:
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents cut in three; `origin` says in one line where they come from."""
+
+    name: str
+    train: list[Document]
+    validation: list[Document]
+    test: list[Document]
+    origin: str
+
+
+def byte_count(documents: Iterable[Document]) -> int:
+    """UTF-8 bytes of the texts: the denominator of every bits-per-byte figure."""
+    return sum(len(document.text.encode()) for document in documents)
+
+
+def _name_hash(name: str) -> str:
+    return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def split(
+    name: str, documents: Iterable[Document], origin: str, held_out_bytes: int | None = None
+) -> Corpus:
+    """Deal documents, by the hash of their names, to validation and test until both are full.
+
+    held_out_bytes: size of each held-out part; None is a twentieth of all. A document larger than
+    a fifth of that stays in train where there is another choice, so that no single one decides the
+    held-out loss. The parts keep the given order. One or two texts are first cut into passages,
+    the one case where a part of a text is held out. ValueError for no text, or under 3 lines.
+    """
+    documents = [document for document in documents if document.text]
+    if not documents:
+        raise ValueError(f"corpus {name!r} is empty: expected some text, found none")
+    if len(documents) < 3:
+        documents = [passage for document in documents for passage in _passages(document)]
+    if len(documents) < 3:
+        raise ValueError(
+            f"corpus {name!r} has {len(documents)} document(s) of one line, expected at least 3 "
+            "documents or lines: some are held out for validation and test"
+        )
+    sizes = {i: len(document.text.encode()) for i, document in enumerate(documents)}
+    budget = sum(sizes.values()) // 20 if held_out_bytes is None else held_out_bytes
+    order = sorted(sizes, key=lambda i: (_name_hash(documents[i].name), i))
+    candidates = [i for i in order if 5 * sizes[i] <= budget]
+    if len(candidates) < 2:  # few documents: the two smallest
+        candidates = sorted(order, key=sizes.__getitem__)[:2]
+    part, taken = ["train"] * len(documents), {"validation": 0, "test": 0}
+    for i in candidates:
+        which = min(taken, key=taken.__getitem__)
+        if taken[which] >= budget > 0:
+            break
+        part[i], taken[which] = which, taken[which] + sizes[i]
+    parts = {
+        which: [documents[i] for i in range(len(documents)) if part[i] == which]
+        for which in ("train", "validation", "test")
+    }
+    if not parts["train"]:
+        raise ValueError(f"corpus {name!r} is too small for {budget} held-out bytes twice")
+    return Corpus(name=name, origin=origin, **parts)
+
+
+def _passages(document: Document, pieces: int = 30) -> Iterator[Document]:
+    """A text in about equal passages, cut at line ends."""
+    lines = document.text.splitlines(keepends=True)
+    ends = [len(lines) * i // pieces for i in range(pieces + 1)]
+    for i, (begin, end) in enumerate(zip(ends, ends[1:])):
+        if begin < end:
+            yield Document(f"{document.name}[{i + 1}/{pieces}]", "".join(lines[begin:end]))
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """All files below `folder` in a fixed order, without hidden folders."""
+    for where, folders, files in os.walk(folder):
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        yield from (Path(where, f) for f in sorted(files))
+
+
+def python_corpus(held_out_bytes: int = 500_000) -> Corpus:
+    """The running interpreter's own standard library, its .py files without the tests.
+
+    Nothing to download, on every machine, real text of 10 MB or so; but it differs between Python
+    releases, so a figure measured on it names the release.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    documents = []
+    for path in _walk(root):
+        name = path.relative_to(root).as_posix()
+        if path.suffix != ".py" or SKIPPED_FOLDERS & set(Path(name).parts):
+            continue
+        if path.name.startswith("_sysconfigdata"):
+            continue  # build paths of one machine, not source
+        try:
+            documents.append(Document(name, path.read_bytes().decode("utf-8")))
+        except UnicodeDecodeError:
+            continue  # a few files are in other encodings on purpose
+    documents.sort(key=lambda document: document.name)
+    origin = "Python standard library of the running interpreter (PSF licence), tests left out"
+    return split("python", documents, origin, held_out_bytes)
+
+
+def stories_corpus(n_stories: int = 20_000, seed: int = 0) -> Corpus:
+    """Sampled stories (see `stories.py`); train, validation, test in 18 : 1 : 1."""
+    if n_stories < 20:
+        raise ValueError(f"n_stories is {n_stories}, expected at least 20")
+    documents = [
+        Document(f"story {i}", story.text) for i, story in enumerate(sample(seed, n_stories))
+    ]
+    held = n_stories // 20
+    return Corpus(
+        name="stories",
+        train=documents[2 * held :],
+        validation=documents[:held],
+        test=documents[held : 2 * held],
+        origin=f"{n_stories} stories sampled from dsv2_ref.training.stories, seed {seed} (MIT)",
+    )
+
+
+def _extra(module: str, purpose: str) -> ModuleType:
+    try:
+        return __import__(module, fromlist=["_"])
+    except ImportError as error:
+        raise ImportError(
+            f"{purpose} needs {module.split('.')[0]}: pip install 'dsv2-ref[data]'"
+        ) from error
+
+
+def _checked(text: object, where: str, field: str) -> str:
+    if not isinstance(text, str):
+        found = type(text).__name__
+        raise ValueError(f"{where}: field {field!r} is {found}, expected a string")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
+        raise ValueError(f"{where}: field {field!r} has no UTF-8 form") from None
+    return text
+
+
+def _read_jsonl(path: Path, name: str, field: str) -> Iterator[Document]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: not valid JSON ({error})") from error
+            if not isinstance(row, dict) or field not in row:
+                raise ValueError(f"{path}:{number}: no field {field!r}, expected an object with it")
+            yield Document(f"{name}:{number}", _checked(row[field], f"{path}:{number}", field))
+
+
+def _read_parquet(path: Path, name: str, field: str) -> Iterator[Document]:
+    parquet = _extra("pyarrow.parquet", f"reading {path.name}")
+    try:
+        file = parquet.ParquetFile(path)
+    except ValueError as error:  # pyarrow's own errors derive from it
+        raise ValueError(f"{path}: not a parquet file ({error})") from error
+    with file:
+        columns = file.schema_arrow.names
+        if field not in columns:
+            raise ValueError(f"{path}: no column {field!r}, expected one of {columns}")
+        row = 0
+        for batch in file.iter_batches(columns=[field]):
+            for text in batch.column(0).to_pylist():
+                row += 1
+                yield Document(f"{name}:{row}", _checked(text, f"{path}:{row}", field))
+
+
+def _read(path: Path, name: str, field: str) -> Iterator[Document]:
+    if path.suffix == ".jsonl":
+        yield from _read_jsonl(path, name, field)
+    elif path.suffix == ".parquet":
+        yield from _read_parquet(path, name, field)
+    else:
+        try:
+            yield Document(name, path.read_bytes().decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 text ({error.reason})") from error
+
+
+def local_corpus(paths: str | Path | Sequence[str | Path], field: str = "text") -> Corpus:
+    """Files and folders of your own: a text file is a document, so is a row of jsonl or parquet.
+
+    A named file of any other suffix is read as text; in a folder only known text suffixes, .jsonl
+    and .parquet are. `field` is the key or column with the text. ValueError says which path, line
+    or field is wrong; ImportError if parquet is met without pyarrow.
+    """
+    paths = [paths] if isinstance(paths, str | Path) else list(paths)
+    documents, seen = [], set()
+    for path in map(Path, paths):
+        if not path.exists():
+            raise ValueError(f"path {str(path)!r} does not exist, expected a file or a folder")
+        files = [path]
+        if path.is_dir():
+            known = TEXT_SUFFIXES | {".jsonl", ".parquet"}
+            files = [file for file in _walk(path) if file.suffix in known]
+        for file in files:
+            if file.resolve() in seen:
+                continue
+            seen.add(file.resolve())
+            name = file.relative_to(path).as_posix() if path.is_dir() else file.name
+            documents.extend(_read(file, name, field))
+    origin = "local: " + ", ".join(Path(path).name for path in paths)
+    return split(", ".join(str(path) for path in paths), documents, origin)
+
+
+def hub_corpus(
+    name: str,
+    subset: str | None = None,
+    part: str = "train",
+    field: str = "text",
+    limit: int | None = None,
+) -> Corpus:
+    """A Hugging Face dataset: `part` ("train") of `name`, its first `limit` rows or all of them.
+
+    The held-out documents are cut from that same part. ImportError without the `data` extra,
+    ValueError if the dataset cannot be had or has no column `field`.
+    """
+    datasets = _extra("datasets", f"hub dataset {name!r}")
+    try:
+        rows = datasets.load_dataset(name, subset, split=part, streaming=limit is not None)
+    except Exception as error:  # network, hub, script and schema errors have no common base
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"hub dataset {name!r} cannot be loaded: {reason}") from error
+    documents = []
+    for i, row in enumerate(rows):
+        if limit is not None and i >= limit:
+            break
+        where = f"hub dataset {name!r} row {i}"
+        if field not in row:
+            raise ValueError(f"{where}: no field {field!r}, expected one of {sorted(row)}")
+        documents.append(Document(f"{part}:{i}", _checked(row[field], where, field)))
+    return split(f"hub:{name}", documents, f"Hugging Face dataset {name} ({part})")
+
+
+def open_corpus(spec: str) -> Corpus:
+    """'python', 'stories', 'hub:NAME', or the path of a file or folder."""
+    if spec == "python":
+        return python_corpus()
+    if spec == "stories":
+        return stories_corpus()
+    if spec.startswith("hub:"):
+        return hub_corpus(spec.removeprefix("hub:"))
+    if not Path(spec).exists():
+        raise ValueError(f"corpus {spec!r}: expected python, stories, hub:NAME or an existing path")
+    return local_corpus(spec)

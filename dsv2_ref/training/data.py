@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: MIT
+"""Packed batches, in an order that can be resumed.
+
+Packing: documents become one long array `bos doc eos bos doc eos ...`, cut into windows of
+`sequence` tokens without padding. A window may hold the end of one document and the beginning of
+the next; attention is not masked between them, the marks are there for the model to see.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from dsv2_ref.training.corpora import Document
+from dsv2_ref.training.tokenizer import TextTokenizer
+
+
+def encode(documents: Sequence[Document], tokenizer: TextTokenizer) -> np.ndarray:
+    """(tokens,) `bos doc eos` for each document, in order; uint16 where the ids fit, else int32."""
+    dtype = np.uint16 if tokenizer.vocab <= 2**16 else np.int32
+    pieces = [np.zeros(0, dtype)]
+    for start in range(0, len(documents), 256):  # bounds the lists of Python ints held at once
+        texts = [document.text for document in documents[start : start + 256]]
+        for ids in tokenizer.encode_batch(texts):
+            pieces.append(np.array([tokenizer.bos, *ids, tokenizer.eos], dtype))
+    return np.concatenate(pieces)
+
+
+class PackedBatches:
+    """Endless iterator of (tokens, targets), int64 (B, T): targets are the tokens one later.
+
+    Each epoch cuts the array at its own phase and visits the windows in its own order, both drawn
+    from (seed, epoch): borders move, so no prediction is always made without context. What lies
+    before the phase and behind the last whole window, under T tokens each, waits for another
+    epoch. The position counts windows, so the batch size may change at any step; a batch at the
+    end of an epoch goes on into the next one.
+    """
+
+    def __init__(self, tokens: np.ndarray, batch: int, sequence: int, seed: int):
+        for field, value in (("batch", batch), ("sequence", sequence)):
+            if value < 1:
+                raise ValueError(f"{field} is {value}, expected at least 1")
+        if len(tokens) < sequence + 1:
+            raise ValueError(
+                f"{len(tokens)} tokens are too few, expected at least sequence + 1 = {sequence + 1}"
+            )
+        self.tokens, self.batch, self.sequence, self.seed = tokens, batch, sequence, seed
+        digest = hashlib.sha256(f"{tokens.dtype.str} {len(tokens)}".encode())
+        digest.update(np.ascontiguousarray(tokens))
+        self.fingerprint = int(digest.hexdigest()[:13], 16)  # 52 bits: exact in any JSON reader
+        self._enter(epoch=0, window=0)
+
+    def _enter(self, epoch: int, window: int) -> None:
+        generator = np.random.default_rng([self.seed, epoch])
+        T, spare = self.sequence, len(self.tokens) - 1 - self.sequence
+        phase = int(generator.random() * min(T, spare + 1))
+        n_windows = (len(self.tokens) - 1 - phase) // T
+        self._starts = phase + T * np.argsort(generator.random(n_windows), kind="stable")
+        self.epoch, self.window = epoch, window
+
+    def next_batch(self, batch: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next `batch` windows (default: the constructor's)."""
+        batch = self.batch if batch is None else batch
+        if batch < 1:
+            raise ValueError(f"batch is {batch}, expected at least 1")
+        rows = []
+        while len(rows) < batch:
+            if self.window == len(self._starts):
+                self._enter(self.epoch + 1, 0)
+            start = self._starts[self.window]
+            rows.append(self.tokens[start : start + self.sequence + 1])
+            self.window += 1
+        both = torch.from_numpy(np.stack(rows).astype(np.int64))                # (B, T+1)
+        return both[:, :-1].contiguous(), both[:, 1:].contiguous()
+
+    def __iter__(self) -> "PackedBatches":
+        return self
+
+    def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.next_batch()
+
+    def state(self) -> dict[str, int]:
+        """Plain ints: the position, and what it is a position in."""
+        return {
+            "epoch": self.epoch,
+            "window": self.window,
+            "seed": self.seed,
+            "sequence": self.sequence,
+            "fingerprint": self.fingerprint,
+        }
+
+    def load(self, state: dict[str, int]) -> None:
+        """Go on from `state` bit for bit. ValueError if it belongs to other data or windows."""
+        missing = [key for key in self.state() if not isinstance(state.get(key), int)]
+        if missing:
+            raise ValueError(f"the saved data position has no integer {', '.join(missing)}")
+        means = {"fingerprint": "tokens (corpus or tokenizer)", "sequence": "", "seed": ""}
+        for key, meaning in means.items():
+            if state[key] != getattr(self, key):
+                raise ValueError(
+                    f"cannot resume: {meaning or key} changed since the state was saved "
+                    f"({key} {state[key]}, now {getattr(self, key)})"
+                )
+        self._enter(state["epoch"], state["window"])
+        if not 0 <= self.window <= len(self._starts):
+            raise ValueError(f"window is {self.window}, expected 0 to {len(self._starts)}")

@@ -1,0 +1,355 @@
+# SPDX-License-Identifier: MIT
+"""corpora.py and data.py: whole files held out, exact packing, resuming, one line per error."""
+
+import gzip
+import hashlib
+import json
+import lzma
+import sys
+import sysconfig
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from dsv2_ref.inference.evaluate import compressed_bits_per_byte
+from dsv2_ref.training.corpora import (
+    Document,
+    byte_count,
+    hub_corpus,
+    local_corpus,
+    open_corpus,
+    python_corpus,
+    split,
+    stories_corpus,
+)
+from dsv2_ref.training.data import PackedBatches, encode
+from dsv2_ref.training.tokenizer import train_tokenizer
+
+
+def parts(corpus):
+    return corpus.train, corpus.validation, corpus.test
+
+
+def names(documents):
+    return [document.name for document in documents]
+
+
+@pytest.fixture(scope="module")
+def python():
+    return python_corpus()
+
+
+def test_python_corpus_is_the_library_without_its_tests(python):
+    root = Path(sysconfig.get_paths()["stdlib"])
+    every = [name for part in parts(python) for name in names(part)]
+    assert len(set(every)) == len(every) > 300
+    assert {"json/decoder.py", "dataclasses.py", "asyncio/events.py"} <= set(every)
+    banned = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3",
+              "__pycache__", "ensurepip"}  # fmt: skip
+    for name in every:
+        assert name.endswith(".py") and not banned & set(name.split("/"))
+        assert not name.split("/")[-1].startswith("_sysconfigdata")
+    for document in (python.train[0], python.validation[-1], python.test[0]):
+        assert document.text.encode() == (root / document.name).read_bytes()
+    for part in parts(python):
+        assert names(part) == sorted(names(part)) and all(document.text for document in part)
+
+
+def test_python_corpus_holds_out_two_parts_of_half_a_megabyte(python):
+    assert byte_count(python.train) > 5_000_000
+    for part in (python.validation, python.test):
+        assert 500_000 <= byte_count(part) < 600_000
+        assert 10 <= len(part) <= 80
+        assert max(len(document.text.encode()) for document in part) <= 100_000
+    assert open_corpus("python") == python
+
+
+def documents(n, size=100):
+    return [Document(f"file {i}", "x" * (size + i)) for i in range(n)]
+
+
+def test_split_does_not_depend_on_the_order_and_is_stable():
+    corpus = split("c", documents(100), "here")
+    shuffled = split("c", reversed(documents(100)), "here")
+    for one, other in zip(parts(corpus), parts(shuffled)):
+        assert sorted(names(one)) == sorted(names(other))
+    assert sum(map(len, parts(corpus))) == 100
+    # dealt in turn by sha256 of the name: the same in every process and on every release
+    letters = [Document(letter, "x") for letter in "abcdefghijklmnopqrst"]
+    dealt = sorted("abcdefghijklmnopqrst", key=lambda s: hashlib.sha256(s.encode()).hexdigest())
+    few = split("c", letters, "", held_out_bytes=5)
+    assert (names(few.validation), names(few.test)) == (sorted(dealt[:10:2]), sorted(dealt[1:10:2]))
+
+
+def test_split_sizes_and_small_corpora():
+    corpus = split("c", documents(1000), "")
+    total = byte_count(documents(1000))
+    for part in (corpus.validation, corpus.test):
+        assert total // 20 <= byte_count(part) <= total // 20 + 1100
+    three = split("c", [Document("a", "x" * 90), Document("b", "x"), Document("c", "yy")], "")
+    assert [names(part) for part in parts(three)] == [["a"], ["b"], ["c"]]
+    giant = [Document("giant", "x" * 10**6), *documents(400)]
+    assert "giant" in names(split("c", giant, "").train)
+    with pytest.raises(ValueError, match="'c' has 2 document.* expected at least 3"):
+        split("c", documents(2) + [Document("empty", "")], "")
+    with pytest.raises(ValueError, match="'c' is empty"):
+        split("c", [Document("empty", "")], "")
+    with pytest.raises(ValueError, match="too small for 10000000 held-out bytes"):
+        split("c", documents(50), "", held_out_bytes=10**7)
+
+
+def test_stories_corpus():
+    corpus = stories_corpus(200, seed=3)
+    assert [len(part) for part in parts(corpus)] == [180, 10, 10]
+    assert corpus == stories_corpus(200, seed=3) != stories_corpus(200, seed=4)
+    assert len({d.text for part in parts(corpus) for d in part}) == 200
+    with pytest.raises(ValueError, match="n_stories is 19"):
+        stories_corpus(19)
+
+
+def lines(*rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def test_local_files_and_folders(tmp_path):
+    folder = tmp_path / "corpus"
+    (folder / "sub").mkdir(parents=True)
+    (folder / ".git").mkdir()
+    (folder / "a.txt").write_bytes("é\r\n".encode())
+    (folder / "sub" / "b.md").write_text("b")
+    (folder / ".git" / "c.txt").write_text("hidden")
+    (folder / "image.png").write_bytes(b"\x89\xff")
+    (folder / "rows.jsonl").write_text(lines({"text": "one"}, {"text": "two"}) + "\n")
+    extra = tmp_path / "extra.log"
+    extra.write_text("named, so read")
+    corpus = local_corpus([folder, extra, folder / "a.txt"])
+    assert sum(map(len, parts(corpus))) == 5  # a.txt was given twice
+    found = {d.name: d.text for part in parts(corpus) for d in part}
+    assert found == {
+        "a.txt": "é\r\n",
+        "sub/b.md": "b",
+        "rows.jsonl:1": "one",
+        "rows.jsonl:2": "two",
+        "extra.log": "named, so read",
+    }
+    assert Counter(d.text for part in parts(open_corpus(str(folder))) for d in part)["b"] == 1
+
+
+def test_local_parquet(tmp_path, monkeypatch):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pyarrow.table({"text": ["a", "b", "cc"], "n": [1, 2, 3]}), path)
+    corpus = local_corpus(path)
+    assert sorted(d.name for part in parts(corpus) for d in part) == [
+        f"rows.parquet:{i}" for i in (1, 2, 3)
+    ]
+    with pytest.raises(ValueError, match="no column 'body', expected one of .'text', 'n'."):
+        local_corpus(path, field="body")
+    with pytest.raises(ValueError, match="rows.parquet:1: field 'n' is int, expected a string"):
+        local_corpus(path, field="n")
+    path.write_bytes(b"not parquet at all")
+    with pytest.raises(ValueError, match="not a parquet file"):
+        local_corpus(path)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(ImportError, match=r"needs pyarrow: pip install 'dsv2-ref\[data\]'"):
+        local_corpus(path)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (lines({"text": "a"}) + "{oops\n", r"rows.jsonl:2: not valid JSON"),
+        (lines({"text": "a"}, {"body": "b"}), r"rows.jsonl:2: no field 'text'"),
+        (lines(["text"]), r"rows.jsonl:1: no field 'text', expected an object"),
+        (lines({"text": None}), r"rows.jsonl:1: field 'text' is NoneType, expected a string"),
+        ('{"text": "\\ud83d"}', r"rows.jsonl:1: field 'text' has no UTF-8 form"),
+        ("\n", r"is empty"),
+        (lines({"text": "alone"}), r"has 1 document.* expected at least 3"),
+    ],
+)
+def test_jsonl_errors(tmp_path, content, message):
+    (tmp_path / "rows.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        local_corpus(tmp_path / "rows.jsonl")
+    assert "\n" not in str(caught.value)
+
+
+def test_path_errors(tmp_path):
+    with pytest.raises(ValueError, match="path '.*nowhere' does not exist"):
+        local_corpus(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="'pyhton': expected python, stories, hub:NAME"):
+        open_corpus("pyhton")
+    (tmp_path / "image.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="image.txt: not UTF-8"):
+        local_corpus(tmp_path)
+
+
+def test_hub(monkeypatch):
+    def load_dataset(name, subset, split, streaming):
+        if name == "gone":
+            raise FileNotFoundError("no such dataset\nlong traceback")
+        assert split == "train"
+        return [{"text": f"row {i} of {name}"} for i in range(50)]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    corpus = open_corpus("hub:some/name")
+    assert corpus.name == "hub:some/name" and sum(map(len, parts(corpus))) == 50
+    assert sum(map(len, parts(hub_corpus("some/name", limit=10)))) == 10
+    with pytest.raises(ValueError, match="no field 'body', expected one of .'text'."):
+        hub_corpus("some/name", field="body")
+    with pytest.raises(ValueError, match="'gone' cannot be loaded: no such dataset$"):
+        hub_corpus("gone")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r"needs datasets: pip install 'dsv2-ref\[data\]'"):
+        open_corpus("hub:some/name")
+
+
+def test_encode_marks_every_document():
+    docs = [Document(str(i), f"text {i} {'é' * i}\n") for i in range(600)]
+    tokenizer = train_tokenizer((d.text for d in docs), 300)
+    ids = encode(docs, tokenizer)
+    assert ids.dtype == np.uint16 and ids.ndim == 1
+    assert (ids == tokenizer.bos).sum() == (ids == tokenizer.eos).sum() == 600
+    at = 0
+    for document in docs:
+        own = [tokenizer.bos, *tokenizer.encode(document.text), tokenizer.eos]
+        assert ids[at : at + len(own)].tolist() == own
+        at += len(own)
+    assert at == len(ids)
+    assert encode([], tokenizer).shape == (0,)
+    large = SimpleNamespace(vocab=2**16 + 1, bos=2**16, eos=1, encode_batch=lambda texts: [[2]])
+    assert encode(docs[:1], large).tolist() == [2**16, 2, 1]
+    assert encode(docs[:1], large).dtype == np.int32
+
+
+def test_byte_count():
+    assert byte_count([Document("a", "é🙂"), Document("b", "\r\n")]) == 2 + 4 + 2
+
+
+# ------ packed batches: 103 distinct tokens, windows of 7
+
+
+def packed(seed=5, batch=3, sequence=7, tokens=None):
+    tokens = np.arange(103, dtype=np.uint16) if tokens is None else tokens
+    return PackedBatches(tokens, batch, sequence, seed)
+
+
+def epochs(batches, n):
+    """First token of every window, epoch by epoch, read one window at a time."""
+    starts = [[] for _ in range(n)]
+    while True:
+        tokens, _ = batches.next_batch(1)
+        if batches.epoch == n:
+            return starts
+        starts[batches.epoch].append(tokens[0, 0].item())
+
+
+def test_batches_are_contiguous_windows_and_next_tokens():
+    for _, (tokens, targets) in zip(range(30), packed()):
+        assert tokens.shape == targets.shape == (3, 7)
+        assert tokens.dtype == targets.dtype == torch.int64
+        assert torch.equal(tokens + 1, targets)  # the array counts up
+        assert torch.equal(tokens - tokens[:, :1], torch.arange(7).expand(3, 7))
+
+
+def test_an_epoch_visits_every_window_of_its_phase_once():
+    seen = epochs(packed(), 12)
+    for starts in seen:
+        phase = min(starts)
+        assert 0 <= phase < 7
+        assert sorted(starts) == list(range(phase, 103 - 7, 7))
+        assert starts != sorted(starts)
+    assert len({min(starts) for starts in seen}) > 3  # borders move
+    assert len({tuple(starts) for starts in seen}) == 12
+    assert epochs(packed(), 3) == seen[:3]
+    assert epochs(packed(seed=6), 3) != seen[:3]
+
+
+def test_the_position_counts_windows_not_batches():
+    one, ramp = packed(batch=1), packed()
+    single = torch.cat([next(one)[0] for _ in range(60)])
+    ramped = torch.cat([ramp.next_batch(b)[0] for b in (1, 2, 3, 5, 8, 13, 28)])
+    assert torch.equal(single, ramped)
+    assert one.state() == ramp.state()
+
+
+def test_resume_is_bit_identical_everywhere_epoch_borders_included():
+    source = packed(batch=4)
+    states, batches = [source.state()], []
+    for _ in range(40):
+        batches.append(next(source))
+        states.append(json.loads(json.dumps(source.state())))
+    assert {state["window"] for state in states} >= {0, 14}  # an epoch's first and last position
+    for at, state in enumerate(states[:-3]):
+        resumed = packed(batch=4)
+        resumed.load(state)
+        for expected in batches[at : at + 3]:
+            got = next(resumed)
+            assert torch.equal(expected[0], got[0]) and torch.equal(expected[1], got[1])
+        assert resumed.state() == states[at + 3]
+
+
+def test_resume_refuses_other_data():
+    state = packed().state()
+    assert all(type(value) is int for value in state.values())
+    other = np.arange(103, dtype=np.uint16)
+    other[50] += 1
+    with pytest.raises(ValueError, match="tokens .corpus or tokenizer. changed"):
+        packed(tokens=other).load(state)
+    with pytest.raises(ValueError, match="tokens .corpus or tokenizer. changed"):
+        packed(tokens=np.arange(102, dtype=np.uint16)).load(state)
+    with pytest.raises(ValueError, match="sequence changed .* .sequence 7, now 8"):
+        packed(sequence=8).load(state)
+    with pytest.raises(ValueError, match="seed changed"):
+        packed(seed=6).load(state)
+    with pytest.raises(ValueError, match="no integer window"):
+        packed().load({key: value for key, value in state.items() if key != "window"})
+    with pytest.raises(ValueError, match="window is 99"):
+        packed().load(state | {"window": 99})
+
+
+def test_packing_errors_and_the_smallest_array():
+    tokens, targets = next(PackedBatches(np.arange(8, dtype=np.int32), 2, 7, 0))
+    assert torch.equal(tokens, torch.arange(7).expand(2, 7))
+    assert torch.equal(targets, torch.arange(1, 8).expand(2, 7))
+    with pytest.raises(ValueError, match=r"7 tokens are too few, .* sequence \+ 1 = 8"):
+        PackedBatches(np.arange(7), 1, 7, 0)
+    for batch, sequence in ((0, 7), (1, 0)):
+        with pytest.raises(ValueError, match="is 0, expected at least 1"):
+            packed(batch=batch, sequence=sequence)
+    with pytest.raises(ValueError, match="batch is 0"):
+        packed().next_batch(0)
+
+
+def test_compressors(python):
+    docs = [Document("a", "abc" * 500), Document("b", "é" * 300)]
+    raw = [d.text.encode() for d in docs]
+    got = compressed_bits_per_byte(docs)
+    total = 1500 + 600
+    assert got["gzip"] == 8 * sum(len(gzip.compress(r, 9)) for r in raw) / total
+    xz = lzma.compress(b"".join(raw), preset=9 | lzma.PRESET_EXTREME)
+    assert got["xz_together"] == 8 * len(xz) / total
+    real = compressed_bits_per_byte(python.validation)
+    raw = [d.text.encode() for d in python.validation]
+    preset = 9 | lzma.PRESET_EXTREME
+    size = sum(len(lzma.compress(data, preset=preset)) for data in raw)
+    assert real["xz"] == 8 * size / byte_count(python.validation)
+    assert 1.2 < real["xz_together"] < real["xz"] < real["gzip"] < 2.6
+    with pytest.raises(ValueError, match="without any text"):
+        compressed_bits_per_byte([Document("a", "")])
+
+
+def test_a_single_text_is_cut_into_passages(tmp_path):
+    text = "".join(f"line {i}\n" for i in range(900))
+    (tmp_path / "book.txt").write_text(text)
+    corpus = local_corpus(tmp_path / "book.txt")
+    parts = [corpus.train, corpus.validation, corpus.test]
+    assert all(parts) and sum(map(len, parts)) == 30
+    passages = sorted((d for part in parts for d in part), key=lambda d: text.index(d.text))
+    assert "".join(d.text for d in passages) == text
+    assert passages[0].name == "book.txt[1/30]"
