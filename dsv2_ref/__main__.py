@@ -31,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--json", action="store_true")
 
     p = commands.add_parser("train", help="train a preset")
-    p.add_argument("--preset", default="small", help="small, tiny, lite or v2")
+    p.add_argument("--preset", default="small", help="small, mini, tiny, lite or v2")
     p.add_argument("--corpus", default="python", help="python, stories, hub:NAME or a path")
     p.add_argument("--out", default="build/train")
     p.add_argument("--resume", action="store_true", help="go on from the state in --out")

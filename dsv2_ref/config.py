@@ -248,8 +248,13 @@ TINY = Config(
     alpha_expert=0.003, alpha_device=0.05, alpha_comm=0.02, drop_capacity=1.0,
     max_positions=512, init_std=0.02, tie_embeddings=True,
 )
-SMALL = TINY.with_(
+MINI = TINY.with_(      # the committed checkpoint, data/model
+    vocab=1024, d=96, d_h=24, d_r=16, d_v=24, d_c=64, d_cq=72, dense_width=256, expert_width=64,
+    max_positions=1024,
+)
+SMALL = TINY.with_(     # the main job
+
     vocab=4096, d=128, d_h=32, d_r=16, d_v=32, d_c=128, d_cq=96, dense_width=384, n_shared=2,
     n_routed=16, top_k=4, expert_width=64, max_positions=2048,
 )
-PRESETS = {"v2": V2, "lite": LITE, "small": SMALL, "tiny": TINY}
+PRESETS = {"v2": V2, "lite": LITE, "small": SMALL, "mini": MINI, "tiny": TINY}

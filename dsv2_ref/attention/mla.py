@@ -70,7 +70,8 @@ def attend_expanded(
     v_c = F.linear(c_kv, W_UV.flatten(0, 1)).unflatten(-1, (n_h, -1))        # (B, S, n_h, d_v) (45)
     q = torch.cat((q_c, q_r), -1)                                            # (B, T, n_h, ·)   (40)
     k = torch.cat((k_c, k_r[:, :, None].expand(-1, -1, n_h, -1)), -1)        # (B, S, n_h, ·)   (44)
-    v = F.pad(v_c, (0, q.shape[-1] - v_c.shape[-1]))       # one width lets SDPA take its fast path
+    wider = max(q.shape[-1] - v_c.shape[-1], 0)
+    v = F.pad(v_c, (0, wider))                             # one width lets SDPA take its fast path
     causal = positions is None and T == S                  # known to SDPA, which then skips half
     o = F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=causal, scale=scale,

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: MIT
+"""The scoreboard: numbers that the paper claims beside the ones this code computes.
+
+`ours` is computed from the presets by `cost`, `attention.rope` and the cache classes whenever
+`rows()` is called; nothing in that column is written down. `paper` is what the paper prints, or,
+in parentheses, what follows from what it prints. A row *holds* when ours, rounded to the digits
+that the paper gives, is the paper's number; the one exception, a number that the paper truncates,
+says so. Nothing is allocated and nothing trained: benchmark scores, Pile bits per byte and
+generation throughput need the trained 236B weights or eight H800, and are no rows.
+"""
+
+import json
+import math
+import textwrap
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+
+from dsv2_ref import cost
+from dsv2_ref.attention.kv_cache import LatentCache
+from dsv2_ref.attention.rope import softmax_scale, yarn_mscale
+from dsv2_ref.config import LITE, V2, Config
+
+# DeepSeek 67B, the dense predecessor that the paper measures itself against
+DENSE_N, DENSE_LAYERS, DENSE_N_KV, DENSE_D_H = 67e9, 95, 8, 128
+# H800 GPU-hours to train on 1T tokens, as printed in section 3.2.3
+HOURS, DENSE_HOURS = 172.8e3, 300.6e3
+
+
+@dataclass(frozen=True)
+class Row:
+    """One claim."""
+
+    claim: str
+    section: str      # of the paper, where the claim is made
+    paper: str        # as printed there; in parentheses: follows from what is printed
+    ours: str         # computed, in the same units
+    value: float      # the same, unrounded
+    holds: bool       # whether the two agree to the digits the paper gives
+    how: str          # where ours comes from
+
+
+def rows(v2: Config = V2, lite: Config = LITE) -> list[Row]:
+    """Every claim that can be computed, in the order of the subjects below."""
+    return [*_sizes(v2, lite), *_cache_tables(v2, lite), *_cache_saving(v2), *_training(v2),
+            *_long_context(v2)]
+
+
+def _rounded(value: float, digits: int, published: float) -> bool:
+    return math.isclose(round(value, digits), published, abs_tol=1e-9)
+
+
+def _sizes(v2: Config, lite: Config) -> list[Row]:
+    result = []
+    for name, section, config, paper_total, paper_active, digits in (
+        ("V2", "3.1.2", v2, 236, 21, 0), ("V2-Lite", "B", lite, 15.7, 2.4, 1),
+    ):
+        total = cost.parameters(config).total
+        active, touched = (cost.activated_parameters(config, e) for e in (False, True))
+        holds = _rounded(active / 1e9, digits, paper_active)
+        how = f"no input embedding ({touched / 1e9:.2f}B with it)"
+        if config is lite:      # 2.451 is printed as 2.4: rounded it would be 2.5
+            holds = math.floor(active / 1e8) / 10 == paper_active
+            how = f"paper truncates; {touched / 1e9:.2f}B with embedding"
+        result += [
+            Row(f"parameters, {name}", section, f"{paper_total}B", f"{total / 1e9:.2f}B", total,
+                _rounded(total / 1e9, digits, paper_total), f"exactly {total:,}"),
+            Row(f"activated, {name}", section, f"{paper_active}B", f"{active / 1e9:.2f}B", active,
+                holds, how),
+        ]
+    return result
+
+
+def _cache_tables(v2: Config, lite: Config) -> list[Row]:
+    mla = cost.cache_elements_per_token("MLA", v2)
+    groups = mla / cost.per_head_elements(v2.n_layers, 1, v2.d_h)
+    units = mla / (v2.d_h * v2.n_layers)
+    result = [
+        Row("MLA's cache in GQA groups", "2.1.4", "2.25", f"{groups:.2f}", groups, groups == 2.25,
+            "(d_c + d_r) / 2 d_h, Table 1"),
+        Row("MLA's cache over d_h l", "2.1.4", "9/2", f"{units:.2f}", units, units == 4.5,
+            "d_c = 4 d_h, d_r = d_h / 2, Table 1"),
+    ]
+    # the paper does not print the large MHA model's heads: 56 is the count that gives its cache
+    large_mha = v2.with_(n_h=56)
+    for name, kind, c, paper in (
+        ("small MoE with MHA", "MHA", lite, 110.6), ("small MoE with MLA", "MLA", lite, 15.6),
+        ("large MoE with MHA", "MHA", large_mha, 860.2), ("large MoE with MLA", "MLA", v2, 34.6),
+    ):
+        n = cost.cache_elements_per_token(kind, c)
+        how = f"2 x {c.n_h} x {c.d_h} x {c.n_layers}, Table 9"
+        if kind == "MLA":
+            how = f"(d_c + d_r) l = {c.d_c + c.d_r} x {c.n_layers}, Table 9"
+        elif c is large_mha:
+            how = f"2 x {c.n_h} x {c.d_h} x {c.n_layers}; {c.n_h} heads inferred"
+        result.append(Row(f"cache, {name}", "D.2", f"{paper}K", f"{n / 1e3:.1f}K", n,
+                          _rounded(n / 1e3, 1, paper), how))
+    return result
+
+
+def _cache_saving(v2: Config) -> list[Row]:
+    mla = cost.cache_elements_per_token("MLA", v2)
+    dense = cost.per_head_elements(DENSE_LAYERS, DENSE_N_KV, DENSE_D_H)
+    bits = cost.average_bits(v2.d_c, v2.d_r)
+    equal = 100 * (1 - mla / dense)
+    six = 100 * (1 - cost.cache_bits(mla, 6.0) / cost.cache_bits(dense, 16.0))
+    live = LatentCache(v2.n_layers, 1, 1, v2.d_c, v2.d_r, torch.bfloat16, "meta").nbytes
+    expanded = int(cost.cache_bytes(cost.expanded_elements(v2), 16.0))
+    return [
+        Row("KV saved, both at 16 bits", "3.2.3", "(82.2%)", f"{equal:.1f}%", equal,
+            _rounded(equal, 1, 82.2), f"{mla:,} elements; 67B's GQA {dense:,}"),
+        Row("KV saved, ours at 6 bits", "3.2.3", "93.3%", f"{six:.1f}%", six,
+            _rounded(six, 1, 93.3), "by formula; 67B's GQA at 16 bits"),
+        Row("bits a cached element", "3.2.3", "6", f"{bits:.2f}", bits, bits == 6.0,
+            "our reading: latent 4.75, RoPE 16"),
+        Row("bf16 bytes a token, latent", "2.1.4", "(69,120)", f"{live:,}", live,
+            live == 69_120, "nbytes of a one-token LatentCache"),
+        Row("the same kept expanded", "2.1.4", "(4,915,200)", f"{expanded:,}", expanded,
+            expanded == 4_915_200, f"2 n_h (d_h + d_r + d_v) l: {expanded / live:.0f} times"),
+    ]
+
+
+def _training(v2: Config) -> list[Row]:
+    saved = 100 * (1 - HOURS / DENSE_HOURS)
+    result = [
+        Row("training GPU-hours saved", "3.2.3", "42.5%", f"{saved:.1f}%", saved,
+            _rounded(saved, 1, 42.5), "172.8K and 300.6K h for 1T tokens"),
+    ]
+    for name, n_active, hours, about in (
+        ("V2", cost.activated_parameters(v2), HOURS, 200), ("67B", DENSE_N, DENSE_HOURS, 370),
+    ):
+        rate = cost.implied_tflops(cost.training_flops(n_active, 1e12), hours)
+        result.append(Row(f"implied TFLOP/s a GPU, {name}", "3.2.3", f"({about})",
+                          f"{rate:.0f}", rate, _rounded(rate, -1, about),
+                          "6 N_active FLOPs a token; peak ~990"))
+    return result
+
+
+def _long_context(v2: Config) -> list[Row]:
+    factor, mscale = v2.yarn_factor or 1.0, v2.yarn_mscale_all_dim or 0.0
+    length = yarn_mscale(factor, mscale)
+    d_qk = v2.d_h + v2.d_r
+    scale = softmax_scale(d_qk, factor, mscale) / softmax_scale(d_qk)
+    target = factor * v2.yarn_original_positions
+    return [
+        Row("YaRN target context", "3.1.4", "160K", f"{target / 1024:.0f}K", target,
+            target == 160 * 1024, f"{factor:.0f} x {v2.yarn_original_positions} positions"),
+        Row("YaRN length factor sqrt(t)", "3.1.4", "(1.2608)", f"{length:.4f}", length,
+            _rounded(length, 4, 1.2608), f"0.1 x {mscale} x ln {factor:.0f} + 1"),
+        Row("YaRN softmax-scale factor", "3.1.4", "(1.5896)", f"{scale:.4f}", scale,
+            _rounded(scale, 4, 1.5896), "its square: once for q, once for k"),
+    ]
+
+
+def as_table(rows: Sequence[Row]) -> str:
+    """Aligned text of at most 100 columns; a row that does not hold is marked NO."""
+    cells = [("", "claim", "sec.", "paper", "ours", "how")]
+    cells += [("ok" if r.holds else "NO", r.claim, r.section, r.paper, r.ours, r.how) for r in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(5)]
+    how_width = max(100 - sum(widths) - 2 * 5, 20)
+    lines = []
+    for mark, claim, section, paper, ours, how in cells:
+        parts = textwrap.wrap(how, how_width) or [""]
+        first = (mark.ljust(widths[0]), claim.ljust(widths[1]), section.ljust(widths[2]),
+                 paper.rjust(widths[3]), ours.rjust(widths[4]), parts[0])
+        lines.append("  ".join(first).rstrip())
+        lines += [" " * (sum(widths) + 2 * 5) + part for part in parts[1:]]
+    lines.insert(1, "-" * max(len(line) for line in lines))
+    lines += ["", f"{sum(r.holds for r in rows)} of {len(rows)} hold. "
+              "(In parentheses: not printed in the paper, follows from what is.)"]
+    return "\n".join(lines)
+
+
+def as_json(rows: Sequence[Row]) -> str:
+    """A JSON list with one object a row, keys as in `Row`."""
+    return json.dumps([asdict(row) for row in rows], indent=2)

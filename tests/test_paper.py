@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: MIT
+"""The scoreboard: every claim holds, and stops holding when the model is another one."""
+
+import json
+
+import pytest
+
+from dsv2_ref import paper
+from dsv2_ref.config import LITE, V2
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return {row.claim: row for row in paper.rows()}
+
+
+def test_every_claim_holds(rows):
+    assert len(rows) == len(paper.rows()) == 21      # claims are names: no two alike
+    assert [claim for claim, row in rows.items() if not row.holds] == []
+
+
+@pytest.mark.parametrize("claim, printed, ours, value", [
+    ("parameters, V2", "236B", "235.74B", 235_741_434_880),
+    ("activated, V2", "21B", "20.85B", 20_851_512_320),
+    ("parameters, V2-Lite", "15.7B", "15.71B", 15_706_484_224),
+    ("activated, V2-Lite", "2.4B", "2.45B", 2_451_435_008),
+    ("MLA's cache in GQA groups", "2.25", "2.25", 2.25),
+    ("MLA's cache over d_h l", "9/2", "4.50", 4.5),
+    ("cache, small MoE with MHA", "110.6K", "110.6K", 110_592),
+    ("cache, small MoE with MLA", "15.6K", "15.6K", 15_552),
+    ("cache, large MoE with MHA", "860.2K", "860.2K", 860_160),
+    ("cache, large MoE with MLA", "34.6K", "34.6K", 34_560),
+    ("KV saved, both at 16 bits", "(82.2%)", "82.2%", 100 - 100 * 34_560 / 194_560),
+    ("KV saved, ours at 6 bits", "93.3%", "93.3%", 100 - 100 * 207_360 / 3_112_960),
+    ("bits a cached element", "6", "6.00", 6.0),
+    ("bf16 bytes a token, latent", "(69,120)", "69,120", 69_120),
+    ("the same kept expanded", "(4,915,200)", "4,915,200", 4_915_200),
+    ("training GPU-hours saved", "42.5%", "42.5%", 42.5150),
+    ("implied TFLOP/s a GPU, V2", "(200)", "201", 201.1141),
+    ("implied TFLOP/s a GPU, 67B", "(370)", "371", 371.4793),
+    ("YaRN target context", "160K", "160K", 163_840),
+    ("YaRN length factor sqrt(t)", "(1.2608)", "1.2608", 1.260804),
+    ("YaRN softmax-scale factor", "(1.5896)", "1.5896", 1.589627),
+])
+def test_numbers(rows, claim, printed, ours, value):
+    row = rows[claim]
+    assert (row.paper, row.ours) == (printed, ours)
+    assert row.value == pytest.approx(value, abs=0 if isinstance(value, int) else 1e-4)
+
+
+@pytest.mark.parametrize("changes, broken", [
+    ({"n_routed": 128}, {"parameters, V2"}),
+    ({"top_k": 8}, {"activated, V2", "implied TFLOP/s a GPU, V2"}),
+    ({"n_h": 64}, {"the same kept expanded"}),
+    ({"d_c": 448}, {"MLA's cache in GQA groups", "MLA's cache over d_h l", "bits a cached element",
+                    "cache, large MoE with MLA", "KV saved, both at 16 bits",
+                    "KV saved, ours at 6 bits", "bf16 bytes a token, latent"}),
+    ({"yarn_factor": 32.0}, {"YaRN target context", "YaRN length factor sqrt(t)",
+                             "YaRN softmax-scale factor"}),
+    ({"yarn_mscale_all_dim": None}, {"YaRN length factor sqrt(t)", "YaRN softmax-scale factor"}),
+    ({"yarn_mscale_all_dim": 1.0}, {"YaRN length factor sqrt(t)", "YaRN softmax-scale factor"}),
+])
+def test_another_v2_breaks_the_claims_about_it(changes, broken):
+    fail = {row.claim for row in paper.rows(v2=V2.with_(**changes)) if not row.holds}
+    assert broken <= fail
+
+
+def test_another_lite_breaks_the_claims_about_it():
+    fail = {row.claim for row in paper.rows(lite=LITE.with_(n_layers=26)) if not row.holds}
+    assert fail == {"parameters, V2-Lite", "activated, V2-Lite", "cache, small MoE with MHA",
+                    "cache, small MoE with MLA"}
+
+
+def test_ours_is_computed_not_written_down():
+    other = V2.with_(n_layers=59, n_h=120, d_c=500, d_h=100, top_k=5, yarn_factor=39.0)
+    theirs = {row.claim: row.ours for row in paper.rows(v2=other, lite=LITE.with_(d=2000, n_h=8,
+                                                                                  d_c=500))}
+    constant = {row.claim for row in paper.rows() if row.ours == theirs[row.claim]}
+    assert constant == {"training GPU-hours saved", "implied TFLOP/s a GPU, 67B"}   # 67B's own
+
+
+def test_table_is_aligned_and_fits_100_columns():
+    table = paper.as_table(paper.rows())
+    lines = table.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert len(lines) == 2 + 21 + 2 and "21 of 21 hold" in lines[-1]
+    how = lines[0].index("how")
+    assert all(line[how - 2: how] == "  " and line[how] != " " for line in lines[2:-2])
+    assert all(line.startswith("ok  ") for line in lines[2:-2])
+
+
+def test_a_claim_that_does_not_hold_shows():
+    table = paper.as_table(paper.rows(v2=V2.with_(n_routed=128)))
+    assert "\nNO  parameters, V2 " in table and "20 of 21 hold" in table
+
+
+def test_long_explanations_wrap_within_100_columns():
+    row = paper.Row("c" * 30, "1", "2", "3", 3.0, True, "many words " * 20)
+    assert max(map(len, paper.as_table([row]).splitlines())) <= 100
+
+
+def test_json_is_a_list_of_objects():
+    content = json.loads(paper.as_json(paper.rows()))
+    assert isinstance(content, list) and len(content) == 21
+    for item, row in zip(content, paper.rows(), strict=True):
+        assert item == vars(row)
+        assert set(item) == {"claim", "section", "paper", "ours", "value", "holds", "how"}
