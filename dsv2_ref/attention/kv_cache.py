@@ -58,11 +58,7 @@ class _Cache:
 
     def positions(self, new_tokens: int) -> Tensor:
         """Positions of the next `new_tokens` of each sequence: (B, T), on the cache's device."""
-        if (fullest := max(self.lengths)) + new_tokens > self.max_tokens:
-            raise ValueError(
-                f"cache is full: {fullest} + {new_tokens} tokens, expected at most "
-                f"max_tokens = {self.max_tokens}"
-            )
+        self._check_room(new_tokens)
         start = torch.tensor(self.lengths, device=self.store.device)
         return start[:, None] + torch.arange(new_tokens, device=self.store.device)
 
@@ -78,9 +74,17 @@ class _Cache:
         """Forget every token; the memory stays."""
         self.lengths = [0] * self.batch
 
+    def _check_room(self, new_tokens: int) -> None:
+        if (fullest := max(self.lengths)) + new_tokens > self.max_tokens:
+            raise ValueError(
+                f"cache is full: {fullest} + {new_tokens} tokens, expected at most "
+                f"max_tokens = {self.max_tokens}"
+            )
+
     def _append(self, layer: int, rows: Tensor) -> Tensor:
         """Write rows (B, T, ...) behind the old ones; return the first S of them, a view."""
         start, new, rows = self.lengths, rows.shape[1], rows.detach()
+        self._check_room(new)
         if min(start) == max(start):
             self.store[layer, :, start[0] : start[0] + new] = rows
         else:

@@ -75,7 +75,7 @@ def experts_loop(
     order, counts = sort_slots(indices, len(W_gate), keep)
     y = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, gates.dtype))
     for e, slots in enumerate(order.split(counts.tolist())):
-        if len(slots):
+        if len(slots) or e == 0:             # no slot at all must still give gradients of zero
             token = slots // indices.shape[1]
             hidden = F.silu(F.linear(x[token], W_gate[e])) * F.linear(x[token], W_up[e])
             out = F.linear(hidden, W_down[e]) * gates.flatten()[slots, None]
@@ -94,7 +94,7 @@ def experts_padded(
     first = counts.cumsum(0) - counts
     place = expert * C + torch.arange(len(order), device=x.device) - first[expert]   # (R,) in E·C
     padded = x.new_zeros(E * C, x.shape[1]).index_copy(0, place, x[order // K])
-    padded = padded.view(E, C, -1)                                                   # (E, C, d)
+    padded = padded.view(E, C, x.shape[1])                                           # (E, C, d)
     hidden = F.silu(padded @ W_gate.mT) * (padded @ W_up.mT)                         # (E, C, w)
     out = (hidden @ W_down.mT).flatten(0, 1)[place]                                  # (R, d)
     return _gated_sum(out, order, gates, x)

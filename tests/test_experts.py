@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: MIT
+"""The experts against equation (20) taken token by token; the three forms against each other."""
+
+import loops
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dsv2_ref.moe.experts import (
+    FeedForward,
+    MixtureOfExperts,
+    experts_grouped,
+    experts_loop,
+    experts_padded,
+    sort_slots,
+)
+
+N, D, W, E, K, N_SHARED = 7, 5, 4, 6, 3, 2
+Slots = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+BOTH = pytest.mark.parametrize("run", [experts_loop, experts_padded])
+
+
+def close(a: torch.Tensor, b: torch.Tensor, atol: float = 1e-10) -> None:
+    torch.testing.assert_close(a, b, atol=atol, rtol=0)
+
+
+def slots(seed: int, n: int = N, n_routed: int = E, avoid: int | None = None) -> Slots:
+    """Distinct experts a token (never `avoid`), gates, and a mask that drops about a third."""
+    s = loops.normal(seed, n, n_routed)
+    if avoid is not None:
+        s[:, avoid] = -100.0
+    gates, indices = s.softmax(-1).topk(K, -1)
+    return indices, gates, loops.normal(seed + 1, n, K) > -0.4
+
+
+def stacks(seed: int, n_routed: int = E, w: int = W, d: int = D) -> list[torch.Tensor]:
+    shapes = [(n_routed, w, d), (n_routed, w, d), (n_routed, d, w)]
+    return [loops.normal(seed + i, *shape).requires_grad_() for i, shape in enumerate(shapes)]
+
+
+def module(seed: int = 1) -> MixtureOfExperts:
+    return loops.randomize(MixtureOfExperts(D, W, N_SHARED, E), seed)
+
+
+def oracle(m: MixtureOfExperts, u: torch.Tensor, x: torch.Tensor, indices: torch.Tensor,
+           gates: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
+    """The shared network is cut into its N_s experts of width W."""
+    shared = list(zip(m.shared.W_gate.weight.unflatten(0, (N_SHARED, W)).tolist(),
+                      m.shared.W_up.weight.unflatten(0, (N_SHARED, W)).tolist(),
+                      m.shared.W_down.weight.unflatten(1, (N_SHARED, W)).movedim(1, 0).tolist(),
+                      strict=True))
+    routed = list(zip(m.W_gate.tolist(), m.W_up.tolist(), m.W_down.tolist(), strict=True))
+    out = [loops.mixture(u[n].tolist(), x[n].tolist(), indices[n].tolist(), gates[n].tolist(),
+                         shared, routed, None if keep is None else keep[n].tolist())
+           for n in range(len(u))]
+    return torch.tensor(out, dtype=torch.float64)
+
+
+@BOTH
+@pytest.mark.parametrize("dropping", [False, True])
+@pytest.mark.parametrize("n", [N, 3, 1])
+def test_equals_the_equation(n, dropping, run):
+    m, u, x = module(), loops.normal(2, n, D), loops.normal(3, n, D)
+    indices, gates, keep = slots(4, n)
+    keep[0, 1] = True
+    keep = keep if dropping else None
+    close(m(u, x, indices, gates, run, keep), oracle(m, u, x, indices, gates, keep))
+
+
+def test_feed_forward_is_swiglu():
+    ffn = loops.randomize(FeedForward(D, W), 5)
+    x = loops.normal(6, 2, 3, D)
+    weights = tuple(w.weight.tolist() for w in (ffn.W_gate, ffn.W_up, ffn.W_down))
+    expected = [[loops.expert(v, weights) for v in row] for row in x.tolist()]
+    close(ffn(x), torch.tensor(expected, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dropping", [False, True])
+def test_loop_and_padded_have_equal_values_and_gradients(dropping):
+    results = []
+    for run in (experts_loop, experts_padded):
+        x, weights = loops.normal(7, N, D).requires_grad_(), stacks(8)
+        indices, gates, keep = slots(9)
+        gates = gates.requires_grad_()
+        y = run(x, indices, gates, *weights, keep if dropping else None)
+        grads = torch.autograd.grad((y * loops.normal(10, N, D)).sum(), [x, gates, *weights])
+        results.append([y, *grads])
+    for a, b in zip(*results, strict=True):
+        assert a.abs().max() > 1e-3
+        close(a, b)
+
+
+@BOTH
+def test_gradients(run):
+    x, gates = loops.normal(11, 3, 2).requires_grad_(), loops.normal(12, 3, 2).requires_grad_()
+    indices, keep = torch.tensor([[0, 3], [1, 0], [3, 1]]), torch.tensor([[1, 1], [0, 1], [1, 1]])
+    weights = stacks(13, 4, 3, 2)
+    assert torch.autograd.gradcheck(
+        lambda x, g, *W: run(x, indices, g, *W, keep.bool()), (x, gates, *weights))
+
+
+@BOTH
+def test_an_expert_without_tokens_has_a_gradient_of_zeros(run):
+    x, weights = loops.normal(14, N, D), stacks(15)
+    indices, gates, _ = slots(16, avoid=2)
+    run(x, indices, gates, *weights).sum().backward()
+    for weight in weights:
+        assert weight.grad is not None
+        assert (weight.grad[2] == 0).all() and (weight.grad != 0).flatten(1).any(1).sum() == E - 1
+
+
+@BOTH
+def test_an_expert_whose_slots_were_all_dropped_has_a_gradient_of_zeros(run):
+    x, weights = loops.normal(17, N, D), stacks(18)
+    indices, gates, _ = slots(19)
+    busiest = int(torch.bincount(indices.flatten()).argmax())
+    keep = indices != busiest
+    y = run(x, indices, gates, *weights, keep)
+    y.sum().backward()
+    for weight in weights:
+        assert (weight.grad[busiest] == 0).all() and (weight.grad != 0).any()
+    close(y, run(x, indices, gates * keep, *weights))
+
+
+@pytest.mark.parametrize("n", [0, N])
+@BOTH
+def test_without_any_slot_the_sum_and_the_gradients_are_zero(run, n):
+    """All dropped, or no token at all: what a device sees that receives nothing."""
+    x, weights = loops.normal(36, n, D), stacks(37)
+    indices, gates, _ = slots(38, n)
+    y = run(x, indices, gates, *weights, torch.zeros(n, K, dtype=torch.bool))
+    assert y.shape == (n, D) and (y == 0).all()
+    y.sum().backward()
+    assert all(weight.grad is not None and (weight.grad == 0).all() for weight in weights)
+
+
+@BOTH
+def test_a_token_whose_slots_were_all_dropped_keeps_residual_and_shared_experts(run):
+    m, u, x = module(), loops.normal(20, N, D), loops.normal(21, N, D)
+    indices, gates, keep = slots(22)
+    keep[4] = False
+    close(m(u, x, indices, gates, run, keep)[4], (u + m.shared(x))[4])
+
+
+def test_shared_experts_are_summed_not_averaged():
+    """Two equal shared experts give twice what one gives."""
+    m = module()
+    with torch.no_grad():
+        for weight in (m.shared.W_gate.weight, m.shared.W_up.weight):
+            weight[W:] = weight[:W]
+        m.shared.W_down.weight[:, W:] = m.shared.W_down.weight[:, :W]
+    one = FeedForward(D, W).double()
+    with torch.no_grad():
+        one.W_gate.weight.copy_(m.shared.W_gate.weight[:W])
+        one.W_up.weight.copy_(m.shared.W_up.weight[:W])
+        one.W_down.weight.copy_(m.shared.W_down.weight[:, :W])
+    x = loops.normal(23, N, D)
+    close(m.shared(x), 2 * one(x))
+
+
+def test_sort_slots():
+    indices, _, keep = slots(24)
+    order, counts = sort_slots(indices, E)
+    assert order.tolist() == sorted(range(N * K), key=lambda i: indices.flatten()[i].item())
+    assert counts.tolist() == [(indices == e).sum().item() for e in range(E)]
+    order, counts = sort_slots(indices, E, keep)
+    kept = [i for i in range(N * K) if keep.flatten()[i]]
+    assert order.tolist() == sorted(kept, key=lambda i: indices.flatten()[i].item())
+    assert counts.tolist() == [((indices == e) & keep).sum().item() for e in range(E)]
+
+
+@BOTH
+def test_half_precision_is_summed_in_fp32(run):
+    """x in bf16, gates in fp32 as the router makes them: one rounding at the end."""
+    x, weights = loops.normal(25, N, D).bfloat16(), [w.detach().bfloat16() for w in stacks(26)]
+    indices, gates, _ = slots(27)
+    y = run(x, indices, gates.float(), *weights)
+    assert y.dtype == torch.bfloat16
+    exact = run(x.double(), indices, gates, *(w.double() for w in weights))
+    rms = (y.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+    assert rms < 0.01
+
+
+def grouped_mm_works(dtype: torch.dtype) -> bool:
+    rows, ends = torch.ones(2, 8, dtype=dtype), torch.tensor([2], dtype=torch.int32)
+    try:
+        F.grouped_mm(rows, torch.ones(1, 8, 8, dtype=dtype), offs=ends)
+    except (AttributeError, RuntimeError):
+        return False
+    return True
+
+
+@pytest.mark.parametrize("dtype,rtol", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize("dropping", [False, True])
+def test_grouped_equals_loop(dropping, dtype, rtol):
+    if not grouped_mm_works(dtype):
+        pytest.skip(f"this torch has no grouped_mm for {dtype} on the CPU")
+    d, w = 16, 24                                    # strides must be multiples of 16 bytes
+    results = []
+    for run in (experts_loop, experts_grouped):
+        x = loops.normal(28, N, d).to(dtype).requires_grad_()
+        weights = [t.detach().to(dtype).requires_grad_() for t in stacks(29, E, w, d)]
+        indices, gates, keep = slots(30, avoid=1)
+        gates = gates.float().requires_grad_()
+        y = run(x, indices, gates, *weights, keep if dropping else None)
+        y.backward(loops.normal(31, N, d).to(dtype))
+        assert y.dtype == dtype and all((t.grad[1] == 0).all() for t in weights)
+        results.append([y.detach(), x.grad, gates.grad, *(t.grad for t in weights)])
+    for a, b in zip(*results, strict=True):
+        a, b = a.double(), b.double()
+        assert (a - b).square().mean().sqrt() <= rtol * a.square().mean().sqrt()

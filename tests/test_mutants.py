@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: MIT
+"""Every known wrong variant is put in place, and the test named for it must fail.
+
+The mutated source is compiled, and the functions of the real module get its code, so that whoever
+has imported them runs the mutant too. The test then runs in a pytest inside this one.
+"""
+
+import importlib
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from types import FunctionType, ModuleType
+from typing import Any
+
+import pytest
+from mutants import MUTANTS, PITFALLS, Mutant
+
+import dsv2_ref
+
+TESTS, PACKAGE = Path(__file__).parent, Path(dsv2_ref.__file__).parent
+OPTIONS = ["-x", "-q", "--tb=line", "-o", "addopts=", f"--rootdir={TESTS.parent}"]
+OPTIONS += [f"-pno:{name}" for name in ("cacheprovider", "faulthandler", "threadexception",
+                                        "unraisableexception", "xdist", "nbval")]
+
+
+def functions(module: ModuleType, file: Path) -> dict[str, FunctionType]:
+    """Every function written in a module's file, by qualified name: methods and properties too."""
+    found: dict[str, FunctionType] = {}
+
+    def collect(value: Any) -> None:
+        for f in (value, getattr(value, "__func__", None), getattr(value, "fget", None)):
+            if isinstance(f, FunctionType) and f.__code__.co_filename == str(file):
+                found[f.__qualname__] = f
+
+    for value in vars(module).values():
+        collect(value)
+        if isinstance(value, type) and value.__module__ == module.__name__:
+            for member in vars(value).values():
+                collect(member)
+    return found
+
+
+@contextmanager
+def in_place(mutant: Mutant) -> Iterator[None]:
+    """The real module with the mutant's code and constants; restored afterwards."""
+    file = PACKAGE / mutant.file
+    name = "dsv2_ref." + mutant.file.removesuffix(".py").replace("/", ".")
+    real, wrong = importlib.import_module(name), ModuleType(name)
+    source = file.read_text(encoding="utf-8").replace(mutant.old, mutant.new)
+    exec(compile(source, str(file), "exec"), vars(wrong))
+    ours, theirs = functions(real, file), functions(wrong, file)
+    assert ours.keys() == theirs.keys()
+    codes = {f: f.__code__ for f in ours.values()}
+    constants = {key: value for key, value in vars(real).items() if not key.startswith("__")
+                 and not callable(value) and not isinstance(value, ModuleType)}
+    try:
+        for qualified_name, f in ours.items():
+            f.__code__ = theirs[qualified_name].__code__
+        vars(real).update({key: vars(wrong)[key] for key in constants})
+        yield
+    finally:
+        for f, code in codes.items():
+            f.__code__ = code
+        vars(real).update(constants)
+
+
+def run(nodes: list[str]) -> tuple[int, str]:
+    """Exit code of a pytest of its own (0 passed, 1 failed, others did not run), and its output."""
+    output = io.StringIO()
+    with redirect_stdout(output):
+        code = pytest.main([*OPTIONS, *(f"{TESTS / node}" for node in nodes)])
+    return int(code), output.getvalue()
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
+def test_the_mutant_is_caught(mutant):
+    text = (PACKAGE / mutant.file).read_text(encoding="utf-8")
+    assert text.count(mutant.old) == 1, f"{mutant.old!r} occurs {text.count(mutant.old)} times"
+    with in_place(mutant):
+        code, output = run([mutant.node])
+    assert code == 1, f"{mutant.node} did not fail:\n{output}"
+
+
+def test_the_same_tests_pass_without_mutants():
+    """After all the mutants of this process, too: what was swapped has been put back."""
+    code, output = run(sorted({m.node for m in MUTANTS}))
+    assert code == 0 and "skipped" not in output, output
+
+
+def test_every_equation_and_pitfall_has_a_mutant():
+    equations = {f"({n})" for n in [*range(1, 9), *range(20, 32), *range(37, 48)]}
+    assert {m.catches for m in MUTANTS} == equations | PITFALLS.keys()
+    names = [m.name for m in MUTANTS]
+    assert len(names) == len(set(names))
