@@ -121,7 +121,9 @@ def load(
     expected = {entry.name: entry.shape for entry in published_entries(model)}
     _check_names(path, expected, files)
     if dtype is None:
-        dtype = _read(files["model.embed_tokens.weight"], "model.embed_tokens.weight").dtype
+        name = "model.embed_tokens.weight"
+        with _open(files[name]) as reader:
+            dtype = _checked(reader, files[name], name, expected[name]).dtype
     model = model.to(dtype).to_empty(device=device or "cpu")
     if config.tie_embeddings:                                  # to_empty unties
         model.head.weight = model.embedding.weight
@@ -129,10 +131,7 @@ def load(
     for file in sorted(set(files.values())):
         with _open(file) as reader:
             for name in sorted(n for n, f in files.items() if f == file and n in entries):
-                shape = tuple(reader.get_slice(name).get_shape())
-                if shape != expected[name]:
-                    raise ValueError(f"{name}: shape {shape} in {file}, expected {expected[name]}")
-                entries[name].write(reader.get_tensor(name))
+                entries[name].write(_checked(reader, file, name, expected[name]))
     return model.eval()
 
 
@@ -165,7 +164,11 @@ def save(
         if path.is_dir() and any(path.iterdir()):
             old = scratch.with_suffix(".old")
             path.rename(old)
-            scratch.rename(path)
+            try:
+                scratch.rename(path)
+            except BaseException:
+                old.rename(path)
+                raise
             shutil.rmtree(old)
         else:
             os.replace(scratch, path)
@@ -180,10 +183,18 @@ def save_state(path: str | Path, tensors: dict[str, Tensor], state: dict[str, An
     """
     path = Path(path)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    tensors = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
+    seen: set[int] = set()
+    whole = {}
+    for name, t in tensors.items():            # a tied matrix is written under both its names
+        t = t.detach().contiguous().cpu()
+        whole[name] = t.clone() if t.data_ptr() in seen else t
+        seen.add(t.data_ptr())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, scratch, metadata={"state": json.dumps(state)})
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written ({error.strerror})") from None
+    try:
+        save_file(whole, scratch, metadata={"state": json.dumps(state)})
         with open(scratch, "rb") as f:
             os.fsync(f.fileno())
         os.replace(scratch, path)
@@ -258,6 +269,15 @@ def _open(file: Path) -> safe_open:
         raise ValueError(f"{file}: damaged, expected a whole safetensors file ({error})") from None
 
 
-def _read(file: Path, name: str) -> Tensor:
-    with _open(file) as reader:
-        return reader.get_tensor(name)
+def _checked(reader: safe_open, file: Path, name: str, shape: tuple[int, ...]) -> Tensor:
+    """The tensor of that name, if it is there, of that shape, and made of plain numbers."""
+    try:
+        found = tuple(reader.get_slice(name).get_shape())
+        if found != shape:
+            raise ValueError(f"{name}: shape {found} in {file}, expected {shape}")
+        tensor = reader.get_tensor(name)
+    except SafetensorError as error:
+        raise ValueError(f"{name}: cannot be read from {file} ({error})") from None
+    if not tensor.is_floating_point() or tensor.element_size() < 2:
+        raise ValueError(f"{name}: dtype {tensor.dtype} in {file}, expected 16-bit floats or wider")
+    return tensor

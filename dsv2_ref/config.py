@@ -210,13 +210,18 @@ def _from_hf(hf: dict[str, Any]) -> Config:
 
 def _rope_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
     """rope_theta + rope_scaling, or the newer rope_parameters which holds both."""
-    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-    values = {"rope_theta": float(rope.pop("rope_theta", None) or hf.get("rope_theta") or 1e4)}
-    kinds = {rope.pop(key) for key in ("rope_type", "type") if key in rope} or {"default"}
-    if kinds == {"default"}:
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"rope_scaling: {rope!r}, expected an object or null")
+    rope = dict(rope)
+    theta = rope.pop("rope_theta", None) or hf.get("rope_theta") or 1e4
+    values = {"rope_theta": float(theta) if type(theta) is int else theta}
+    kinds = [rope.pop(key) for key in ("rope_type", "type") if key in rope]
+    if any(kind not in ("yarn", "default") for kind in kinds) or (rope and not kinds):
+        raise ValueError(f"rope_scaling: type {kinds[0] if kinds else None!r}, expected 'yarn' or "
+                         "'default'")
+    if "yarn" not in kinds:
         rope = {}
-    elif kinds != {"yarn"}:
-        raise ValueError(f"rope_scaling: type {sorted(kinds)}, expected 'yarn' or none")
     elif "factor" not in rope:
         raise ValueError("rope_scaling: no factor, expected one for type 'yarn'")
     for ours, theirs in _YARN_KEYS.items():
@@ -253,7 +258,6 @@ MINI = TINY.with_(      # the committed checkpoint, data/model
     max_positions=1024,
 )
 SMALL = TINY.with_(     # the main job
-
     vocab=4096, d=128, d_h=32, d_r=16, d_v=32, d_c=128, d_cq=96, dense_width=384, n_shared=2,
     n_routed=16, top_k=4, expert_width=64, max_positions=2048,
 )

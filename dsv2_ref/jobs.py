@@ -110,16 +110,14 @@ def run(
     compressors = compressed_bits_per_byte(text.test)
     setup = set_up(SMALL, Recipe(seconds=seconds), text)
     say(f"   byte-level BPE, {setup.tokenizer.vocab} tokens")
+
     say(f"2. Training  ({setup.model.describe()}, {setup.trainer.precision} matmuls)")
-    # one batch of the test tells how long all of it will take on this machine
-    sample_began = time.perf_counter()
-    setup.held_out([Document("probe", text.test[0].text[:40_000])])
-    share = min(40_000, len(text.test[0].text)) / byte_count(text.test)
-    reserve = 1.1 * (time.perf_counter() - sample_began) / share + 12.0
-    budget = max(seconds - (time.perf_counter() - began) - reserve, 0.3 * seconds)
-    setup.trainer.recipe = setup.trainer.recipe.with_(seconds=budget)
-    log = train(setup.trainer, out / "training", load_every=20)
-    say(f"   {setup.trainer.steps} steps, {setup.trainer.tokens:,} tokens in {budget:.0f} s")
+    left = seconds - _seconds_to_judge(setup) - (time.perf_counter() - began)
+    setup.trainer.recipe = setup.trainer.recipe.with_(seconds=max(left, 0.3 * seconds))
+    few = _prefix(text.validation, 20_000)
+    log = train(setup.trainer, out / "training", 0, lambda: setup.held_out(few), 100, load_every=20)
+    say(f"   {setup.trainer.steps} steps, {setup.trainer.tokens:,} tokens in "
+        f"{setup.trainer.elapsed:.0f} s")
 
     say("3. Held-out text, bits per byte (less is better)")
     bits = setup.held_out(text.test, progress=True)
@@ -131,29 +129,13 @@ def run(
 
     say("4. A sample, decoded from the latent cache")
     save_model(setup, out / "model")
-    write_sample(setup.model.eval(), setup.tokenizer, PROMPT, 160, 0.7, 0.9, sys.stderr.write)
+    write_sample(setup.model.eval(), setup.tokenizer, PROMPT, 200, 0.7, 0.9, sys.stderr.write)
 
-    say("\n5. Cache, bytes a token in bf16, measured on live tensors")
-    live = {name: cost.measured_cache_bytes(c) for name, c in (("this model", setup.model.config),
-                                                               ("V2's size", V2))}
-    for name, kinds in live.items():
-        say(f"   {name:<12}" + "   ".join(f"{kind} {n:,}" for kind, n in kinds.items()))
+    caches = compare_caches(setup.model.config)
     say("\n6. The paper's claims beside ours")
     say(paper.as_table(paper.rows()))
-
-    result = {
-        "bits_per_byte": bits, "gzip_bits_per_byte": compressors["gzip"],
-        "xz_bits_per_byte": compressors["xz_together"],
-        "xz_each_file_bits_per_byte": compressors["xz"],
-        "seconds": 0.0, "training_seconds": setup.trainer.elapsed, "steps": setup.trainer.steps,
-        "tokens_per_second": setup.trainer.tokens / setup.trainer.elapsed,
-        "cache_bytes_per_token": live["this model"],
-        "cache_bytes_per_token_at_v2_size": live["V2's size"],
-        "corpus": text.origin, "test_bytes": byte_count(text.test), "versions": versions(),
-        "device": torch.cuda.get_device_name() if default_device() == "cuda" else "cpu",
-        "threads": torch.get_num_threads(), "precision": setup.trainer.precision,
-    }
-    draw(setup, log, compressors, live["V2's size"], out)
+    draw(setup, log, compressed_bits_per_byte(few), caches["V2's size"], out)
+    result = summary(setup, bits, compressors, caches)
     result["seconds"] = time.perf_counter() - began
     (out / "run.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     say(f"\nDone in {result['seconds']:.0f} s. In {out}/: run.json, loss.png, cache.png, "
@@ -161,16 +143,67 @@ def run(
     return result
 
 
+def _prefix(documents: list[Document], n_bytes: int) -> list[Document]:
+    """The first documents, as few as have `n_bytes` together."""
+    taken: list[Document] = []
+    for document in documents:
+        if byte_count(taken) >= n_bytes:
+            break
+        taken.append(document)
+    return taken
+
+
+def _seconds_to_judge(setup: Setup) -> float:
+    """What everything after training will take on this machine, from a piece of the test."""
+    piece = [Document("piece", setup.corpus.test[0].text[:40_000])]
+    setup.held_out(piece)                                # the first call also warms up
+    began = time.perf_counter()
+    setup.held_out(piece)
+    whole = (time.perf_counter() - began) * byte_count(setup.corpus.test) / byte_count(piece)
+    return 1.1 * whole + 15.0
+
+
+def compare_caches(config: Config) -> dict[str, dict[str, int]]:
+    """Bytes a token of live caches by kind, for a model and for V2; tells the person."""
+    say("\n5. Cache, bytes a token in bf16, measured on live tensors")
+    live = {name: cost.measured_cache_bytes(c) for name, c in (("this model", config),
+                                                               ("V2's size", V2))}
+    for name, kinds in live.items():
+        say(f"   {name:<12}" + "   ".join(f"{kind} {n:,}" for kind, n in kinds.items()))
+    return live
+
+
+def summary(
+    setup: Setup, bits: float, compressors: dict[str, float], caches: dict[str, dict[str, int]]
+) -> dict[str, Any]:
+    """What run.json holds, but for the seconds of the whole job."""
+    trainer = setup.trainer
+    return {
+        "bits_per_byte": bits, "gzip_bits_per_byte": compressors["gzip"],
+        "xz_bits_per_byte": compressors["xz_together"],
+        "xz_each_file_bits_per_byte": compressors["xz"],
+        "seconds": 0.0, "training_seconds": trainer.elapsed, "steps": trainer.steps,
+        "tokens_per_second": trainer.tokens / trainer.elapsed,
+        "cache_bytes_per_token": caches["this model"],
+        "cache_bytes_per_token_at_v2_size": caches["V2's size"],
+        "corpus": setup.corpus.origin, "test_bytes": byte_count(setup.corpus.test),
+        "versions": versions(), "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if default_device() == "cuda" else "cpu",
+        "precision": trainer.precision,
+    }
+
+
 def draw(
-    setup: Setup, log: list[dict[str, Any]], compressors: dict[str, float],
+    setup: Setup, log: list[dict[str, Any]], references: dict[str, float],
     cache_bytes: dict[str, int], out: Path,
 ) -> None:
     """The three pictures of the main job, as PNG in `out`."""
-    figures.save(figures.loss_curve(log), out / "loss.png")
+    references = {"gzip": references["gzip"], "xz": references["xz"]}
+    figures.save(figures.loss_curve(log, references), out / "loss.png")
     figures.save(figures.cache_bars(cache_bytes), out / "cache.png")
-    load = expert_load(setup)
-    figures.save(figures.expert_load(load.numpy(force=True), setup.model.config.n_devices),
-                 out / "expert_load.png")
+    c = setup.model.config
+    load = figures.expert_load(expert_load(setup).numpy(force=True), c.n_devices, c.n_dense)
+    figures.save(load, out / "expert_load.png")
 
 
 def save_model(setup: Setup, path: Path) -> None:

@@ -31,7 +31,7 @@ from dsv2_ref.attention.rope import (
     yarn_frequencies,
 )
 from dsv2_ref.config import Config
-from dsv2_ref.cross_entropy import linear_cross_entropy
+from dsv2_ref.cross_entropy import IGNORED, linear_cross_entropy
 from dsv2_ref.moe.balance import (
     communication_balance_loss,
     device_balance_loss,
@@ -219,10 +219,14 @@ class DeepSeekV2(nn.Module):
         except in the sequences that `protected` (B,) bool names. In eval mode neither happens.
         `with_load` fills `.load`, one entry per MoE layer.
         """
+        run = self._start(tokens, None)
         if targets.shape != tokens.shape:
             raise ValueError(f"targets: shape {tuple(targets.shape)}, expected the tokens' "
                              f"{tuple(tokens.shape)}")
-        run = self._start(tokens, None)
+        _check_ids("targets", targets, self.config.vocab, ignored=IGNORED)
+        if protected is not None and protected.shape != tokens.shape[:1]:
+            raise ValueError(f"protected: shape {tuple(protected.shape)}, expected "
+                             f"{tuple(tokens.shape[:1])}, one a sequence")
         zero = torch.zeros((), device=tokens.device)
         run.balance = [zero, zero, zero] if self.training else None
         run.load = [] if with_load else None
@@ -284,10 +288,13 @@ class DeepSeekV2(nn.Module):
 def _check_tokens(tokens: Tensor, vocab: int) -> tuple[int, int]:
     if tokens.ndim != 2 or tokens.numel() == 0:
         raise ValueError(f"tokens: shape {tuple(tokens.shape)}, expected (batch, tokens)")
-    if tokens.is_floating_point():
-        raise ValueError(f"tokens: dtype {tokens.dtype}, expected integers")
-    if tokens.device.type != "meta":
-        low, high = (int(x) for x in tokens.aminmax())
-        if low < 0 or high >= vocab:
-            raise ValueError(f"tokens: id {low if low < 0 else high}, expected 0 to {vocab - 1}")
+    _check_ids("tokens", tokens, vocab)
     return tokens.shape[0], tokens.shape[1]
+
+
+def _check_ids(name: str, ids: Tensor, vocab: int, ignored: int = 0) -> None:
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{name}: dtype {ids.dtype}, expected int64 or int32")
+    low, high = (int(x) for x in ids.where(ids != ignored, 0).aminmax())
+    if low < 0 or high >= vocab:
+        raise ValueError(f"{name}: id {low if low < 0 else high}, expected 0 to {vocab - 1}")

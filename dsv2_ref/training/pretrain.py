@@ -122,8 +122,6 @@ class Trainer:
     def save(self, path: str | Path) -> None:
         """Weights, moments, data position and step as one file, atomically."""
         tensors = {f"model.{name}": p for name, p in self.model.state_dict().items()}
-        if self.model.config.tie_embeddings:
-            del tensors["model.head.weight"]
         groups = []
         for i, optimizer in enumerate(self.optimizers):
             state = optimizer.state_dict()
@@ -147,8 +145,6 @@ class Trainer:
                                      f"{value!r} to go on with this run")
         self.batches.load(state["data"])
         weights = {n.removeprefix("model."): t for n, t in tensors.items() if n[:6] == "model."}
-        if self.model.config.tie_embeddings:
-            weights["head.weight"] = weights["embedding.weight"]
         self.model.load_state_dict(weights)
         for i, (optimizer, groups) in enumerate(zip(self.optimizers, state["groups"], strict=True)):
             values: dict[int, dict[str, Tensor]] = {}

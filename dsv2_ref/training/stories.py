@@ -95,11 +95,12 @@ def entropy_rate() -> float:
     return entropy_bits_per_story() / mean_bytes_per_story()
 
 
-def english() -> Seq:
-    names = "Lily Tom Mia Ben Anna Max Rosa Sam Nora Jack Emma Leo"
-    heroes = people("hero he He him his kind", names, "/she/She/her/her/girl", "/he/He/him/his/boy")
-    friends = people("friend f_he f_him f_kind", names, "/she/her/girl", "/he/him/boy")
+NAMES = "Lily Tom Mia Ben Anna Max Rosa Sam Nora Jack Emma Leo"      # girls and boys in turn
+HEROES = people("hero he He him his kind", NAMES, "/she/She/her/her/girl", "/he/He/him/his/boy")
+FRIENDS = people("friend f_he f_him f_kind", NAMES, "/she/her/girl", "/he/him/boy")
 
+
+def english() -> Seq:
     def search(who: str) -> Repeat:
         return Repeat(0.5, seq(
             f" {who} looked (behind the wall|under a bush|up a ladder|inside a cart), but "
@@ -116,7 +117,7 @@ def english() -> Seq:
                 "danced for joy), and {f_he} (hugged|cheered for) {him}."))))
     alone = seq("\nNobody was near.", search("{He}"), " (At last|Finally) {he} found" + found)
     return seq(
-        heroes,
+        HEROES,
         "(Once upon a time|Long ago|Many years ago) there (was|lived) a (little|young|small|tall|"
         "shy|cheerful) {kind} (named|called) {hero}.",
         table("virtue moral", """brave/courage finds a way; patient/those who wait are rewarded;
@@ -143,7 +144,7 @@ def english() -> Seq:
             to eat"""),
         " (Suddenly|Then|All at once) {thief} {deed}!",
         maybe(0.7, ' "(Oh no|Stop|Come back|Help)!" (cried|shouted|called) {hero}.'),
-        Choice((0.7, 0.3), (Bind(friends, helped, "hero"), alone)),
+        Choice((0.7, 0.3), (Bind(FRIENDS, helped, "hero"), alone)),
         "\nThat (evening|night) {hero} showed the {colour} {thing} to {his} {giver}",
         maybe(0.6, " and (told the whole story|fell asleep at once|promised to be careful)"), ".",
         maybe(0.8, " (Since then|From that day on) everybody (knew|said) that {moral}."))
