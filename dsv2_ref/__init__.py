@@ -1,4 +1,32 @@
 # SPDX-License-Identifier: MIT
-"""DeepSeek-V2, exactly: one readable, tested file per concept."""
+"""DeepSeek-V2, exactly: one readable, tested file per concept.
+
+The map, paper section -> file (its test is tests/test_<file>.py; 00_tour shows them all at work):
+
+  2.1.1         attention/mha.py        multi-head attention, GQA, MQA                 (1)-(8)
+  2.1.2-2.1.3   attention/mla.py        multi-head latent attention                    (37)-(47)
+  2.1.3, 3.1.4  attention/rope.py       decoupled RoPE, YaRN
+  2.1.2         attention/kv_cache.py   latent cache, per-head cache
+  2.2.1-2.2.2   moe/routing.py          router, device-limited routing                 (21) (22)
+  2.2.1         moe/experts.py          shared and routed experts                      (20)
+  2.2.3         moe/balance.py          expert, device and communication balance       (23)-(31)
+  2.2.4         moe/dropping.py         token dropping
+
+  model.py          embedding, blocks, head; which of the equal algorithms runs
+  config.py         sizes; V2, LITE and three small presets; published config.json <-> ours
+  checkpoint.py     published tensor names <-> ours; training states
+  cross_entropy.py  the loss without holding all logits
+  cost.py           parameters, FLOPs, cache bytes, GPU hours
+  paper.py          the paper's claims beside ours
+  training/         tokenizer, corpora (stories: a grammar with a known entropy), data, recipe,
+                    optim, pretrain
+  inference/        generate, evaluate
+  figures.py        every plot and widget
+  jobs.py           what the command line (__main__.py) does
+  bench/            measurements against a peer
+
+Arrows run one way: attention and moe know nobody; model, checkpoint and cost stand on them;
+training and inference on those; jobs, bench and the command line on everything.
+"""
 
 __version__ = "0.1.0"
