@@ -51,14 +51,15 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser("generate", help="continue a prompt with a saved model")
     p.add_argument("--model", default="build/model")
-    p.add_argument("--prompt", default="def ")
+    p.add_argument("--prompt", default="def")
     p.add_argument("--max-new-tokens", type=int, default=200)
     p.add_argument("--temperature", type=float, default=0.7)
     p.add_argument("--top-p", type=float, default=0.9)
     p.add_argument("--seed", type=int, default=0)
 
     p = commands.add_parser("bench", help="a measurement against a peer in the same process")
-    p.add_argument("name", choices=[m.name for m in pkgutil.iter_modules(benches.__path__)])
+    names = [m.name for m in pkgutil.iter_modules(benches.__path__) if m.name[0] != "_"]
+    p.add_argument("name", choices=names)
     p.add_argument("--quick", action="store_true", help="tiny sizes: does it run at all?")
     p.add_argument("--json", action="store_true", help="on one line")
     return parser

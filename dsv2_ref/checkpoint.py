@@ -152,6 +152,7 @@ def save(
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(scratch, ignore_errors=True)      # of a killed process with the same id
         scratch.mkdir()
     except OSError as error:
         raise ValueError(f"{path}: cannot be written ({error.strerror})") from None

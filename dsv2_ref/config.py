@@ -198,6 +198,7 @@ def _from_hf(hf: dict[str, Any]) -> Config:
             values[ours] = hf[theirs]
         elif ours in required:
             raise ValueError(f"{theirs}: missing from config.json")
+    values.setdefault("n_dense", 0)          # the format's default, not ours
     method = hf.get("topk_method") or "greedy"
     if method not in ("greedy", "group_limited_greedy"):
         raise ValueError(f"topk_method: {method!r}, expected 'greedy' or 'group_limited_greedy'")
@@ -224,6 +225,8 @@ def _rope_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
         rope = {}
     elif "factor" not in rope:
         raise ValueError("rope_scaling: no factor, expected one for type 'yarn'")
+    if rope and hf.get("max_position_embeddings") is not None:
+        rope.setdefault("original_max_position_embeddings", hf["max_position_embeddings"])
     for ours, theirs in _YARN_KEYS.items():
         if (value := rope.pop(theirs, None)) is not None:
             values[ours] = value

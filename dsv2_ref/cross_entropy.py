@@ -21,10 +21,11 @@ CHUNK_LOGITS = 2**20    # logits held at a time
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h: Tensor, W: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx, h: Tensor, W: Tensor, targets: Tensor, dtype: torch.dtype, need: bool
+    ) -> Tensor:
         exact = torch.promote_types(dtype, torch.float32)
         n = (targets != IGNORED).sum().clamp(min=1)
-        need = any(ctx.needs_input_grad)
         grad_h = torch.zeros_like(h) if need else None
         grad_W = torch.zeros_like(W, dtype=exact) if need else None
         total = torch.zeros((), dtype=exact, device=h.device)
@@ -50,7 +51,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
         grad_h, grad_W = ctx.saved_tensors
-        return grad_h * upstream.to(grad_h.dtype), (grad_W * upstream).to(ctx.W_dtype), None, None
+        return grad_h * upstream.to(grad_h.dtype), (grad_W * upstream).to(ctx.W_dtype), *[None] * 3
 
 
 def linear_cross_entropy(h: Tensor, W: Tensor, targets: Tensor) -> Tensor:
@@ -62,5 +63,6 @@ def linear_cross_entropy(h: Tensor, W: Tensor, targets: Tensor) -> Tensor:
     dtype = h.dtype
     if torch.is_autocast_enabled(h.device.type):
         dtype = torch.get_autocast_dtype(h.device.type)
+    need = torch.is_grad_enabled() and (h.requires_grad or W.requires_grad)
     with torch.autocast(h.device.type, enabled=False):
-        return _LinearCrossEntropy.apply(h, W, targets, dtype)
+        return _LinearCrossEntropy.apply(h, W, targets, dtype, need)

@@ -30,7 +30,8 @@ from dsv2_ref.training.tokenizer import (
     train_tokenizer,
 )
 
-PROMPT = "import os\nimport sys\n\n\ndef "
+# no space at the end: tokens carry the space before a word, not the one after it
+PROMPT = "class Parser:\n    def __init__(self, name):\n        self.name = name\n\n    def"
 
 
 def say(text: str = "") -> None:

@@ -42,9 +42,7 @@ from dsv2_ref.moe.dropping import keep_within_budget
 from dsv2_ref.moe.experts import (
     FeedForward,
     MixtureOfExperts,
-    experts_grouped,
-    experts_loop,
-    experts_padded,
+    choose_experts,
 )
 from dsv2_ref.moe.routing import Router, Routing
 
@@ -126,7 +124,8 @@ class Block(nn.Module):
             self._add_balance(routing, run.balance, B)
         if run.load is not None:
             run.load.append(self._load(routing, keep, B))
-        form = choose_experts(x, routing.indices.shape[1], self.config.n_routed)
+        c = self.config
+        form = choose_experts(x, c.top_k, c.n_routed, c.expert_width)
         h = self.experts(h.flatten(0, 1), x, routing.indices, routing.gates, form, keep)
         return h.unflatten(0, (B, T))
 
@@ -157,15 +156,6 @@ class Block(nn.Module):
         dropped = 0.0 if keep is None else 1.0 - keep.float().mean().item()
         detached = Routing(routing.indices, routing.gates.detach(), routing.scores.detach())
         return Load(self.layer, experts, sent.flatten(0, 1).sum(0), dropped, detached)
-
-
-def choose_experts(x: Tensor, top_k: int, n_routed: int) -> Callable[..., Tensor]:
-    """Which of the three equal forms of the routed experts suits these tokens best."""
-    if len(x) * top_k < 2 * n_routed:
-        return experts_loop                  # few slots: read the chosen experts only
-    if x.device.type == "cuda" and x.dtype == torch.bfloat16:
-        return experts_grouped
-    return experts_padded
 
 
 class DeepSeekV2(nn.Module):
@@ -247,10 +237,10 @@ class DeepSeekV2(nn.Module):
 
     def describe(self) -> str:
         """One line: size, device, dtype and which algorithms will run."""
-        weight = self.embedding.weight
+        c, weight = self.config, self.embedding.weight
         n = sum(p.numel() for p in self.parameters())
-        many, one = (choose_experts(weight[:1].expand(rows, -1), self.config.top_k,
-                                    self.config.n_routed).__name__ for rows in (4096, 1))
+        many, one = (choose_experts(weight[:1].expand(rows, -1), c.top_k, c.n_routed,
+                                    c.expert_width).__name__ for rows in (4096, 1))
         return (f"{n / 1e6:.2f}M parameters on {weight.device} in {str(weight.dtype)[6:]}; "
                 f"prompt: attend_expanded, {many}; decode: attend_absorbed, {one}")
 

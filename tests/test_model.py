@@ -16,6 +16,7 @@ from torch import Tensor
 from dsv2_ref import model as assembly
 from dsv2_ref.config import LITE, TINY, V2, Config
 from dsv2_ref.model import DeepSeekV2
+from dsv2_ref.moe import experts
 
 # Every dimension different from every other, every mechanism of V2, YaRN with two unequal mscales.
 CONFIG = TINY.with_(
@@ -43,12 +44,12 @@ def _tokens(batch: int = B, length: int = T, vocab: int = CONFIG.vocab, seed: in
     return torch.randint(vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def _spy(monkeypatch, *names: str) -> list[str]:
-    """The list records which of these functions the model calls."""
+def _spy(monkeypatch, *names: str, module=assembly) -> list[str]:
+    """The list records which of these functions of a module are called."""
     called = []
 
     def recording(name: str) -> Callable[..., Tensor]:
-        function = getattr(assembly, name)
+        function = getattr(module, name)
 
         def call(*args) -> Tensor:
             called.append(name)
@@ -57,7 +58,7 @@ def _spy(monkeypatch, *names: str) -> list[str]:
         return call
 
     for name in names:
-        monkeypatch.setattr(assembly, name, recording(name))
+        monkeypatch.setattr(module, name, recording(name))
     return called
 
 
@@ -166,8 +167,8 @@ def test_what_is_chosen_is_what_is_described(monkeypatch) -> None:
 def test_forms_of_the_experts_agree(monkeypatch, form: str) -> None:
     model, tokens = _model(), _tokens()
     expected = model(tokens)
-    called = _spy(monkeypatch, form)
-    monkeypatch.setattr(assembly, "choose_experts", lambda *_: getattr(assembly, form))
+    called = _spy(monkeypatch, form, module=experts)
+    monkeypatch.setattr(assembly, "choose_experts", lambda *_: getattr(experts, form))
     torch.testing.assert_close(model(tokens), expected, rtol=0, atol=1e-10)
     assert len(called) == 2
 
@@ -178,7 +179,7 @@ def test_grouped_experts_agree_in_fp32(monkeypatch) -> None:
     chosen = model(tokens)
     outputs = []
     for form in ("experts_loop", "experts_grouped"):
-        monkeypatch.setattr(assembly, "choose_experts", lambda *_, f=form: getattr(assembly, f))
+        monkeypatch.setattr(assembly, "choose_experts", lambda *_, f=form: getattr(experts, f))
         outputs.append(model(tokens))
     for out in outputs:
         assert (out - chosen).abs().max() < 1e-5 * chosen.abs().max()

@@ -10,10 +10,12 @@ The routed sum is computed in three ways, three functions with one signature:
 
   experts_loop      one expert after the other, on the tokens that chose it. Reads only the experts
                     that were chosen: right for few tokens, and the plainest to read.
-  experts_padded    all experts at once in a batched matmul, each padded to the fullest one. Right
-                    on a CPU in training, where a new row count costs more than the padding.
+  experts_padded    all experts at once in a batched matmul, each padded to the fullest one. Works
+                    for every dtype and device; right on a CPU under bf16 autocast, where row
+                    counts that change at every step cost more than the padding.
   experts_grouped   `torch.nn.functional.grouped_mm` over slots sorted by expert: no padding. Right
-                    on a GPU in bf16; refuses fp64.
+                    on a GPU in bf16 and on a CPU in fp32; refuses fp64 and rows that are not
+                    multiples of 16 bytes.
 
 How this file differs from the famous versions:
   1. Weights of all experts are stacked, (E, w, d); an expert that gets no token therefore gets a
@@ -73,14 +75,15 @@ def experts_loop(
     bool or None for all -> (N, d), summed in at least fp32.
     """
     order, counts = sort_slots(indices, len(W_gate), keep)
-    y = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, gates.dtype))
-    for e, slots in enumerate(order.split(counts.tolist())):
-        if len(slots) or e == 0:             # no slot at all must still give gradients of zero
-            token = slots // indices.shape[1]
-            hidden = F.silu(F.linear(x[token], W_gate[e])) * F.linear(x[token], W_up[e])
-            out = F.linear(hidden, W_down[e]) * gates.flatten()[slots, None]
-            y = y.index_add(0, token, out.to(y.dtype))
-    return y.to(x.dtype)
+    rows = x[order // indices.shape[1]].split(counts.tolist())                       # E of (·, d)
+    out = []
+    # unbind, not W[e]: the gradient of all experts is put together once, not once an expert
+    for e, (h, gate, up, down) in enumerate(
+        zip(rows, W_gate.unbind(), W_up.unbind(), W_down.unbind(), strict=True)
+    ):
+        if len(h) or e == 0:                 # no slot at all must still give gradients of zero
+            out.append(F.linear(F.silu(F.linear(h, gate)) * F.linear(h, up), down))
+    return _gated_sum(torch.cat(out), order, gates, x)                               # cat (R, d)
 
 
 def experts_padded(
@@ -119,6 +122,18 @@ def _gated_sum(out: Tensor, order: Tensor, gates: Tensor, x: Tensor) -> Tensor:
     y = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, gates.dtype))
     out = out * gates.flatten()[order, None]
     return y.index_add(0, order // gates.shape[1], out.to(y.dtype)).to(x.dtype)
+
+
+def choose_experts(x: Tensor, top_k: int, n_routed: int, width: int) -> Callable[..., Tensor]:
+    """Which of the three equal forms suits these tokens x (N, d) best; `width` is w."""
+    if len(x) * top_k < 2 * n_routed:
+        return experts_loop                  # few slots: read the chosen experts only
+    # grouped_mm wants rows of whole 16 bytes and does not obey autocast
+    fits = all(n * x.element_size() % 16 == 0 for n in (x.shape[1], width))
+    best = torch.bfloat16 if x.device.type == "cuda" else torch.float32
+    if fits and x.dtype == best and not torch.is_autocast_enabled(x.device.type):
+        return experts_grouped
+    return experts_padded
 
 
 class MixtureOfExperts(nn.Module):

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: MIT
+"""Timing two things in one process, in turns, so that both see the same state of the machine."""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TOLERANCE = 1e-4        # of the largest output
+
+Step = Callable[[], object]
+
+
+def machine() -> dict[str, Any]:
+    """What a dated record has to name."""
+    return {
+        "date": date.today().isoformat(), "cpu": cpu_name(), "threads": torch.get_num_threads(),
+        "python": platform.python_version(), "torch": torch.__version__,
+    }
+
+
+def agree(a: Tensor, b: Tensor, what: str) -> float:
+    difference = ((a - b).abs().max() / b.abs().max()).item()
+    if not difference < TOLERANCE:
+        raise RuntimeError(f"{what}: outputs differ by {difference:.1e} of the largest, expected "
+                           f"less than {TOLERANCE:.0e}")
+    return difference
+
+
+def times(step: Step, n: int) -> list[float]:
+    times = []
+    for _ in range(n):
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def in_turns(
+    a: Step, b: Step, n: int, rewind: Callable[[], None], turn: int = 4
+) -> tuple[list[float], list[float]]:
+    """At least n times of each, `turn` steps of one and then of the other, warmed up."""
+    times_a, times_b = [], []
+    times(a, 1), times(b, 1)
+    rewind()
+    while len(times_a) < n:
+        times_a += times(a, turn)
+        times_b += times(b, turn)
+        rewind()
+    return times_a, times_b
+
+
+def result(pair: tuple[list[float], list[float]], tokens: int) -> dict[str, Any]:
+    """Rates, and how often ours is faster: the median of single steps of each side."""
+    ours, theirs = (statistics.median(times) for times in pair)
+    return {
+        "steps": len(pair[0]), "ours_tokens_per_s": tokens / ours,
+        "theirs_tokens_per_s": tokens / theirs, "ours_ms": ours * 1e3, "theirs_ms": theirs * 1e3,
+        "ratio": theirs / ours,
+    }
+
+
+def milliseconds(tried: dict[str, float]) -> dict[str, float]:
+    return {name: seconds * 1e3 for name, seconds in tried.items()}
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
