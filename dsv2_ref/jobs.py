@@ -61,6 +61,11 @@ class Setup:
     def model(self) -> DeepSeekV2:
         return self.trainer.model
 
+    def describe(self) -> str:
+        """Size, device, and what will run under the trainer's precision."""
+        with autocast(self.trainer.device, self.trainer.precision):
+            return f"{self.model.describe()}; {self.trainer.precision} matmuls in training"
+
     def held_out(self, documents: list[Document], progress: bool = False) -> float:
         """Bits per byte of documents of the corpus."""
         ids = self.tokenizer.encode_batch([d.text for d in documents])
@@ -112,7 +117,7 @@ def run(
     setup = set_up(SMALL, Recipe(seconds=seconds), text)
     say(f"   byte-level BPE, {setup.tokenizer.vocab} tokens")
 
-    say(f"2. Training  ({setup.model.describe()}, {setup.trainer.precision} matmuls)")
+    say(f"2. Training\n   {setup.describe()}")
     left = seconds - _seconds_to_judge(setup) - (time.perf_counter() - began)
     setup.trainer.recipe = setup.trainer.recipe.with_(seconds=max(left, 0.3 * seconds))
     few = _prefix(text.validation, 20_000)
@@ -253,7 +258,7 @@ def train_command(
         say(f"resumed after step {setup.trainer.steps}")
     else:
         save_tokenizer(setup.tokenizer, folder / "tokenizer.json")
-    say(f"{preset}: {setup.model.describe()}, {setup.trainer.precision} matmuls")
+    say(f"{preset}: {setup.describe()}")
     log = train(setup.trainer, folder, save_every, lambda: setup.held_out(setup.corpus.validation),
                 evaluate_every, progress=progress)
     if not log:
