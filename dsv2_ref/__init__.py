@@ -4,7 +4,7 @@
 The map, paper section -> file (its test is tests/test_<file>.py; 00_tour shows them all at work):
 
   2.1.1         attention/mha.py        multi-head attention, GQA, MQA                 (1)-(8)
-  2.1.2-2.1.3   attention/mla.py        multi-head latent attention                    (37)-(47)
+  2.1.2-3, C    attention/mla.py        multi-head latent attention                    (37)-(47)
   2.1.3, 3.1.4  attention/rope.py       decoupled RoPE, YaRN
   2.1.2         attention/kv_cache.py   latent cache, per-head cache
   2.2.1-2.2.2   moe/routing.py          router, device-limited routing                 (21) (22)
@@ -22,7 +22,8 @@ The map, paper section -> file (its test is tests/test_<file>.py; 00_tour shows 
                     optim, pretrain
   inference/        generate, evaluate
   figures.py        every plot and widget
-  jobs.py           what the command line (__main__.py) does
+  main_job.py       `make run`
+  jobs.py           the other commands of the command line (__main__.py)
   bench/            measurements against a peer
 
 Arrows run one way: attention and moe know nobody; model, checkpoint and cost stand on them;

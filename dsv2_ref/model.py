@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The assembly: embedding, blocks of MLA and DeepSeekMoE, head. The mathematics is in the concepts.
+"""The assembly: embedding, blocks, head. The mathematics is in attention/ and moe/.
 
 Two doors. `losses(tokens, targets)` is the training one: the language-model loss, the balance
 losses of every layer, token dropping. `model(tokens, cache)` is the other: logits of the new
@@ -81,7 +81,6 @@ class _Pass:
     sin: Tensor
     attend: Callable[..., Tensor]
     cache: LatentCache | None = None
-    positions: Tensor | None = None
     protected: Tensor | None = None                   # (B,) bool, sequences that drop nothing
     balance: list[Tensor] | None = None               # [expert, device, communication] so far
     load: list[Load] | None = None
@@ -110,8 +109,7 @@ class Block(nn.Module):
     def forward(self, h: Tensor, run: _Pass) -> Tensor:
         """h (B, T, d) -> (B, T, d)."""
         h = h + self.attention(
-            self.norm_attention(h), run.cos, run.sin, run.attend, run.cache, self.layer,
-            run.positions,
+            self.norm_attention(h), run.cos, run.sin, run.attend, run.cache, self.layer
         )
         x = self.norm_ffn(h)
         if not self.config.is_moe(self.layer):
@@ -134,6 +132,7 @@ class Block(nn.Module):
         if not self.training or c.drop_capacity is None or run.balance is None:
             return None
         protected = None if run.protected is None else run.protected.repeat_interleave(T)
+        # gates are affinities times one factor: the same order
         return keep_within_budget(routing.indices, routing.gates, c.n_routed, c.n_devices,
                                   protected, c.drop_capacity)
 
@@ -247,12 +246,11 @@ class DeepSeekV2(nn.Module):
     def _start(self, tokens: Tensor, cache: LatentCache | None) -> _Pass:
         c, (B, T) = self.config, _check_tokens(tokens, self.config.vocab)
         positions = torch.arange(T, device=tokens.device)[None]
-        ragged, S = False, T
+        S = T
         if cache is not None:
             if cache.batch != B:
                 raise ValueError(f"cache: made for {cache.batch} sequences, got {B}")
             positions = cache.positions(T)                               # (B, T)
-            ragged = min(cache.lengths) != max(cache.lengths)
             S += max(cache.lengths)
         if S > c.max_positions:
             raise ValueError(f"tokens: position {S - 1}, expected below max_positions = "
@@ -265,8 +263,7 @@ class DeepSeekV2(nn.Module):
             magnitude = rope_magnitude(c.yarn_factor, c.yarn_mscale, c.yarn_mscale_all_dim)
         cos, sin = rope_tables(positions, frequencies, magnitude)        # (B or 1, T, d_r/2)
         absorb = cache is not None and absorbed_is_cheaper(T, S, c.d_h, c.d_r, c.d_v, c.d_c)
-        return _Pass(cos, sin, attend_absorbed if absorb else attend_expanded, cache,
-                     positions if ragged else None)
+        return _Pass(cos, sin, attend_absorbed if absorb else attend_expanded, cache)
 
     def _blocks(self, tokens: Tensor, run: _Pass) -> Tensor:
         h = self.embedding(tokens)                                       # (B, T, d)

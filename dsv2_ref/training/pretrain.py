@@ -102,9 +102,11 @@ class Trainer:
         """One update. Returns the log entry; `load` in it is the list of `model.Load`, if asked."""
         began = time.perf_counter()
         recipe, progress = self.recipe, self.progress
+        if recipe.steps is not None:
+            progress = (self.steps + 1) / recipe.steps    # a rate of 0 would waste step 1
         rate = recipe.rate(progress)
         set_rate(self.optimizers, rate)
-        x, y = self.batches.next_batch(recipe.batch_at(progress))                # (B, T) each
+        x, y = self.batches.next_batch(recipe.batch_at(self.progress))                # (B, T) each
         draw = torch.Generator().manual_seed(recipe.seed * 1_000_003 + self.steps)
         protected = torch.rand(len(x), generator=draw) < recipe.protected        # (B,)
         self.model.train()
