@@ -11,11 +11,9 @@ from dsv2_ref.attention.cache_quant import (
     SixBitCache,
     attend_packed,
     dequantise,
-    hadamard,
     lent_bits,
     pack,
     quantise,
-    rotate_latent,
     steps,
     unpack,
 )
@@ -309,41 +307,3 @@ def test_large_scores_do_not_overflow():
     got = attend_packed(q_c, q_r, *cache.packed.append(0, c, r), W_UK, W_UV, 1.0, tile=2)
     expected = attention(*(x.double() for x in (q_c, q_r, *stored, W_UK, W_UV)), 1.0, [[8]])
     torch.testing.assert_close(got, expected.float(), atol=1e-2, rtol=1e-4)
-
-
-@pytest.mark.parametrize("n", [1, 2, 64, 512])
-def test_hadamard_is_orthogonal_and_spreads_one_number_over_all(n):
-    H = hadamard(n)
-    torch.testing.assert_close(H @ H.T, torch.eye(n, dtype=F64), atol=1e-12, rtol=0)
-    assert torch.allclose(H.abs(), torch.full_like(H, n**-0.5))
-
-
-@pytest.mark.parametrize("n", [0, 3, 24, -4])
-def test_no_hadamard_matrix_of_other_sizes(n):
-    with pytest.raises(ValueError, match=f"n: {n}, expected a power of two"):
-        hadamard(n)
-
-
-def test_a_rotated_latent_gives_the_same_keys_and_values():
-    h, W_DKV, gain = normal(27, 7, 10), normal(28, 16, 10), normal(29, 16)
-    W_UK, W_UV = normal(30, 15, 16), normal(31, 18, 16)
-
-    def keys_and_values(W_DKV, gain, W_UK, W_UV):
-        c = torch.nn.functional.rms_norm(h @ W_DKV.T, (16,), gain, 1e-6)
-        return c, c @ W_UK.T, c @ W_UV.T
-
-    c, k, v = keys_and_values(W_DKV, gain, W_UK, W_UV)
-    R = hadamard(16)
-    turned_c, turned_k, turned_v = keys_and_values(*rotate_latent(R, W_DKV, gain, W_UK, W_UV))
-    torch.testing.assert_close(turned_k, k, atol=1e-10, rtol=0)
-    torch.testing.assert_close(turned_v, v, atol=1e-10, rtol=0)
-    torch.testing.assert_close(turned_c, (c / gain) @ R.T, atol=1e-10, rtol=0)
-
-
-def test_a_rotation_is_what_an_outlier_channel_needs():
-    c, r = normal(32, 200, 64), normal(33, 200, 16)
-    c[:, 5] += 100
-    H = hadamard(64)
-    plain = dequantise(*quantise(c, r), F64)[0]
-    turned = dequantise(*quantise(c @ H.T, r), F64)[0] @ H
-    assert (plain - c).pow(2).mean() > 5 * (turned - c).pow(2).mean()

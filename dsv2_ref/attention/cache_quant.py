@@ -24,8 +24,8 @@ How it differs from others: 1. scales are rounded up, never down, so no number i
 error is at most half a step; 2. 64 codes span 63 steps with zero as a code of its own: the largest
 number is the one that lies half a step off; 3. a row with NaN or infinity is refused, which makes
 a GPU wait once a layer; 4. new tokens attend to their own stored row, in prefill too: otherwise
-chunks would change the result; 5. `rotate_latent` spreads outlier channels by a change of weights
-alone. Small models have none and gain nothing, so it is not applied unless you do it.
+chunks would change the result; 5. no statistics of any text are needed, and nothing is rotated:
+what a change of weights can do beforehand is in latent_basis.py, outside the cache.
 
 Shapes: B batch, T new tokens, S = cached + new tokens, n_h heads; W = 3·(w + w_r) words.
 Copy with: kv_cache.py.  Needs: torch.
@@ -268,27 +268,3 @@ def attend_packed(
         weighted = (weights * s_c[:, None]).to(n_c.dtype).flatten(1, 2) @ n_c
         o, m = o * shrink + weighted.unflatten(1, (n_h, T)), new
     return torch.einsum("bhtc,hvc->bthv", (o / total).to(q_c.dtype), W_UV)
-
-
-def hadamard(n: int) -> Tensor:
-    """The orthogonal matrix of ±1/sqrt(n), (n, n) fp64; n a power of two."""
-    if n < 1 or n & (n - 1):
-        raise ValueError(f"n: {n}, expected a power of two")
-    H = torch.ones(1, 1, dtype=torch.float64)
-    while len(H) < n:
-        H = torch.cat((torch.cat((H, H), 1), torch.cat((H, -H), 1)))
-    return H / n**0.5
-
-
-def rotate_latent(
-    R: Tensor, W_DKV: Tensor, gain: Tensor, W_UK: Tensor, W_UV: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same attention with a latent turned by the orthogonal R (d_c, d_c): new weights.
-
-    A norm without gain commutes with R, so the gain (d_c,) goes where R's inverse goes: into W_UK
-    (·, d_c) and W_UV (·, d_c). Nothing is left to do at decode time.
-    """
-    back = gain[:, None].to(R.dtype) * R.T                                   # (d_c, d_c)
-    turned = (R @ W_DKV.to(R.dtype), torch.ones_like(gain), W_UK.to(R.dtype) @ back,
-              W_UV.to(R.dtype) @ back)
-    return tuple(x.to(W_DKV.dtype) for x in turned)
