@@ -36,7 +36,7 @@ def test_a_rotated_latent_gives_the_same_keys_and_values():
         return c, c @ W_UK.T, c @ W_UV.T
 
     c, k, v = keys_and_values(W_DKV, gain, W_UK, W_UV)
-    R = hadamard(16)
+    R = torch.linalg.qr(normal(34, 16, 16))[0]          # not symmetric, as Hadamard's is
     turned_c, turned_k, turned_v = keys_and_values(*rotate_latent(R, W_DKV, gain, W_UK, W_UV))
     torch.testing.assert_close(turned_k, k, atol=1e-10, rtol=0)
     torch.testing.assert_close(turned_v, v, atol=1e-10, rtol=0)

@@ -7,12 +7,12 @@ its rivals. A row of 512 + 64 numbers takes 436 bytes, everything counted, where
 6.06 bits a number. The 93.3 % that the paper saves over DeepSeek 67B is only reached with it.
 
 One scale a token for the latent and one for the RoPE key: a number is an integer times a scale.
-What one scale saves over a scale for every group it pays back twice. A decoding kernel multiplies
-scores and weights by it, not the numbers, and no bits are spent on more of them.
+A scale for every group of numbers would be finer, but a decoding kernel then multiplies every
+number by one, where here it multiplies scores and weights; and groups cost bits.
 
-Where should the bits go? The same error does more harm in the RoPE key than in the latent: with
-six bits everywhere the RoPE key, a ninth of the row, does nine tenths of the harm. So two of every
-eight latents make do with 5 bits and lend the sixth to the RoPE key. In the proportion of V2,
+Where should the bits go? With six bits everywhere the RoPE key, a ninth of the row, does over nine
+tenths of the harm (KL against exact logits, two small trained models). So two of every eight
+latents make do with 5 bits and lend the sixth to the RoPE key. In the proportion of V2,
 d_c = 8·d_r, each RoPE number then has 8 bits, in the same 436 bytes (d_c = 4·d_r: 7 bits).
 
 Three int16 words hold eight codes of six bits; `pack` draws the layout bit by bit. The two bf16
