@@ -59,13 +59,13 @@ def symmetric(bits: int, group: int | None = None) -> Quantiser:
 
 
 def with_zero(bits: int, group: int) -> Quantiser:
-    """Codes from the smallest to the largest number: an fp16 scale and an 8-bit zero a group."""
+    """Codes from the smallest to the largest number: an fp16 scale and an int8 zero a group."""
 
     def quantise(x: Tensor) -> Tensor:
         y, top = x.unflatten(-1, (-1, min(group, x.shape[-1]))), 2**bits - 1
         low, high = y.amin(-1, keepdim=True), y.amax(-1, keepdim=True)
         scale = ((high - low) / top).half().float().clamp(min=1e-7)
-        zero = (-low / scale).round().clamp(0, 255)
+        zero = (-low / scale).round().clamp(-128, 127)
         return ((((y / scale).round() + zero).clamp(0, top) - zero) * scale).flatten(-2)
 
     return quantise
