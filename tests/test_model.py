@@ -523,7 +523,7 @@ def test_refuses_protected(small: DeepSeekV2) -> None:
 
 
 def test_refuses_caches(small: DeepSeekV2) -> None:
-    _refused(lambda: small.new_cache(1, 9, kind="paged"), "kind", "'paged'", "'six_bit'")
+    _refused(lambda: small.new_cache(1, 9, kind="paged"), "kind", "'paged'", "'latent'")
     _refused(lambda: small.new_cache(0, 9), "batch", "0", "at least 1")
     _refused(lambda: small.new_cache(1, 0), "max_tokens", "0", "at least 1")
     _refused(lambda: small.new_cache(1, 65), "max_tokens", "65", "max_positions = 64")
