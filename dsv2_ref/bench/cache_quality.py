@@ -130,6 +130,19 @@ def changed(model: DeepSeekV2, change: str) -> DeepSeekV2:
     return model
 
 
+def stretched(model: DeepSeekV2, factor: float = TIMES, trained: int = TRAINED) -> DeepSeekV2:
+    """The same weights read with YaRN (section 3.1.4), so that longer texts are not foreign to it.
+
+    Beyond its trained length a model with plain RoPE fails by itself, and any small change of its
+    cache counts for more.
+    """
+    config = model.config.with_(yarn_factor=float(factor), yarn_original_positions=trained,
+                                yarn_mscale=0.707, yarn_mscale_all_dim=0.707)
+    longer = DeepSeekV2(config)
+    longer.load_state_dict(model.state_dict())
+    return longer.eval()
+
+
 @torch.no_grad()
 def log_probabilities(model: DeepSeekV2, window: Tensor, scheme: Scheme | str = "exact") -> Tensor:
     """Next-token log probabilities (T, vocab) of one window (T,), read through a cache."""
@@ -204,9 +217,15 @@ def measure(
 
 def run(
     quick: bool = False, model: str | Path = "data/model", corpus: str = "stories",
+    yarn: bool = True,
 ) -> dict[str, Any]:
-    """One JSON-able record; `quick` reads so little that the figures mean nothing."""
+    """One JSON-able record; `quick` reads so little that the figures mean nothing.
+
+    `yarn`: the model is stretched to the length it is read at, without further training.
+    """
     loaded = checkpoint.load(model, dtype=torch.float32)
+    if yarn:
+        loaded = stretched(loaded)
     tokenizer = load_tokenizer(Path(model) / "tokenizer.json")
     documents = open_corpus(corpus).test
     of_model, schemes = measure(loaded, tokenizer, documents, *((2, 1) if quick else (4, 10)))
@@ -217,5 +236,6 @@ def run(
         "threads": torch.get_num_threads(), "python": platform.python_version(),
         "torch": torch.__version__, "dtype": "float32", "corpus": corpus,
         "model": {key: getattr(c, key) for key in "d n_layers n_h d_h d_r d_v d_c vocab".split()},
-        "trained_on_tokens_a_window": TRAINED, "exact": of_model, "schemes": schemes,
+        "trained_on_tokens_a_window": TRAINED, "yarn_factor": c.yarn_factor,
+        "exact": of_model, "schemes": schemes,
     }
