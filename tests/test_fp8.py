@@ -91,8 +91,7 @@ def test_a_scale_is_its_blocks_largest_over_448(shape, blocks):
     ).tolist():
         block = W[(*stack, slice(128 * I, 128 * I + 128), slice(128 * J, 128 * J + 128))]
         s, largest = scale[(*stack, I, J)].item(), block.abs().max().item()
-        assert 0 <= largest / 448 - s < largest / 448 * 2**-19           # 20 bits, cut off
-    assert not (scale.view(torch.int32) & 15).any()
+        assert s == (torch.tensor(largest) / 448).item()
 
 
 @shapes
@@ -122,15 +121,15 @@ def test_quantising_what_was_dequantised_changes_no_bit(shape, blocks, std):
         assert same(dequantise(*again), W)
 
 
-def test_dequantising_is_exact():
-    """fp32 holds every code·scale: the product in fp64 is the same number."""
+def test_dequantising_is_one_multiplication():
+    """code·scale in fp64 is exact (4 + 24 bits) and is rounded once."""
     codes, scale = quantise(normal(200, 150))
     exact = codes.double() * scale.double().repeat_interleave(128, 0)[:200].repeat_interleave(
         128, 1
     )[:, :150]
-    assert torch.equal(dequantise(codes, scale).double(), exact)
-    assert torch.equal(dequantise(codes, scale, torch.float64), exact)
-    assert torch.equal(dequantise(codes, scale, torch.bfloat16), exact.bfloat16())
+    assert torch.equal(dequantise(codes, scale), exact.float())
+    assert torch.equal(dequantise(codes, scale, torch.float64), exact.float().double())
+    assert torch.equal(dequantise(codes, scale, torch.bfloat16), exact.float().bfloat16())
 
 
 def test_a_stack_is_its_matrices():
@@ -161,7 +160,7 @@ def test_the_largest_fp32_does_not_overflow():
     W = torch.tensor([[top, -top, top / 448, 0.0]])
     back = dequantise(*quantise(W))
     assert back.isfinite().all()
-    assert ((back - W).abs() <= W.abs() * 2**-19).all()
+    assert ((back - W).abs() <= W.abs() * 2**-23).all()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -7,22 +7,21 @@ of 128×128, and a file's `weight_scale_inv` is the number that codes are *multi
 
 e4m3 has a sign, 4 bits of exponent and 3 of mantissa: ±448 the largest, 2⁻⁶ the smallest normal
 number, steps of 2⁻⁹ below it, no infinity, and one NaN a sign, which is what too large a number
-turns into. A weight matrix spans more than that, so each block is divided by its own scale s, the
-block's largest magnitude over 448. One outlier then costs its own block the small numbers (they
-fall below the steps) and not the whole matrix, as it would with one scale a tensor.
+turns into. Weights lie where those steps are coarse, so each block is divided by its own scale s,
+the block's largest magnitude over 448. A number some thousand times the others then costs its own
+block the small numbers (they fall below the steps), and not the whole matrix, as it would with one
+scale a tensor.
 
   |W - code·s| <= max(2⁻⁴·|W|, 2⁻¹⁰·s)      half a step of a normal or subnormal code
 
 How this file differs from the published code:
-  1. Scales keep 20 of fp32's 24 significant bits, rounded towards zero. A code has four, so
-     code·s is exact in fp32: no rounding depends on a device, and quantising a dequantised
-     matrix gives the same codes and scales again, bit for bit.
-  2. No scale is below 2⁻¹⁰⁰, so that a block of zeros needs no case of its own and nothing
-     depends on whether a processor has subnormal fp32 numbers.
-  3. Only storage is FP8. `linear` dequantises one matrix at a time and multiplies in the dtype
+  1. No scale is below 2⁻¹⁰⁰, so that a block of zeros needs no case of its own and nothing
+     depends on whether a processor has subnormal fp32 numbers. A number takes one division or
+     one multiplication in fp32, and quantising a dequantised matrix changes no bit.
+  2. Only storage is FP8. `linear` dequantises one matrix at a time and multiplies in the dtype
      of its input, on any device that has the type: memory is halved, and speed is not gained.
      V3 quantises activations too, 1×128 at a time, and multiplies FP8 matrices.
-  4. NaN and infinity are refused, where a cast would make NaN of either.
+  3. NaN and infinity are refused, where a cast would make NaN of either.
 
 What to leave alone: the router, the norms, the embedding and the head, as V3 does. They are few,
 and a router's close scores decide which experts are read at all.
@@ -56,9 +55,7 @@ def block_scales(W: Tensor, block: int = BLOCK) -> Tensor:
     r, c = W.shape[-2:]
     whole = F.pad(W.float(), (0, C * block - c, 0, R * block - r))          # zeros change no amax
     blocks = whole.unflatten(-1, (C, block)).unflatten(-3, (R, block))      # (..., R, ·, C, ·)
-    scale = blocks.abs().amax((-3, -1)) / LARGEST                           # (..., R, C)
-    scale = (scale.view(torch.int32) & ~0xF).view(torch.float32)            # 20 bits are kept
-    return scale.clamp(min=SMALLEST_SCALE)
+    return (blocks.abs().amax((-3, -1)) / LARGEST).clamp(min=SMALLEST_SCALE)
 
 
 def spread(scale: Tensor, rows: int, columns: int, block: int = BLOCK) -> Tensor:
@@ -83,7 +80,7 @@ def quantise(
         raise ValueError(f"{name}: {bad} of {W.numel()} numbers are NaN or infinite, expected "
                          "finite ones")
     scale = block_scales(W, block)                                          # (..., R, C)
-    # at most 448·(1 + 2⁻¹⁹), which rounds to 448; from 464 on it would be NaN
+    # at most 448 but for fp32's rounding; from 464 on it would be NaN
     codes = (W / spread(scale, *W.shape[-2:], block)).to(torch.float8_e4m3fn)
     return codes, scale
 
@@ -91,7 +88,7 @@ def quantise(
 def dequantise(
     codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32, block: int = BLOCK
 ) -> Tensor:
-    """codes (..., r, c), scales (..., R, C) -> W (..., r, c), exact in fp32, then cast to dtype."""
+    """codes (..., r, c), scales (..., R, C) -> W (..., r, c): a product in fp32, then cast."""
     if tuple(scale.shape) != scale_shape(codes.shape, block):
         raise ValueError(f"scale: shape {tuple(scale.shape)}, expected "
                          f"{scale_shape(codes.shape, block)} for a weight {tuple(codes.shape)}")
