@@ -27,8 +27,8 @@ The map, paper section -> file (its test is tests/test_<file>.py; 00_tour shows 
   jobs.py           what the command line (__main__.py) does
   bench/            measurements against a peer
 
-Arrows run one way: attention, moe and kernels know nobody; model, checkpoint and cost stand on them;
-training and inference on those; jobs, bench and the command line on everything.
+Arrows run one way: attention, moe and kernels know nobody; model, checkpoint and cost stand on
+them; training and inference on those; jobs, bench and the command line on everything.
 """
 
 __version__ = "0.1.0"

@@ -586,7 +586,7 @@ _fp8 = [
     Mutant("largest_of_another_format", "fp8", FP8,
            "LARGEST = 448.0", "LARGEST = 240.0",
            "test_fp8.py::test_a_scale_is_its_blocks_largest_over_448"),
-    Mutant("overflow_to_nan", "fp8", FP8,
+    Mutant("scaled_beyond_the_largest", "fp8", FP8,
            "LARGEST = 448.0", "LARGEST = 480.0",
            "test_fp8.py::test_the_error_keeps_the_bound_of_the_format"),
     Mutant("one_scale_a_row_of_blocks", "fp8", FP8,

@@ -6,11 +6,10 @@ deployment. How is not told; this file does it as DeepSeek-V3 has published it: 
 of 128×128, and a file's `weight_scale_inv` is the number that codes are *multiplied* with.
 
 e4m3 has a sign, 4 bits of exponent and 3 of mantissa: ±448 the largest, 2⁻⁶ the smallest normal
-number, steps of 2⁻⁹ below it, no infinity, and one NaN a sign, which is what too large a number
-turns into. Weights lie where those steps are coarse, so each block is divided by its own scale s,
-the block's largest magnitude over 448. A number some thousand times the others then costs its own
-block the small numbers (they fall below the steps), and not the whole matrix, as it would with one
-scale a tensor.
+number, steps of 2⁻⁹ below it, one NaN a sign and no infinity. Weights lie where those steps are
+coarse, so each block is divided by its own scale s, the block's largest magnitude over 448. A
+number ten thousand times the others then costs its own block the small ones (they fall below the
+steps), and not the whole matrix, as it would with one scale a tensor.
 
   |W - code·s| <= max(2⁻⁴·|W|, 2⁻¹⁰·s)      half a step of a normal or subnormal code
 
@@ -21,7 +20,8 @@ How this file differs from the published code:
   2. Only storage is FP8. `linear` dequantises one matrix at a time and multiplies in the dtype
      of its input, on any device that has the type: memory is halved, and speed is not gained.
      V3 quantises activations too, 1×128 at a time, and multiplies FP8 matrices.
-  3. NaN and infinity are refused, where a cast would make NaN of either.
+  3. NaN and infinity are refused. A NaN would spread over its block; what a cast makes of too
+     large a number depends on the program (torch: NaN before 2.12, 448 since), so none is cast.
 
 What to leave alone: the router, the norms, the embedding and the head, as V3 does. They are few,
 and a router's close scores decide which experts are read at all.
@@ -80,7 +80,7 @@ def quantise(
         raise ValueError(f"{name}: {bad} of {W.numel()} numbers are NaN or infinite, expected "
                          "finite ones")
     scale = block_scales(W, block)                                          # (..., R, C)
-    # at most 448 but for fp32's rounding; from 464 on it would be NaN
+    # at most 448 but for fp32's rounding, so no cast overflows
     codes = (W / spread(scale, *W.shape[-2:], block)).to(torch.float8_e4m3fn)
     return codes, scale
 
