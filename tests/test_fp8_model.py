@@ -4,6 +4,7 @@
 import json
 import math
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -248,6 +249,37 @@ def test_the_quantised_model_is_the_dequantised_one(dtype, tokens, changes) -> N
                 assert torch.equal(small(chunk, caches[0]), plain(chunk, caches[1]))
     assert not torch.equal(logits, model(config, dtype=dtype)(tokens))
     assert small.losses(tokens, tokens).language == plain.losses(tokens, tokens).language
+
+
+def test_few_tokens_dequantise_few_experts(monkeypatch) -> None:
+    """One token needs its 3 of 8 experts; the loop takes expert 0 along."""
+    small, read = quantise_model(model()), []
+    get = Fp8Stack.__getitem__
+    monkeypatch.setattr(Fp8Stack, "__getitem__", lambda self, e: read.append(e) or get(self, e))
+    routing = small.losses(TOKENS[:1, :1], TOKENS[:1, 1:2], with_load=True).load
+    assert len(routing) == 2
+    expected = [e for load in routing
+                for e in sorted({0, *load.routing.indices.flatten().tolist()}) for _ in range(3)]
+    assert read == expected and len(read) <= 2 * 3 * 4
+
+
+def test_a_weight_is_freed_before_the_next_is_quantised(monkeypatch) -> None:
+    m, freed = model(), []
+    first, init = weakref.ref(m.blocks[0].ffn.W_gate.weight), Fp8Stack.__init__
+
+    def watched(self, W: Tensor) -> None:
+        freed.append(first() is None)
+        init(self, W)
+
+    monkeypatch.setattr(Fp8Stack, "__init__", watched)
+    quantise_model(m)
+    assert freed == [True] * 6
+
+
+def test_quantising_twice_is_quantising_once() -> None:
+    once, twice = quantise_model(model()), quantise_model(quantise_model(model()))
+    assert torch.equal(once(TOKENS), twice(TOKENS))
+    assert stored_bytes(once) == stored_bytes(twice)
 
 
 def test_generating_works_as_before() -> None:
