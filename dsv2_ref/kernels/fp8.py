@@ -18,7 +18,8 @@ How this file differs from the published code:
      depends on whether a processor has subnormal fp32 numbers. A number takes one division or
      one multiplication in fp32, and quantising a dequantised matrix changes no bit.
   2. Only storage is FP8. `linear` dequantises one matrix at a time and multiplies in the dtype
-     of its input, on any device that has the type: memory is halved, and speed is not gained.
+     of its input, on any device that has the type: memory is halved and time is lost, most of
+     it where torch casts codes one by one (decoding on a CPU takes about ten times as long).
      V3 quantises activations too, 1×128 at a time, and multiplies FP8 matrices.
   3. NaN and infinity are refused. A NaN would spread over its block; what a cast makes of too
      large a number depends on the program (torch: NaN before 2.12, 448 since), so none is cast.
