@@ -4,9 +4,11 @@
 The map, paper section -> file (its test is tests/test_<file>.py; 00_tour shows them all at work):
 
   2.1.1         attention/mha.py        multi-head attention, GQA, MQA                 (1)-(8)
-  2.1.2-2.1.3   attention/mla.py        multi-head latent attention                    (37)-(47)
+  2.1.2-3, C    attention/mla.py        multi-head latent attention                    (37)-(47)
   2.1.3, 3.1.4  attention/rope.py       decoupled RoPE, YaRN
   2.1.2         attention/kv_cache.py   latent cache, per-head cache
+  3.2.3         attention/cache_quant.py     the latent cache at six bits a number
+  3.2.3         attention/latent_basis.py    changes of weights that make it easier to quantise
   2.2.1-2.2.2   moe/routing.py          router, device-limited routing                 (21) (22)
   2.2.1         moe/experts.py          shared and routed experts                      (20)
   2.2.3         moe/balance.py          expert, device and communication balance       (23)-(31)
@@ -24,7 +26,8 @@ The map, paper section -> file (its test is tests/test_<file>.py; 00_tour shows 
                     optim, pretrain
   inference/        generate, evaluate, fp8_model
   figures.py        every plot and widget
-  jobs.py           what the command line (__main__.py) does
+  main_job.py       `make run`
+  jobs.py           the other commands of the command line (__main__.py)
   bench/            measurements against a peer
 
 Arrows run one way: attention, moe and kernels know nobody; model, checkpoint and cost stand on

@@ -24,7 +24,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser("run", help="the main job: train, judge, generate, draw, save")
     p.add_argument("--out", default="build")
-    p.add_argument("--seconds", type=float, default=225.0, help="for everything together")
+    p.add_argument("--seconds", type=float, default=225.0,
+                   help="for everything together; training gets at least 30 %%")
     p.add_argument("--corpus", default="python", help="python, stories, hub:NAME or a path")
 
     p = commands.add_parser("paper", help="the paper's claims beside ours")
@@ -32,6 +33,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser("train", help="train a preset")
     p.add_argument("--preset", default="small", help="small, mini, tiny, lite or v2")
+    p.add_argument("--recipe", default="minutes", choices=("minutes", "v2", "lite"),
+                   help="ours, or the paper's; the options below change it")
     p.add_argument("--corpus", default="python", help="python, stories, hub:NAME or a path")
     p.add_argument("--out", default="build/train")
     p.add_argument("--resume", action="store_true", help="go on from the state in --out")
@@ -77,9 +80,9 @@ def dispatch(args: dict) -> None:
         measure = importlib.import_module(f"dsv2_ref.bench.{args['name']}").run
         print(json.dumps(measure(quick=args["quick"]), indent=None if args["json"] else 2))
         return
-    from dsv2_ref import jobs
+    from dsv2_ref import jobs, main_job
 
-    result = {"run": jobs.run, "train": jobs.train_command,
+    result = {"run": main_job.run, "train": jobs.train_command,
               "generate": jobs.generate_command}[command](**args)
     print(json.dumps(result, ensure_ascii=False))
 

@@ -104,8 +104,8 @@ def expanded_elements(config: Config) -> int:
 
 
 def default_groups(n_h: int) -> int:
-    """Key-value heads of GQA where none are given: one for every four heads, at least one."""
-    return max(n_h // 4, 1)
+    """Key-value heads of GQA where none are given: one for four heads, two at least, a divisor."""
+    return max(g for g in range(1, max(n_h // 4, 2) + 1) if n_h % g == 0)
 
 
 def kv_heads(kind: str, n_h: int, groups: int | None = None) -> int:

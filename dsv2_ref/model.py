@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The assembly: embedding, blocks of MLA and DeepSeekMoE, head. The mathematics is in the concepts.
+"""The assembly: embedding, blocks, head. The mathematics is in attention/ and moe/.
 
 Two doors. `losses(tokens, targets)` is the training one: the language-model loss, the balance
 losses of every layer, token dropping. `model(tokens, cache)` is the other: logits of the new
@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from dsv2_ref.attention.cache_quant import SixBitCache, attend_packed
 from dsv2_ref.attention.kv_cache import LatentCache
 from dsv2_ref.attention.mla import (
     MultiHeadLatentAttention,
@@ -45,6 +46,8 @@ from dsv2_ref.moe.experts import (
     choose_experts,
 )
 from dsv2_ref.moe.routing import Router, Routing
+
+Cache = LatentCache | SixBitCache
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,7 @@ class _Pass:
     cos: Tensor
     sin: Tensor
     attend: Callable[..., Tensor]
-    cache: LatentCache | None = None
-    positions: Tensor | None = None
+    cache: Cache | None = None
     protected: Tensor | None = None                   # (B,) bool, sequences that drop nothing
     balance: list[Tensor] | None = None               # [expert, device, communication] so far
     load: list[Load] | None = None
@@ -96,9 +98,8 @@ class Block(nn.Module):
         self.layer = layer
         self.norm_attention = nn.RMSNorm(c.d, eps=c.norm_eps)
         scale = softmax_scale(c.d_h + c.d_r, c.yarn_factor or 1.0, c.yarn_mscale_all_dim)
-        self.attention = MultiHeadLatentAttention(
-            c.d, c.n_h, c.d_h, c.d_r, c.d_v, c.d_c, c.d_cq, scale=scale
-        )
+        self.attention = MultiHeadLatentAttention(c.d, c.n_h, c.d_h, c.d_r, c.d_v, c.d_c, c.d_cq,
+                                                  scale=scale)
         self.norm_ffn = nn.RMSNorm(c.d, eps=c.norm_eps)
         if c.is_moe(layer):
             self.router = Router(c.d, c.n_routed, c.top_k, c.n_devices, c.max_devices,
@@ -110,8 +111,7 @@ class Block(nn.Module):
     def forward(self, h: Tensor, run: _Pass) -> Tensor:
         """h (B, T, d) -> (B, T, d)."""
         h = h + self.attention(
-            self.norm_attention(h), run.cos, run.sin, run.attend, run.cache, self.layer,
-            run.positions,
+            self.norm_attention(h), run.cos, run.sin, run.attend, run.cache, self.layer
         )
         x = self.norm_ffn(h)
         if not self.config.is_moe(self.layer):
@@ -134,6 +134,7 @@ class Block(nn.Module):
         if not self.training or c.drop_capacity is None or run.balance is None:
             return None
         protected = None if run.protected is None else run.protected.repeat_interleave(T)
+        # gates are affinities times one factor: the same order
         return keep_within_budget(routing.indices, routing.gates, c.n_routed, c.n_devices,
                                   protected, c.drop_capacity)
 
@@ -174,12 +175,12 @@ class DeepSeekV2(nn.Module):
             if weight.ndim > 1:              # the norms stay at one
                 nn.init.normal_(weight, std=c.init_std)
 
-    def forward(self, tokens: Tensor, cache: LatentCache | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """tokens (B, T) int64 -> logits (B, T, vocab); appends to `cache` and advances it."""
         return self.head(self.hidden(tokens, cache))
 
     def hidden(
-        self, tokens: Tensor, cache: LatentCache | None = None,
+        self, tokens: Tensor, cache: Cache | None = None,
         lengths: Sequence[int] | None = None,
     ) -> Tensor:
         """tokens (B, T) -> what the head reads, (B, T, d).
@@ -225,15 +226,14 @@ class DeepSeekV2(nn.Module):
         language = linear_cross_entropy(h, self.head.weight, targets.flatten())
         return Losses(language, *(run.balance or [zero, zero, zero]), run.load or [])
 
-    def new_cache(self, batch: int, max_tokens: int, kind: str = "latent") -> LatentCache:
-        """An empty cache for `batch` sequences of up to `max_tokens`, in the model's dtype."""
-        if kind != "latent":
-            raise ValueError(f"kind: {kind!r}, expected 'latent'")
+    def new_cache(self, batch: int, max_tokens: int, kind: str = "latent") -> Cache:
+        """An empty cache for `batch` sequences of up to `max_tokens`, read in the model's dtype."""
+        if kind not in (kinds := {"latent": LatentCache, "six_bit": SixBitCache}):
+            raise ValueError(f"kind: {kind!r}, expected 'latent' or 'six_bit'")
         c, weight = self.config, self.embedding.weight
-        if max_tokens > c.max_positions:
-            raise ValueError(f"max_tokens: {max_tokens}, expected at most max_positions = "
-                             f"{c.max_positions}")
-        return LatentCache(c.n_layers, batch, max_tokens, c.d_c, c.d_r, weight.dtype, weight.device)
+        if max_tokens > (most := c.max_positions):
+            raise ValueError(f"max_tokens: {max_tokens}, expected at most max_positions = {most}")
+        return kinds[kind](c.n_layers, batch, max_tokens, c.d_c, c.d_r, weight.dtype, weight.device)
 
     def describe(self) -> str:
         """One line: size, device, dtype and which algorithms will run."""
@@ -244,19 +244,17 @@ class DeepSeekV2(nn.Module):
         return (f"{n / 1e6:.2f}M parameters on {weight.device} in {str(weight.dtype)[6:]}; "
                 f"prompt: attend_expanded, {many}; decode: attend_absorbed, {one}")
 
-    def _start(self, tokens: Tensor, cache: LatentCache | None) -> _Pass:
+    def _start(self, tokens: Tensor, cache: Cache | None) -> _Pass:
         c, (B, T) = self.config, _check_tokens(tokens, self.config.vocab)
         positions = torch.arange(T, device=tokens.device)[None]
-        ragged, S = False, T
+        S = T
         if cache is not None:
             if cache.batch != B:
                 raise ValueError(f"cache: made for {cache.batch} sequences, got {B}")
             positions = cache.positions(T)                               # (B, T)
-            ragged = min(cache.lengths) != max(cache.lengths)
             S += max(cache.lengths)
-        if S > c.max_positions:
-            raise ValueError(f"tokens: position {S - 1}, expected below max_positions = "
-                             f"{c.max_positions}")
+        if S > (end := c.max_positions):
+            raise ValueError(f"tokens: position {S - 1}, expected below max_positions = {end}")
         magnitude = 1.0
         frequencies = rope_frequencies(c.d_r, c.rope_theta)
         if c.yarn_factor is not None:
@@ -265,8 +263,10 @@ class DeepSeekV2(nn.Module):
             magnitude = rope_magnitude(c.yarn_factor, c.yarn_mscale, c.yarn_mscale_all_dim)
         cos, sin = rope_tables(positions, frequencies, magnitude)        # (B or 1, T, d_r/2)
         absorb = cache is not None and absorbed_is_cheaper(T, S, c.d_h, c.d_r, c.d_v, c.d_c)
-        return _Pass(cos, sin, attend_absorbed if absorb else attend_expanded, cache,
-                     positions if ragged else None)
+        attend = attend_absorbed if absorb else attend_expanded
+        if absorb and isinstance(cache, SixBitCache):
+            attend, cache = attend_packed, cache.packed
+        return _Pass(cos, sin, attend, cache)
 
     def _blocks(self, tokens: Tensor, run: _Pass) -> Tensor:
         h = self.embedding(tokens)                                       # (B, T, d)

@@ -32,6 +32,7 @@ PITFALLS = {
     "messages": "device and communication loss confused",
     "dropping": "capacity per expert, the wrong slots dropped, dropping at evaluation",
     "layout": "published rows or keys read as something else",
+    "quantised": "packed rows read back wrongly, not attended to as stored, or not fully counted",
     "fp8": "codes or scales of FP8 weights taken for something else, or too much put into FP8",
 }
 
@@ -49,6 +50,7 @@ ROPE, CACHE = "attention/rope.py", "attention/kv_cache.py"
 MHA, MLA = "attention/mha.py", "attention/mla.py"
 ROUTING, BALANCE = "moe/routing.py", "moe/balance.py"
 DROPPING, EXPERTS = "moe/dropping.py", "moe/experts.py"
+QUANT, BASIS = "attention/cache_quant.py", "attention/latent_basis.py"
 MODEL, CONFIG, CHECKPOINT = "model.py", "config.py", "checkpoint.py"
 FP8, FP8_MODEL, TENSOR_FILES = "kernels/fp8.py", "inference/fp8_model.py", "tensor_files.py"
 
@@ -478,8 +480,8 @@ _model = [
     Mutant("decoding_at_position_0", "chunks", MODEL,
            "positions = cache.positions(T) ", "cache.positions(T) ",
            "test_wiring.py::test_cached_in_chunks_equals_full"),
-    Mutant("model_ignores_lengths", "chunks", MODEL,
-           "positions if ragged else None", "None",
+    Mutant("cached_lengths_ignored", "chunks", MLA,
+           "positions = cache.positions(h.shape[1])", "positions = None",
            "test_wiring.py::test_padding_is_never_attended_to"),
     Mutant("router_reads_the_residual", "(22)", MODEL,
            "self.router(x)", "self.router(h.flatten(0, 1))", _loops),
@@ -650,5 +652,107 @@ _fp8 = [
            "test_fp8_model.py::test_another_quantisation_is_refused"),
 ]
 
+_bits = "test_cache_quant.py::test_every_bit_is_where_the_layout_says"
+_back = "test_cache_quant.py::test_packed_integers_come_back_bit_for_bit"
+_bound = "test_cache_quant.py::test_the_error_is_at_most_half_a_step"
+_nearest = "test_cache_quant.py::test_numbers_are_rounded_to_the_nearest_code"
+_refused = "test_cache_quant.py::test_what_cannot_be_stored_is_refused_and_nothing_changes"
+_nbytes = "test_cache_quant.py::test_nbytes_counts_everything"
+_packed = "test_cache_quant.py::test_attention_on_packed_rows_equals_attention_on_the_stored_ones"
+_pieces = "test_cache_quant.py::test_chunks_come_back_as_they_are_stored"
+_quantised = [
+    Mutant("offset_forgotten", "quantised", QUANT,
+           ".flatten(-2)[..., :d_c] - 32, rope", ".flatten(-2)[..., :d_c], rope", _back),
+    Mutant("rope_offset_without_lent_bits", "quantised", QUANT,
+           "rope - (32 << lent)", "rope - 32", _back),
+    Mutant("lenders_not_doubled", "quantised", QUANT,
+           "= (lenders & 31) << 1", "= lenders & 31", _back),
+    Mutant("lent_bit_kept", "quantised", QUANT,
+           "= (lenders & 31) << 1", "= lenders << 1", _back),
+    Mutant("lent_bits_swapped", "quantised", QUANT,
+           "rope = rope | borrowed[..., k, :] << k",
+           "rope = rope | borrowed[..., k, :] << (lent - 1 - k)", _back),
+    Mutant("rope_pairs_swapped", "quantised", QUANT,
+           "rope = rope << lent",
+           "rope = rope.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) << lent", _back),
+    Mutant("channels_of_a_word_are_neighbours", "quantised", QUANT,
+           ".unflatten(-1, (8, w))", ".unflatten(-1, (w, 8)).transpose(-1, -2)", _bits),
+    Mutant("top_bits_of_v2_and_v5_swapped", "quantised", QUANT,
+           "(c >> 6 & 3) << 4, b >> 6 & 15 | (c >> 8 & 3) << 4",
+           "(c >> 8 & 3) << 4, b >> 6 & 15 | (c >> 6 & 3) << 4", _back),
+    Mutant("words_sign_extended", "quantised", QUANT,
+           "(words.int() & 0xFFFF)", "words.int()", _back),
+    Mutant("scale_rounded_down", "quantised", QUANT,
+           "torch.where(scale < least, up, scale)", "torch.where(scale > least, up, scale)",
+           _bound),
+    Mutant("scale_of_32", "quantised", QUANT,
+           "(32 - step / 2)", "(32 + 0 * step)", _bound),
+    Mutant("scale_of_the_batch", "quantised", QUANT,
+           "(32 - step / 2)).amax(-1, keepdim=True)",
+           "(32 - step / 2)).amax().expand(*c_kv.shape[:-1], 1)",
+           "test_cache_quant.py::test_a_row_does_not_depend_on_the_others"),
+    Mutant("scales_exchanged", "quantised", QUANT,
+           "s_c, s_r = scales.to(wide).split(1, -1)", "s_r, s_c = scales.to(wide).split(1, -1)",
+           _bound),
+    Mutant("rounded_down", "quantised", QUANT,
+           "* step)).round()", "* step)).floor()", _nearest),
+    Mutant("rounded_away", "quantised", QUANT,
+           "(k_r / _nonzero(s_r, wide)).round()", "(k_r / _nonzero(s_r, wide)).ceil()", _nearest),
+    Mutant("largest_code_wraps", "quantised", QUANT,
+           ".round().clamp(-half, half - 1)", ".round().clamp(-half, half)", _nearest),
+    Mutant("divided_by_zero", "quantised", QUANT,
+           ".masked_fill(scale == 0, 1.0)", ".masked_fill(scale < 0, 1.0)", _bound),
+    Mutant("nan_stored", "quantised", QUANT,
+           "if not scale.isfinite().all():", "if scale.isinf().any():", _refused),
+    Mutant("infinity_stored", "quantised", QUANT,
+           "if not scale.isfinite().all():", "if scale.isnan().any():", _refused),
+    Mutant("scales_not_counted", "quantised", QUANT,
+           "return self.words.nbytes + self.scales.nbytes", "return self.words.nbytes", _nbytes),
+    Mutant("scales_not_in_the_formula", "quantised", QUANT,
+           "self.words.nbytes_per_token + self.scales.nbytes_per_token",
+           "self.words.nbytes_per_token", _nbytes),
+    Mutant("codes_in_32_bits", "quantised", QUANT,
+           "3 * w, 3 * w_r, torch.int16", "3 * w, 3 * w_r, torch.int32", _nbytes),
+    Mutant("scales_in_fp32", "quantised", QUANT,
+           "1, 1, torch.bfloat16", "1, 1, torch.float32", _nbytes),
+    Mutant("fresh_rows_not_quantised", "quantised", QUANT,
+           "return dequantise(*unpack(words, self.d_c, self.d_r), scales, self.dtype)",
+           "rows = dequantise(*unpack(words, self.d_c, self.d_r), scales, self.dtype)\n"
+           "        return tuple(torch.cat((x[:, : -new.shape[1]], new), 1)\n"
+           "                     for x, new in zip(rows, (c_kv, k_r)))", _pieces),
+    Mutant("scales_do_not_advance", "quantised", QUANT,
+           "self.scales.advance(new_tokens)", "pass", _pieces),
+    Mutant("scale_missing_from_scores", "quantised", QUANT,
+           "n_c.transpose(1, 2)) * s_c +", "n_c.transpose(1, 2)) +", _packed),
+    Mutant("scale_missing_from_values", "quantised", QUANT,
+           "(weights * s_c[:, None])", "weights", _packed),
+    Mutant("old_sum_not_shrunk", "quantised", QUANT,
+           "o * shrink + weighted", "o + weighted", _packed),
+    Mutant("old_total_not_shrunk", "quantised", QUANT,
+           "total * shrink + weights", "total + weights", _packed),
+    Mutant("a_tile_starts_at_zero", "quantised", QUANT,
+           "torch.arange(start, start + n_c.shape[1]", "torch.arange(0, n_c.shape[1]", _packed),
+    Mutant("packed_sees_one_ahead", "quantised", QUANT,
+           "keys > positions[:, None, :, None]", "keys > positions[:, None, :, None] + 1", _packed),
+    Mutant("packed_positions_from_zero", "quantised", QUANT,
+           "torch.arange(S - T, S, device=words.device)[None]",
+           "torch.arange(T, device=words.device)[None]", _packed),
+    Mutant("decoding_dequantises_everything", "quantised", MODEL,
+           "if absorb and isinstance(cache, SixBitCache):", "if False:",
+           "test_six_bit_model.py::test_decoding_reads_the_packed_rows_and_expands_nothing"),
+    Mutant("six_bit_is_latent", "quantised", MODEL,
+           '"six_bit": SixBitCache}', '"six_bit": LatentCache}',
+           "test_six_bit_model.py::test_bytes_of_the_published_model"),
+    Mutant("gain_left_in_the_norm", "quantised", BASIS,
+           "back = gain[:, None].to(R.dtype) * R.T", "back = R.T.clone()",
+           "test_latent_basis.py::test_a_rotated_latent_gives_the_same_keys_and_values"),
+    Mutant("rotated_twice_the_same_way", "quantised", BASIS,
+           "to(R.dtype) * R.T ", "to(R.dtype) * R ",
+           "test_latent_basis.py::test_a_rotated_latent_gives_the_same_keys_and_values"),
+    Mutant("one_factor_a_number", "quantised", BASIS,
+           "W_QR * size.repeat(n_h, 1)", "W_QR / size.repeat(n_h, 1)",
+           "test_latent_basis.py::test_even_pairs_give_the_same_scores"),
+]
+
 MUTANTS = [*_rope, *_cache, *_mha, *_mla, *_routing, *_balance, *_dropping, *_experts, *_model,
-           *_formats, *_fp8]
+           *_formats, *_fp8, *_quantised]

@@ -47,11 +47,8 @@ def test_numbers_are_numbers_and_outputs_agree(record: dict, part: str) -> None:
             assert rate * milliseconds == pytest.approx(1000 * tokens)
 
 
-def test_the_full_run_has_the_goals_of_the_plan() -> None:
-    """Contexts of 2K and 8K, widths that exclude no backend, no equal sizes by accident."""
-    assert {key for key in cpu_decode.GOALS if key[0] != "training"} == {
-        (part, context) for part in ("decode", "attention") for context in (2048, 8192)
-    }
+def test_the_full_run_has_the_sizes_it_documents() -> None:
+    """Widths that exclude no backend, and a layer of V2-Lite's real size."""
     model = cpu_decode.MODEL
     for width in (model.d, model.expert_width, model.dense_width, model.d_c, model.d_cq):
         assert width % 16 == 0

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from refusals import refused
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -245,16 +246,6 @@ def _listing(path: Path) -> dict[str, bytes]:
     return {str(f.relative_to(path)): f.read_bytes() for f in path.rglob("*") if f.is_file()}
 
 
-def _refused(act, *words: object) -> str:
-    with pytest.raises(ValueError) as caught:
-        act()
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert str(word) in message, f"{word!r} is not in {message!r}"
-    return message
-
-
 def test_names_and_rows_of_the_published_layout() -> None:
     """Two heads by eye: per head [UQ; QR], [UK; UV], and [DKV; KR] below each other."""
     model = _model(n_h=2, tie_embeddings=False, n_layers=2)
@@ -356,13 +347,13 @@ def _rewrite(path: Path, change) -> None:
 
 def test_missing_tensor(saved: Path) -> None:
     _rewrite(saved, lambda t: t.pop(Q))
-    _refused(lambda: checkpoint.load(saved), Q, "missing", saved)
+    refused(lambda: checkpoint.load(saved), Q, "missing", saved)
 
 
 def test_extra_tensor(saved: Path) -> None:
     name = "model.layers.3.self_attn.q_b_proj.weight"
     _rewrite(saved, lambda t: t.update({name: torch.zeros(2)}))
-    _refused(lambda: checkpoint.load(saved), name, "not part of the model", "config.json")
+    refused(lambda: checkpoint.load(saved), name, "not part of the model", "config.json")
 
 
 def test_old_frequency_buffers_are_ignored(saved: Path) -> None:
@@ -373,14 +364,14 @@ def test_old_frequency_buffers_are_ignored(saved: Path) -> None:
 
 def test_misshapen_tensor(saved: Path) -> None:
     _rewrite(saved, lambda t: t.update({Q: t[Q].mT.contiguous()}))
-    _refused(lambda: checkpoint.load(saved), Q, "shape (22, 80)", "expected (80, 22)",
+    refused(lambda: checkpoint.load(saved), Q, "shape (22, 80)", "expected (80, 22)",
              "model.safetensors")
 
 
 def test_config_of_another_model(saved: Path) -> None:
     file = saved / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"num_hidden_layers": 4}))
-    _refused(lambda: checkpoint.load(saved), "model.layers.3.", "missing")
+    refused(lambda: checkpoint.load(saved), "model.layers.3.", "missing")
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
@@ -388,28 +379,28 @@ def test_config_of_another_model(saved: Path) -> None:
 def test_quantised_weights(saved: Path, dtype: torch.dtype, names: list[str]) -> None:
     """Codes without their scales are not weights, be it one tensor or all of them."""
     _rewrite(saved, lambda t: t.update({n: t[n].to(dtype) for n in names or list(t)}))
-    _refused(lambda: checkpoint.load(saved), *names, str(dtype), "expected", "model.safetensors")
+    refused(lambda: checkpoint.load(saved), *names, str(dtype), "expected", "model.safetensors")
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -100])
 def test_truncated_file(saved: Path, keep: int) -> None:
     file = saved / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
-    _refused(lambda: checkpoint.load(saved), file, "damaged")
+    refused(lambda: checkpoint.load(saved), file, "damaged")
 
 
 def test_missing_files(saved: Path, tmp_path) -> None:
-    _refused(lambda: checkpoint.load(tmp_path / "nowhere"), "nowhere", "no such file")
+    refused(lambda: checkpoint.load(tmp_path / "nowhere"), "nowhere", "no such file")
     (saved / "model.safetensors").unlink()
-    _refused(lambda: checkpoint.load(saved), saved / "model.safetensors", "no such file")
+    refused(lambda: checkpoint.load(saved), saved / "model.safetensors", "no such file")
     (saved / "config.json").unlink()
-    _refused(lambda: checkpoint.load(saved), saved / "config.json", "no such file")
+    refused(lambda: checkpoint.load(saved), saved / "config.json", "no such file")
 
 
 def test_missing_shard(sharded: Path) -> None:
     gone = sorted(sharded.glob("*.safetensors"))[1]
     gone.unlink()
-    _refused(lambda: checkpoint.load(sharded), gone, "no such file")
+    refused(lambda: checkpoint.load(sharded), gone, "no such file")
 
 
 @pytest.mark.parametrize("content", [
@@ -418,7 +409,7 @@ def test_missing_shard(sharded: Path) -> None:
 def test_damaged_index(sharded: Path, content: str | bytes) -> None:
     raw = content if isinstance(content, bytes) else content.encode()
     (sharded / checkpoint.INDEX).write_bytes(raw)
-    _refused(lambda: checkpoint.load(sharded), sharded / checkpoint.INDEX, "damaged")
+    refused(lambda: checkpoint.load(sharded), sharded / checkpoint.INDEX, "damaged")
 
 
 def test_index_that_names_the_wrong_shard(sharded: Path) -> None:
@@ -427,7 +418,7 @@ def test_index_that_names_the_wrong_shard(sharded: Path) -> None:
     others = set(index["weight_map"].values()) - {index["weight_map"][Q]}
     index["weight_map"][Q] = min(others)
     file.write_text(json.dumps(index))
-    _refused(lambda: checkpoint.load(sharded), Q, min(others))
+    refused(lambda: checkpoint.load(sharded), Q, min(others))
 
 
 def test_index_without_a_tensor(sharded: Path) -> None:
@@ -435,7 +426,7 @@ def test_index_without_a_tensor(sharded: Path) -> None:
     index = json.loads(file.read_text())
     del index["weight_map"][Q]
     file.write_text(json.dumps(index))
-    _refused(lambda: checkpoint.load(sharded), Q, "missing")
+    refused(lambda: checkpoint.load(sharded), Q, "missing")
 
 
 @pytest.mark.parametrize("changes, words", [
@@ -447,7 +438,7 @@ def test_index_without_a_tensor(sharded: Path) -> None:
 def test_bad_config(saved: Path, changes: dict, words: list[str]) -> None:
     file = saved / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-    _refused(lambda: checkpoint.load(saved), *words)
+    refused(lambda: checkpoint.load(saved), *words)
 
 
 # ---- what `save` promises
@@ -463,7 +454,7 @@ def test_save_accepts_an_empty_directory_and_new_parents(tmp_path) -> None:
 def test_save_refuses_what_is_not_empty_and_replaces_when_told(saved: Path) -> None:
     (saved / "notes.txt").write_text("mine")
     before = _listing(saved.parent)
-    _refused(lambda: checkpoint.save(_model(), saved), saved, "not empty", "expected")
+    refused(lambda: checkpoint.save(_model(), saved), saved, "not empty", "expected")
     assert _listing(saved.parent) == before
     other = _model(n_layers=2)
     checkpoint.save(other, saved, overwrite=True, shard_bytes=20_000)
@@ -474,11 +465,11 @@ def test_save_refuses_what_is_not_empty_and_replaces_when_told(saved: Path) -> N
 
 def test_save_refuses_a_file_as_directory_or_parent(tmp_path) -> None:
     (tmp_path / "file").write_text("mine")
-    _refused(lambda: checkpoint.save(_model(), tmp_path / "file"), tmp_path / "file", "expected")
-    _refused(lambda: checkpoint.save(_model(), tmp_path / "file", overwrite=True), "expected")
-    _refused(lambda: checkpoint.save(_model(), tmp_path / "file" / "m"), tmp_path / "file" / "m",
+    refused(lambda: checkpoint.save(_model(), tmp_path / "file"), tmp_path / "file", "expected")
+    refused(lambda: checkpoint.save(_model(), tmp_path / "file", overwrite=True), "expected")
+    refused(lambda: checkpoint.save(_model(), tmp_path / "file" / "m"), tmp_path / "file" / "m",
              "cannot be written")
-    _refused(lambda: checkpoint.save(_model(), tmp_path / "file" / "m" / "n"), "cannot be written")
+    refused(lambda: checkpoint.save(_model(), tmp_path / "file" / "m" / "n"), "cannot be written")
     assert _listing(tmp_path) == {"file": b"mine"}
 
 
@@ -606,17 +597,17 @@ def test_interrupted_state_leaves_the_good_file(
 def test_state_that_cannot_be_written(tmp_path) -> None:
     (tmp_path / "file").write_text("mine")
     tensors, state = _state()
-    _refused(lambda: checkpoint.save_state(tmp_path / "file" / "s", tensors, state),
+    refused(lambda: checkpoint.save_state(tmp_path / "file" / "s", tensors, state),
              tmp_path / "file" / "s", "cannot be written")
     assert _listing(tmp_path) == {"file": b"mine"}
 
 
 def test_state_from_the_wrong_file(saved: Path, tmp_path) -> None:
-    _refused(lambda: checkpoint.load_state(saved / "model.safetensors"),
+    refused(lambda: checkpoint.load_state(saved / "model.safetensors"),
              saved / "model.safetensors", "no training state")
-    _refused(lambda: checkpoint.load_state(saved / "config.json"), "config.json", "damaged")
-    _refused(lambda: checkpoint.load_state(tmp_path / "nowhere"), "nowhere", "no such file")
-    _refused(lambda: checkpoint.load_state(saved), saved, "expected a whole safetensors file")
+    refused(lambda: checkpoint.load_state(saved / "config.json"), "config.json", "damaged")
+    refused(lambda: checkpoint.load_state(tmp_path / "nowhere"), "nowhere", "no such file")
+    refused(lambda: checkpoint.load_state(saved), saved, "expected a whole safetensors file")
 
 
 def test_nothing_is_unpickled() -> None:

@@ -5,6 +5,7 @@ import dataclasses
 import json
 
 import pytest
+from refusals import refused
 
 from dsv2_ref.config import LITE, PRESETS, TINY, V2, Config
 
@@ -37,17 +38,6 @@ PUBLISHED_LITE = PUBLISHED | {
     "num_key_value_heads": 16, "q_lora_rank": None, "routed_scaling_factor": 1.0,
     "topk_group": 1, "topk_method": "greedy",
 }
-
-
-def refused(act, *words: str) -> str:
-    """`act` must raise a ValueError of one line that holds every one of `words`."""
-    with pytest.raises(ValueError) as caught:
-        act()
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message, f"{word!r} is not in {message!r}"
-    return message
 
 
 def test_published_v2_is_the_preset() -> None:

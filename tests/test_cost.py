@@ -180,7 +180,7 @@ def test_measuring_leaves_the_callers_random_numbers_alone():
 
 
 def test_groups_and_kinds_are_checked():
-    assert [cost.default_groups(n) for n in (1, 4, 16, 128)] == [1, 1, 4, 32]
+    assert [cost.default_groups(n) for n in (1, 3, 4, 14, 16, 128)] == [1, 1, 2, 2, 4, 32]
     with pytest.raises(ValueError, match="kind: 'mla', expected MHA, GQA, MQA or MLA"):
         cost.cache_elements_per_token("mla", V2)
     with pytest.raises(ValueError, match="groups: 3, expected a divisor of n_h = 128"):

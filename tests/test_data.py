@@ -156,7 +156,7 @@ def test_local_parquet(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="not a parquet file"):
         local_corpus(path)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(ImportError, match=r"needs pyarrow: pip install 'dsv2-ref\[data\]'"):
+    with pytest.raises(ImportError, match=r"needs pyarrow: .venv/bin/pip install -e '\.\[data\]'"):
         local_corpus(path)
 
 
@@ -205,7 +205,7 @@ def test_hub(monkeypatch):
     with pytest.raises(ValueError, match="'gone' cannot be loaded: no such dataset$"):
         hub_corpus("gone")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r"needs datasets: pip install 'dsv2-ref\[data\]'"):
+    with pytest.raises(ImportError, match=r"needs datasets: .venv/bin/pip install -e '\.\[data\]'"):
         open_corpus("hub:some/name")
 
 

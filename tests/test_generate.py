@@ -130,8 +130,8 @@ def test_a_cache_that_fills_up(model):
 def test_text_stream_waits_for_whole_characters():
     data = "a知é".encode()
     written = []
-    stream = TextStream(lambda ids: bytes(ids).decode("utf-8", "replace"), written.append)
+    stream = TextStream(lambda ids: bytes(ids).decode("utf-8", "replace"), written.append, ">")
     for byte in data:
         stream([byte])
     stream([None])
-    assert written == ["a", "知", "é"]
+    assert written == [">", "a", "知", "é"]

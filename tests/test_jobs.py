@@ -5,8 +5,9 @@ import json
 
 import pytest
 
-from dsv2_ref import checkpoint, jobs
+from dsv2_ref import checkpoint, main_job
 from dsv2_ref.__main__ import main
+from dsv2_ref.config import TINY
 from dsv2_ref.training.pretrain import Trainer, TrainingDiverged
 from dsv2_ref.training.tokenizer import load_tokenizer
 
@@ -72,6 +73,21 @@ def test_generate_is_reproducible_json(trained, capsys):
     assert json.loads(call(capsys, *args)[1])["text"] == text
 
 
+def test_bad_sampling_writes_nothing_first(trained, capsys):
+    code, out, err = call(capsys, "generate", "--model", trained / "model", "--temperature", -1)
+    assert code == 2 and out == "" and err.startswith("dsv2_ref: temperature: -1.0")
+
+
+def test_the_papers_recipe_scaled_down(texts, tmp_path, capsys):
+    code, out, _ = call(capsys, "train", "--preset", "tiny", "--corpus", texts, "--quiet",
+                        "--recipe", "v2", "--steps", 100, "--batch", 4, "--sequence", 16,
+                        "--out", tmp_path)
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert code == 0 and [entry["batch"] for entry in log[:6]] == [1, 2, 3, 4, 4, 4]
+    assert [log[i]["lr"] for i in (1, 58)] == [2.4e-4, 2.4e-4]
+    assert [log[i]["lr"] for i in (60, 95)] == pytest.approx([2.4e-4 * 0.316, 2.4e-4 * 0.316**2])
+
+
 def test_paper(capsys):
     code, out, _ = call(capsys, "paper", "--json")
     rows = json.loads(out)
@@ -87,11 +103,16 @@ def test_paper(capsys):
     (["train", "--steps", "3", "--seconds", "3"], "not allowed with"),
     (["train", "--corpus", "/no/such/place", "--steps", "1"], "'/no/such/place'"),
     (["train", "--resume"], "expected a saved state to resume from"),
-    (["generate", "--model", "/no/such/model"], "/no/such/model"),
+    (["train", "--preset", "v2", "--steps", "1"], "training state takes 3,5"),
+    (["train", "--seed", "-1", "--steps", "1"], "seed: -1, expected 0 to"),
+    (["train", "--save-every", "-1", "--steps", "1"], "save_every: -1, expected"),
+    (["train", "--recipe", "ours"], "invalid choice: 'ours'"),
+    (["run", "--seconds", "-5"], "seconds: -5.0, expected a number > 0"),
+    (["generate", "--model", "/no/such/model"], "'/no/such/model' is no folder"),
     (["bench", "nothing"], "invalid choice: 'nothing'"),
 ], ids=lambda x: " ".join(x) if isinstance(x, list) else "")
 def test_bad_input_is_one_line_and_code_2(args, message, capsys, tmp_path):
-    if args[0] == "train":
+    if args[0] in ("train", "run"):
         args = [*args, "--out", tmp_path / "out"]
     code, out, err = call(capsys, *args)
     assert code == 2 and out == "" and message in err and err.count("\n") == 1
@@ -112,7 +133,7 @@ def test_empty_corpus(tmp_path, capsys):
 
 
 def test_the_main_job_in_small(tmp_path, texts, capsys, monkeypatch):
-    monkeypatch.setattr(jobs, "SMALL", jobs.PRESETS["tiny"])
+    monkeypatch.setattr(main_job, "SMALL", TINY)
     code, out, err = call(capsys, "run", "--seconds", 6, "--corpus", texts, "--out", tmp_path)
     assert code == 0
     result = json.loads(out)

@@ -225,3 +225,17 @@ def test_bf16_stays_near_fp64(attend):
     assert low.dtype == torch.bfloat16
     rms = (low.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
     assert rms < 0.03
+
+
+@BOTH
+def test_a_ragged_cache_needs_no_positions(attend):
+    """Sequences of different cached lengths: the cache knows where the new token of each stands."""
+    m, h = module(), loops.normal(3, 2, 5, D)
+    cos, sin = tables(0, 5)
+    cache = LatentCache(1, 2, 8, SIZES["d_c"], SIZES["d_r"], dtype=torch.float64)
+    m(h[:, :4], cos[:4], sin[:4], cache=cache)
+    cache.advance([2, 4])                        # the first sequence had two tokens of padding
+    at = cache.positions(1)
+    u = m(torch.stack((h[0, 2:3], h[1, 4:5])), cos[at], sin[at], attend, cache)
+    close(u[0, 0], m(h[:1, :3], cos[:3], sin[:3])[0, 2])
+    close(u[1, 0], m(h[1:], cos, sin)[0, 4])

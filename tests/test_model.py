@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from refusals import refused
 from torch import Tensor
 
 from dsv2_ref import model as assembly
@@ -66,15 +67,6 @@ def _force(monkeypatch, attend: str) -> list[str]:
     """Make the model use one attention whatever it would choose, and record its calls."""
     monkeypatch.setattr(assembly, "absorbed_is_cheaper", lambda *_: attend == "attend_absorbed")
     return _spy(monkeypatch, "attend_expanded", "attend_absorbed")
-
-
-def _refused(act, *words: object) -> None:
-    with pytest.raises(ValueError) as caught:
-        act()
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert str(word) in message, f"{word!r} is not in {message!r}"
 
 
 # ---- one answer
@@ -491,10 +483,10 @@ def small() -> DeepSeekV2:
     (torch.zeros(1, 65, dtype=torch.long), ["tokens", "position 64", "max_positions = 64"]),
 ])
 def test_refuses_tokens(small: DeepSeekV2, tokens: Tensor, words: list[str]) -> None:
-    _refused(lambda: small(tokens), *words)
-    _refused(lambda: small.losses(tokens, tokens), *words)
+    refused(lambda: small(tokens), *words)
+    refused(lambda: small.losses(tokens, tokens), *words)
     if tokens.shape != (1, 65):
-        _refused(lambda: small(tokens, small.new_cache(1, 9)), *words)
+        refused(lambda: small(tokens, small.new_cache(1, 9)), *words)
 
 
 def test_int32_tokens_are_integers_too(small: DeepSeekV2) -> None:
@@ -503,12 +495,12 @@ def test_int32_tokens_are_integers_too(small: DeepSeekV2) -> None:
 
 def test_refuses_targets(small: DeepSeekV2) -> None:
     tokens = _tokens(2, 4)
-    _refused(lambda: small.losses(tokens, tokens[:, 1:]), "targets", "(2, 3)", "(2, 4)")
+    refused(lambda: small.losses(tokens, tokens[:, 1:]), "targets", "(2, 3)", "(2, 4)")
     wrong = tokens.clone()
     wrong[0, 0] = 101
-    _refused(lambda: small.losses(tokens, wrong), "targets", "101", "0 to 100")
+    refused(lambda: small.losses(tokens, wrong), "targets", "101", "0 to 100")
     wrong[0, 0] = -1
-    _refused(lambda: small.losses(tokens, wrong), "targets", "-1", "0 to 100")
+    refused(lambda: small.losses(tokens, wrong), "targets", "-1", "0 to 100")
 
 
 def test_nothing_to_learn_costs_nothing(small: DeepSeekV2) -> None:
@@ -520,23 +512,23 @@ def test_nothing_to_learn_costs_nothing(small: DeepSeekV2) -> None:
 def test_refuses_protected(small: DeepSeekV2) -> None:
     tokens, model = _tokens(2, 4), copy.deepcopy(small).train()
     wrong = torch.ones(3, dtype=torch.bool)
-    _refused(lambda: model.losses(tokens, tokens, protected=wrong), "protected", "(3,)", "(2,)")
+    refused(lambda: model.losses(tokens, tokens, protected=wrong), "protected", "(3,)", "(2,)")
 
 
 def test_refuses_caches(small: DeepSeekV2) -> None:
-    _refused(lambda: small.new_cache(1, 9, kind="paged"), "kind", "'paged'", "'latent'")
-    _refused(lambda: small.new_cache(0, 9), "batch", "0", "at least 1")
-    _refused(lambda: small.new_cache(1, 0), "max_tokens", "0", "at least 1")
-    _refused(lambda: small.new_cache(1, 65), "max_tokens", "65", "max_positions = 64")
-    _refused(lambda: small(_tokens(2, 3), small.new_cache(3, 9)), "cache", "3", "2")
-    _refused(lambda: small(_tokens(1, 10), small.new_cache(1, 9)), "cache", "0 + 10", "9")
+    refused(lambda: small.new_cache(1, 9, kind="paged"), "kind", "'paged'", "'latent'")
+    refused(lambda: small.new_cache(0, 9), "batch", "0", "at least 1")
+    refused(lambda: small.new_cache(1, 0), "max_tokens", "0", "at least 1")
+    refused(lambda: small.new_cache(1, 65), "max_tokens", "65", "max_positions = 64")
+    refused(lambda: small(_tokens(2, 3), small.new_cache(3, 9)), "cache", "3", "2")
+    refused(lambda: small(_tokens(1, 10), small.new_cache(1, 9)), "cache", "0 + 10", "9")
 
 
 def test_a_full_cache_refuses_and_stays_usable(small: DeepSeekV2) -> None:
     cache = small.new_cache(2, 6)
     small(_tokens(2, 6), cache)
     store = cache.store.clone()
-    _refused(lambda: small(_tokens(2, 1), cache), "cache is full", "6 + 1", "max_tokens = 6")
+    refused(lambda: small(_tokens(2, 1), cache), "cache is full", "6 + 1", "max_tokens = 6")
     assert cache.lengths == [6, 6] and torch.equal(cache.store, store)
     cache.reset()
     assert torch.equal(small(_tokens(2, 6), cache), small(_tokens(2, 6), small.new_cache(2, 6)))
@@ -552,6 +544,6 @@ def test_the_last_position_is_allowed(small: DeepSeekV2) -> None:
 @pytest.mark.parametrize("lengths", [[1], [1, 2, 3], [1, 5], [-1, 2]])
 def test_refuses_lengths(small: DeepSeekV2, lengths: list[int]) -> None:
     cache = small.new_cache(2, 9)
-    _refused(lambda: small.hidden(_tokens(2, 4), cache, lengths), "lengths", lengths, "0 to 4")
+    refused(lambda: small.hidden(_tokens(2, 4), cache, lengths), "lengths", lengths, "0 to 4")
     assert cache.lengths == [0, 0]
-    _refused(lambda: small.hidden(_tokens(2, 4), None, [1, 1]), "lengths", "without a cache")
+    refused(lambda: small.hidden(_tokens(2, 4), None, [1, 1]), "lengths", "without a cache")

@@ -15,7 +15,7 @@ def rows():
 
 
 def test_every_claim_holds(rows):
-    assert len(rows) == len(paper.rows()) == 21      # claims are names: no two alike
+    assert len(rows) == len(paper.rows()) == 24      # claims are names: no two alike
     assert [claim for claim, row in rows.items() if not row.holds] == []
 
 
@@ -35,6 +35,9 @@ def test_every_claim_holds(rows):
     ("bits a cached element", "6", "6.00", 6.0),
     ("bf16 bytes a token, latent", "(69,120)", "69,120", 69_120),
     ("the same kept expanded", "(4,915,200)", "4,915,200", 4_915_200),
+    ("bits an element, packed", "6", "6.06", 8 * 436 / 576),
+    ("KV saved, packed cache", "93.3%", "93.3%", 100 - 100 * 60 * 436 / 389_120),
+    ("sequences in 80 GB vs 67B", "(14.9x)", "14.9x", 389_120 / (60 * 436)),
     ("training GPU-hours saved", "42.5%", "42.5%", 42.5150),
     ("implied TFLOP/s a GPU, V2", "(200)", "201", 201.1141),
     ("implied TFLOP/s a GPU, 67B", "(370)", "371", 371.4793),
@@ -54,7 +57,8 @@ def test_numbers(rows, claim, printed, ours, value):
     ({"n_h": 64}, {"the same kept expanded"}),
     ({"d_c": 448}, {"MLA's cache in GQA groups", "MLA's cache over d_h l", "bits a cached element",
                     "cache, large MoE with MLA", "KV saved, both at 16 bits",
-                    "KV saved, ours at 6 bits", "bf16 bytes a token, latent"}),
+                    "KV saved, ours at 6 bits", "bf16 bytes a token, latent",
+                    "KV saved, packed cache", "sequences in 80 GB vs 67B"}),
     ({"yarn_factor": 32.0}, {"YaRN target context", "YaRN length factor sqrt(t)",
                              "YaRN softmax-scale factor"}),
     ({"yarn_mscale_all_dim": None}, {"YaRN length factor sqrt(t)", "YaRN softmax-scale factor"}),
@@ -83,7 +87,7 @@ def test_table_is_aligned_and_fits_100_columns():
     table = paper.as_table(paper.rows())
     lines = table.splitlines()
     assert max(map(len, lines)) <= 100
-    assert len(lines) == 2 + 21 + 2 and "21 of 21 hold" in lines[-1]
+    assert len(lines) == 2 + 24 + 2 and "24 of 24 hold" in lines[-1]
     how = lines[0].index("how")
     assert all(line[how - 2: how] == "  " and line[how] != " " for line in lines[2:-2])
     assert all(line.startswith("ok  ") for line in lines[2:-2])
@@ -91,7 +95,7 @@ def test_table_is_aligned_and_fits_100_columns():
 
 def test_a_claim_that_does_not_hold_shows():
     table = paper.as_table(paper.rows(v2=V2.with_(n_routed=128)))
-    assert "\nNO  parameters, V2 " in table and "20 of 21 hold" in table
+    assert "\nNO  parameters, V2 " in table and "23 of 24 hold" in table
 
 
 def test_long_explanations_wrap_within_100_columns():
@@ -101,7 +105,7 @@ def test_long_explanations_wrap_within_100_columns():
 
 def test_json_is_a_list_of_objects():
     content = json.loads(paper.as_json(paper.rows()))
-    assert isinstance(content, list) and len(content) == 21
+    assert isinstance(content, list) and len(content) == 24
     for item, row in zip(content, paper.rows(), strict=True):
         assert item == vars(row)
         assert set(item) == {"claim", "section", "paper", "ours", "value", "holds", "how"}

@@ -191,3 +191,17 @@ def test_unwritable_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be written"):
         train(trainer(), tmp_path / "file" / "run", progress=False)
+
+
+def test_the_fastest_number_of_threads_is_found(monkeypatch):
+    monkeypatch.setattr(pretrain, "_CORES", 4)
+    threads, now = [1], [0.0]
+
+    def work():                      # four threads that get into each other's way
+        now[0] += {1: 1.0, 4: 3.0}[threads[-1]]
+
+    monkeypatch.setattr(pretrain.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(pretrain.torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(pretrain.torch, "get_num_threads", lambda: threads[-1])
+    pretrain.set_fastest_threads(work)
+    assert threads[-1] == 1 and 4 in threads

@@ -137,3 +137,16 @@ def test_bad_sizes_are_refused():
         Router(D, E, 0)
     with pytest.raises(ValueError, match="top_k"):
         Router(D, E, E + 1)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    (dict(max_devices=0), "max_devices: 0, expected 1 to n_devices = 4"),
+    (dict(max_devices=5), "max_devices: 5, expected 1 to n_devices = 4"),
+    (dict(n_devices=0, max_devices=None), "n_devices: 0, expected a divisor of n_routed = 8"),
+    (dict(n_devices=3, max_devices=None), "n_devices: 3, expected a divisor of n_routed = 8"),
+    (dict(top_k=5), "top_k: 5, expected 1 to 4"),
+])
+def test_impossible_limits_are_refused(changes, message):
+    sizes = dict(d=5, n_routed=8, top_k=2, n_devices=4, max_devices=2) | changes
+    with pytest.raises(ValueError, match=message):
+        Router(**sizes)

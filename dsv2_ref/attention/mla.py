@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: MIT
 """Multi-head latent attention (MLA): the cache is one short row per token, shared by all heads.
 
-Section 2.1.2-2.1.3, equations (37)-(47). Each token is compressed to a latent c_kv of d_c numbers
-from which every head's key and value *could* be expanded. Position cannot enter through those
-keys: with RoPE between W^UQ and W^UK the product would depend on the distance, R·W_UK·c is not
-W_UK·R·c, and the re-association below would be lost. So position gets its own little query per
-head, q_r, and one key for all heads, k_r, made from h and not from the latent ("decoupled RoPE").
-What is cached is [c_kv ; k_r], d_c + d_r numbers: 576 for V2 where MHA would keep 32,768.
+Section 2.1.2-2.1.3; equations (37)-(47), the full list in appendix C. Each token is compressed to a
+latent c_kv of d_c numbers from which every head's key and value *could* be expanded. Position
+cannot enter through those keys: with a rotation R between W^UQ and W^UK the product would depend on
+the distance, R·W_UK·c is not W_UK·R·c, and the re-association below would be lost. So position gets
+its own little query per head, q_r, and one key for all heads, k_r, made from h and not from the
+latent ("decoupled RoPE"). What is cached is [c_kv ; k_r], d_c + d_r numbers: 576 for V2 where MHA
+would keep 32,768.
 
 The same attention is computed in two ways, two functions with one signature:
 
@@ -156,8 +157,13 @@ class MultiHeadLatentAttention(nn.Module):
     ) -> Tensor:
         """h (B, T, d), cos and sin (T or B, T, d_r/2) -> u (B, T, d).
 
-        `attend` is one of the functions above; `cache` is appended to at `layer`, not advanced.
+        `attend` is one of the functions above: expanded for prompts and training, absorbed for
+        decoding. `cache` is appended to at `layer`, not advanced. `positions` (B, T) of the new
+        tokens are needed where they are not the last of all S; the cache's own are used where its
+        sequences have different lengths.
         """
+        if cache is not None and positions is None and min(cache.lengths) != max(cache.lengths):
+            positions = cache.positions(h.shape[1])
         q_c, q_r = self.queries(h, cos, sin)
         c_kv, k_r = self.latents(h, cos, sin)
         if cache is not None:

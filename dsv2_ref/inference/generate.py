@@ -108,10 +108,15 @@ def _check(
 
 
 class TextStream:
-    """Turns ids that arrive one by one into text; half a character waits for its other half."""
+    """Turns ids that arrive one by one into text; half a character waits for its other half.
 
-    def __init__(self, decode: Callable[[list[int]], str], write: Callable[[str], object]) -> None:
-        self.decode, self.write = decode, write
+    `before` is written with the first of them.
+    """
+
+    def __init__(
+        self, decode: Callable[[list[int]], str], write: Callable[[str], object], before: str = ""
+    ) -> None:
+        self.decode, self.write, self.before = decode, write, before
         self.ids: list[int] = []
         self.written = 0
 
@@ -119,6 +124,8 @@ class TextStream:
         """Take the step of `generate`'s first sequence."""
         if step[0] is None:
             return
+        if not self.ids:
+            self.write(self.before)
         self.ids.append(step[0])
         text = self.decode(self.ids)
         if not text.endswith("\ufffd"):

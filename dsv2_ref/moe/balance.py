@@ -21,6 +21,7 @@ How this file differs from the famous versions:
      sequences of a batch, and the model sums them over layers.
   2. f counts what the router chose, before any token dropping.
 
+A slot is one (token, expert) pair.
 Shapes: B sequences, T tokens each, E routed experts, K slots a token, D devices, M devices a token.
 Copy with: nothing.  Needs: torch.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Token dropping: no device computes more than its share, at training time only.
+"""Token dropping: but for protected tokens, no device computes more than its share. Training only.
 
 Section 2.2.4. The balance losses encourage balance, they cannot guarantee it, and the fullest
 device sets the pace of all. So each device gets a budget, the average load (capacity factor 1.0),

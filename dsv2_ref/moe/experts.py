@@ -24,6 +24,7 @@ How this file differs from the famous versions:
   3. Router and experts see the normed stream x, the residual is the un-normed u: (20) leaves the
      pre-norm out.
 
+A slot is one (token, expert) pair.
 Shapes: N flat tokens, d width, w expert width, E routed experts, K slots a token, R kept slots.
 Copy with: nothing.  Needs: torch (2.10 or later for `experts_grouped`).
 """

@@ -19,7 +19,8 @@ How this differs from the famous versions:
   4. Affinities are computed in at least fp32 whatever the model's dtype, autocast included: in
      bf16 two experts tie too easily, and a token changes its experts.
 
-Shapes: N flat tokens, d width, E routed experts, K experts a token, D devices, M devices a token.
+Shapes: N flat tokens, d width, E routed experts, K slots (experts) a token, D devices, M devices
+a token.
 Copy with: nothing.  Needs: torch.
 """
 
@@ -72,8 +73,10 @@ class Router(nn.Module):
         max_devices: int | None = None, scaling_factor: float = 1.0,
     ) -> None:
         super().__init__()
-        if n_routed % n_devices:
+        if n_devices < 1 or n_routed % n_devices:
             raise ValueError(f"n_devices: {n_devices}, expected a divisor of n_routed = {n_routed}")
+        if max_devices is not None and not 1 <= max_devices <= n_devices:
+            raise ValueError(f"max_devices: {max_devices}, expected 1 to n_devices = {n_devices}")
         reachable = n_routed // n_devices * (max_devices or n_devices)
         if not 1 <= top_k <= reachable:
             raise ValueError(f"top_k: {top_k}, expected 1 to {reachable}, the experts in reach")

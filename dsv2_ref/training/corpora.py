@@ -155,7 +155,7 @@ def _extra(module: str, purpose: str) -> ModuleType:
         return __import__(module, fromlist=["_"])
     except ImportError as error:
         raise ImportError(
-            f"{purpose} needs {module.split('.')[0]}: pip install 'dsv2-ref[data]'"
+            f"{purpose} needs {module.split('.')[0]}: .venv/bin/pip install -e '.[data]'"
         ) from error
 
 

@@ -57,6 +57,25 @@ def keep_freed_memory() -> None:
     mallopt(-1, (1 << 31) - 1)   # M_TRIM_THRESHOLD
 
 
+def set_fastest_threads(work: Callable[[], object], tries: int = 2) -> None:
+    """Use one thread or all, whichever does `work` faster just now; it is done 2·tries times.
+
+    Threads that wait for each other are many times slower than one when another program wants a
+    core. For work by the clock alone: the number of threads changes the last bits of sums.
+    """
+    best: dict[int, float] = {}
+    for threads in {torch.get_num_threads(), _CORES, 1}:
+        torch.set_num_threads(threads)
+        for _ in range(tries):
+            began = time.perf_counter()
+            work()
+            best[threads] = min(best.get(threads, math.inf), time.perf_counter() - began)
+    torch.set_num_threads(min(best, key=best.get))
+
+
+_CORES = torch.get_num_threads()
+
+
 class Trainer:
     """A model, its optimisers and its place in the data; one `step` at a time."""
 
@@ -83,9 +102,11 @@ class Trainer:
         """One update. Returns the log entry; `load` in it is the list of `model.Load`, if asked."""
         began = time.perf_counter()
         recipe, progress = self.recipe, self.progress
+        if recipe.steps is not None:
+            progress = (self.steps + 1) / recipe.steps    # a rate of 0 would waste step 1
         rate = recipe.rate(progress)
         set_rate(self.optimizers, rate)
-        x, y = self.batches.next_batch(recipe.batch_at(progress))                # (B, T) each
+        x, y = self.batches.next_batch(recipe.batch_at(self.progress))                # (B, T) each
         draw = torch.Generator().manual_seed(recipe.seed * 1_000_003 + self.steps)
         protected = torch.rand(len(x), generator=draw) < recipe.protected        # (B,)
         self.model.train()
@@ -180,30 +201,39 @@ def train(
     """
     folder = None if folder is None else Path(folder)
     log: list[dict[str, Any]] = []
+    by_clock = trainer.recipe.seconds is not None and trainer.device.type == "cpu"
     with _Interrupt() as interrupt, _JsonLines(folder, trainer.steps) as lines, tqdm(
         total=1000, initial=round(1000 * trainer.progress), disable=not progress,
         bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}",
     ) as bar:
-        while trainer.progress < 1:
+
+        def advance() -> None:
             with_load = bool(load_every) and trainer.steps % load_every == 0
             entry = trainer.step(with_load)
-            if with_load:
-                load = entry.pop("load")
+            if load := entry.pop("load", None):
                 entry["expert_load"] = [layer.experts.tolist() for layer in load]
                 entry["dropped"] = [round(layer.dropped, 4) for layer in load]
             if evaluate is not None and evaluate_every and trainer.steps % evaluate_every == 0:
                 entry["bits_per_byte"] = evaluate()
             log.append(entry)
             lines.write(entry)
-            bar.update(round(1000 * trainer.progress) - bar.n)
+            bar.update(round(1000 * min(trainer.progress, 1.0)) - bar.n)
             rate = trainer.tokens / trainer.elapsed
             bar.set_postfix_str(f"step {trainer.steps}, loss {entry['language']:.3f}, "
                                 f"{rate:,.0f} tokens/s", refresh=False)
-            saving = save_every and trainer.steps % save_every == 0
-            if folder and (saving or interrupt.asked or trainer.progress >= 1):
+            due = save_every and trainer.steps % save_every == 0
+            if folder and (due or interrupt.asked):
                 trainer.save(folder / "state.safetensors")
             if interrupt.asked:
                 raise KeyboardInterrupt
+
+        while trainer.progress < 1:
+            if by_clock and trainer.steps % 64 == 0:
+                set_fastest_threads(advance)
+            else:
+                advance()
+        if folder and log:
+            trainer.save(folder / "state.safetensors")
     return log
 
 

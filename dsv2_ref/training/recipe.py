@@ -66,6 +66,8 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}: {value}, expected a number > 0")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed: {self.seed}, expected 0 to 2**32 - 1")
         for name in ("warmup", "batch_ramp", "protected"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: {getattr(self, name)}, expected a share from 0 to 1")
@@ -90,12 +92,15 @@ class Recipe:
     def with_(self, **changes: Any) -> "Recipe":
         """A copy with those changes that are not None; `steps` and `seconds` replace each other."""
         changes = {name: value for name, value in changes.items() if value is not None}
+        if "batch" in changes and self.batch_start is not None:          # the ramp keeps its ratio
+            changes["batch_start"] = max(1, changes["batch"] * self.batch_start // self.batch)
         if len({"steps", "seconds"} & set(changes)) == 1:
             changes = {"steps": None, "seconds": None} | changes
         return replace(self, **changes)
 
 
-# The paper's own numbers. 8.1T tokens are about 215,700 steps of 9216 x 4096; warm-up is 2K steps.
+# The paper's own numbers (`train --recipe v2`, scaled down by --steps and --batch). 8.1T tokens are
+# about 215,700 steps of 9216 x 4096; warm-up is 2K steps.
 PAPER = {
     "v2": Recipe(steps=220_000, optimizer="adamw", lr=2.4e-4, schedule="step", warmup=2 / 220,
                  sequence=4096, batch=9216, batch_start=2304, batch_ramp=225 / 8100),
