@@ -13,23 +13,25 @@ The map, paper section -> file (its test is tests/test_<file>.py; 00_tour shows 
   2.2.1         moe/experts.py          shared and routed experts                      (20)
   2.2.3         moe/balance.py          expert, device and communication balance       (23)-(31)
   2.2.4         moe/dropping.py         token dropping
+  3.2.3         kernels/fp8.py          FP8 weights in blocks of 128×128
 
   model.py          embedding, blocks, head; which of the equal algorithms runs
   config.py         sizes; V2, LITE and three small presets; published config.json <-> ours
   checkpoint.py     published tensor names <-> ours; training states
+  tensor_files.py   safetensors files of others, whatever is wrong with them told in one line
   cross_entropy.py  the loss without holding all logits
   cost.py           parameters, FLOPs, cache bytes, GPU hours
   paper.py          the paper's claims beside ours
   training/         tokenizer, corpora (stories: a grammar with a known entropy), data, recipe,
                     optim, pretrain
-  inference/        generate, evaluate
+  inference/        generate, evaluate, fp8_model
   figures.py        every plot and widget
   main_job.py       `make run`
   jobs.py           the other commands of the command line (__main__.py)
   bench/            measurements against a peer
 
-Arrows run one way: attention and moe know nobody; model, checkpoint and cost stand on them;
-training and inference on those; jobs, bench and the command line on everything.
+Arrows run one way: attention, moe and kernels know nobody; model, checkpoint and cost stand on
+them; training and inference on those; jobs, bench and the command line on everything.
 """
 
 __version__ = "0.1.0"

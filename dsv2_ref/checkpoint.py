@@ -9,6 +9,9 @@ matrices are interleaved where the paper has separate ones:
   kv_a_proj_with_mqa    [W_DKV ; W_KR]
   kv_b_proj             per head [W_UK ; W_UV]
 
+FP8 files (see kernels/fp8.py) hold codes for every `_proj`, X.weight, and for each 128×128 block of
+its published rows a scale under V3's name, X.weight_scale_inv.
+
 Only this file knows those names. Loading streams: the model is allocated once, and one published
 tensor at a time is copied into it. Nothing is unpickled and no remote code is run. Saving writes a
 neighbouring directory first and renames it when it is complete.
@@ -23,15 +26,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dsv2_ref.config import Config
+from dsv2_ref.config import FP8, Config
+from dsv2_ref.kernels.fp8 import quantise, scale_shape
 from dsv2_ref.model import Block, DeepSeekV2
 from dsv2_ref.moe.experts import FeedForward
-
-INDEX = "model.safetensors.index.json"
+from dsv2_ref.tensor_files import INDEX, SCALE, check_names, checked, open_file, read, tensor_files
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,11 @@ def published_entries(model: DeepSeekV2) -> Iterator[Entry]:
         yield _entry("lm_head.weight", model.head.weight)
 
 
+def has_scales(name: str) -> bool:
+    """Which tensors are codes in an FP8 file: every linear layer and expert, no router, no head."""
+    return "_proj" in name
+
+
 def load(
     path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> DeepSeekV2:
@@ -115,34 +123,37 @@ def load(
     """
     path = Path(path)
     config = Config.from_hf(path)
-    files = _tensor_files(path)
+    files = tensor_files(path)
     with torch.device("meta"):
         model = DeepSeekV2(config)
     expected = {entry.name: entry.shape for entry in published_entries(model)}
-    _check_names(path, expected, files)
+    if json.loads((path / "config.json").read_text(encoding="utf-8")).get("quantization_config"):
+        expected |= {n + SCALE: scale_shape(s) for n, s in expected.items() if has_scales(n)}
+    check_names(path, expected, files)
     if dtype is None:
         name = "model.embed_tokens.weight"
-        with _open(files[name]) as reader:
-            dtype = _checked(reader, files[name], name, expected[name]).dtype
+        with open_file(files[name]) as reader:
+            dtype = checked(reader, files[name], name, expected[name]).dtype
     model = model.to(dtype).to_empty(device=device or "cpu")
     if config.tie_embeddings:                                  # to_empty unties
         model.head.weight = model.embedding.weight
     entries = {entry.name: entry for entry in published_entries(model)}
     for file in sorted(set(files.values())):
-        with _open(file) as reader:
+        with open_file(file) as reader:
             for name in sorted(n for n, f in files.items() if f == file and n in entries):
-                entries[name].write(_checked(reader, file, name, expected[name]))
+                entries[name].write(read(reader, files, name, expected))
     return model.eval()
 
 
 def save(
     model: DeepSeekV2, path: str | Path, files: dict[str, str] | None = None,
-    overwrite: bool = False, shard_bytes: int = 5_000_000_000,
+    overwrite: bool = False, shard_bytes: int = 5_000_000_000, fp8: bool = False,
 ) -> None:
     """Write the published format into the directory `path`, which must not hold anything yet.
 
     `files` are further text files, name -> content (a tokenizer.json). `overwrite` replaces a
-    directory that exists, once the new one is complete. Nothing is ever half-written.
+    directory that exists, once the new one is complete. Nothing is ever half-written. `fp8` halves
+    the file; `load` then gives the dequantised model.
     """
     path = Path(path).absolute()
     if path.exists() and not path.is_dir():
@@ -157,8 +168,9 @@ def save(
     except OSError as error:
         raise ValueError(f"{path}: cannot be written ({error.strerror})") from None
     try:
-        _write_shards(model, scratch, shard_bytes)
+        _write_shards(model, scratch, shard_bytes, fp8)
         config = model.config.to_hf() | {"torch_dtype": str(model.embedding.weight.dtype)[6:]}
+        config |= {"quantization_config": FP8} if fp8 else {}
         texts = {"config.json": json.dumps(config, indent=2) + "\n"} | (files or {})
         for name, text in texts.items():
             (scratch / name).write_text(text, encoding="utf-8")
@@ -207,7 +219,7 @@ def save_state(path: str | Path, tensors: dict[str, Tensor], state: dict[str, An
 
 def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read back what `save_state` wrote."""
-    with _open(Path(path)) as reader:
+    with open_file(Path(path)) as reader:
         metadata = reader.metadata() or {}
         if "state" not in metadata:
             raise ValueError(f"{path}: no training state inside, expected a file of `save_state`")
@@ -215,12 +227,21 @@ def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return tensors, json.loads(metadata["state"])
 
 
-def _write_shards(model: nn.Module, folder: Path, shard_bytes: int) -> None:
+def _stored(entry: Entry, fp8: bool) -> dict[str, Tensor]:
+    if not fp8 or not has_scales(entry.name):
+        return {entry.name: entry.read()}
+    codes, scale = quantise(entry.read(), name=entry.name)
+    return {entry.name: codes, entry.name + SCALE: scale}
+
+
+def _write_shards(model: nn.Module, folder: Path, shard_bytes: int, fp8: bool) -> None:
     shards: list[list[Entry]] = [[]]
     room = shard_bytes
     size = model.embedding.weight.element_size()
     for entry in published_entries(model):
         nbytes = size * torch.Size(entry.shape).numel()
+        if fp8 and has_scales(entry.name):
+            nbytes = nbytes // size + 4 * torch.Size(scale_shape(entry.shape)).numel()
         if nbytes > room and shards[-1]:
             shards.append([])
             room = shard_bytes
@@ -231,54 +252,10 @@ def _write_shards(model: nn.Module, folder: Path, shard_bytes: int) -> None:
         name = "model.safetensors"
         if len(shards) > 1:
             name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {entry.name: entry.read() for entry in shard}
+        tensors = {name: t for entry in shard for name, t in _stored(entry, fp8).items()}
         total += sum(t.nbytes for t in tensors.values())
         where |= dict.fromkeys(tensors, name)
         save_file(tensors, folder / name, metadata={"format": "pt"})
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": where}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _tensor_files(path: Path) -> dict[str, Path]:
-    """Published tensor name -> the file it lies in."""
-    if (path / INDEX).exists():
-        try:
-            where = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
-            return {name: path / str(file) for name, file in where.items()}
-        except (json.JSONDecodeError, KeyError, AttributeError, TypeError, UnicodeDecodeError):
-            raise ValueError(f"{path / INDEX}: damaged, expected JSON with a weight_map") from None
-    with _open(path / "model.safetensors") as reader:
-        return dict.fromkeys(reader.keys(), path / "model.safetensors")
-
-
-def _check_names(path: Path, expected: dict[str, Any], files: dict[str, Path]) -> None:
-    if missing := sorted(set(expected) - set(files)):
-        raise ValueError(f"{missing[0]}: missing from {path} ({len(missing)} missing in all)")
-    extra = sorted(n for n in set(files) - set(expected) if not n.endswith("rotary_emb.inv_freq"))
-    if extra:
-        raise ValueError(f"{extra[0]}: not part of the model that {path}/config.json describes "
-                         f"({len(extra)} such tensors)")
-
-
-def _open(file: Path) -> safe_open:
-    try:
-        return safe_open(file, "pt")
-    except FileNotFoundError:
-        raise ValueError(f"{file}: no such file") from None
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: damaged, expected a whole safetensors file ({error})") from None
-
-
-def _checked(reader: safe_open, file: Path, name: str, shape: tuple[int, ...]) -> Tensor:
-    """The tensor of that name, if it is there, of that shape, and made of plain numbers."""
-    try:
-        found = tuple(reader.get_slice(name).get_shape())
-        if found != shape:
-            raise ValueError(f"{name}: shape {found} in {file}, expected {shape}")
-        tensor = reader.get_tensor(name)
-    except SafetensorError as error:
-        raise ValueError(f"{name}: cannot be read from {file} ({error})") from None
-    if not tensor.is_floating_point() or tensor.element_size() < 2:
-        raise ValueError(f"{name}: dtype {tensor.dtype} in {file}, expected 16-bit floats or wider")
-    return tensor

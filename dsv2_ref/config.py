@@ -168,6 +168,9 @@ _FIXED = {
     "attention_dropout": 0.0, "scoring_func": "softmax", "norm_topk_prob": False,
     "moe_layer_freq": 1,
 }
+# the only quantised files that are read and written, block-scaled FP8 as V3 published it
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128],
+       "activation_scheme": "dynamic"}
 # keys that say nothing about the mathematics
 _IGNORED = set(
     "architectures auto_map torch_dtype dtype transformers_version use_cache pretraining_tp "
@@ -180,7 +183,7 @@ _IGNORED = set(
 def _from_hf(hf: dict[str, Any]) -> Config:
     known = set(_KEYS.values()) | set(_FIXED) | _IGNORED | {
         "num_key_value_heads", "topk_method", "topk_group", "rope_theta", "rope_scaling",
-        "rope_parameters",
+        "rope_parameters", "quantization_config",
     }
     for key in hf:
         if key not in known:
@@ -188,6 +191,9 @@ def _from_hf(hf: dict[str, Any]) -> Config:
     for key, only in _FIXED.items():
         if hf.get(key) not in (only, None):
             raise ValueError(f"{key}: {hf[key]!r}, expected {only!r}, all that is implemented")
+    if hf.get("quantization_config") not in (FP8, None):
+        raise ValueError(f"quantization_config: {hf['quantization_config']!r}, unknown key or "
+                         f"value, expected {FP8!r}")
     if hf.get("num_key_value_heads") not in (hf.get("num_attention_heads"), None):
         raise ValueError(f"num_key_value_heads: {hf['num_key_value_heads']!r}, expected "
                          f"num_attention_heads = {hf.get('num_attention_heads')!r}, as MLA has it")

@@ -33,6 +33,7 @@ PITFALLS = {
     "dropping": "capacity per expert, the wrong slots dropped, dropping at evaluation",
     "layout": "published rows or keys read as something else",
     "quantised": "packed rows read back wrongly, not attended to as stored, or not fully counted",
+    "fp8": "codes or scales of FP8 weights taken for something else, or too much put into FP8",
 }
 
 
@@ -51,6 +52,7 @@ ROUTING, BALANCE = "moe/routing.py", "moe/balance.py"
 DROPPING, EXPERTS = "moe/dropping.py", "moe/experts.py"
 QUANT, BASIS = "attention/cache_quant.py", "attention/latent_basis.py"
 MODEL, CONFIG, CHECKPOINT = "model.py", "config.py", "checkpoint.py"
+FP8, FP8_MODEL, TENSOR_FILES = "kernels/fp8.py", "inference/fp8_model.py", "tensor_files.py"
 
 _rope = [
     Mutant("half_split", "half-split", ROPE,
@@ -561,6 +563,95 @@ _formats = [
            "block.experts.W_gate[e]", "block.experts.W_up[e]", _rows),
 ]
 
+_loaded = "test_fp8_model.py::test_loaded_is_dequantised"
+_left = "test_fp8_model.py::test_what_is_quantised_and_what_is_left"
+_fp8 = [
+    Mutant("scale_inverted", "fp8", FP8,
+           "codes.float() * spread(", "codes.float() / spread(",
+           "test_fp8.py::test_dequantising_is_one_multiplication"),
+    Mutant("quantised_with_the_inverse", "fp8", FP8,
+           "codes = (W / spread(", "codes = (W * spread(",
+           "test_fp8.py::test_equals_a_loop_over_numbers"),
+    Mutant("blocks_transposed", "fp8", FP8,
+           "(codes.float() * spread(scale,",
+           "(codes.float() * spread(scale.mT.reshape(scale.shape),",
+           "test_fp8.py::test_the_error_keeps_the_bound_of_the_format"),
+    Mutant("scales_repeated_and_not_spread", "fp8", FP8,
+           "scale.repeat_interleave(block, -2)", "scale.repeat_interleave(block, 0)",
+           "test_fp8.py::test_a_stack_is_its_matrices"),
+    Mutant("edge_rows_dropped", "fp8", FP8,
+           "-(-shape[-2] // block)", "max(1, shape[-2] // block)",
+           "test_fp8.py::test_a_scale_is_its_blocks_largest_over_448"),
+    Mutant("edge_columns_dropped", "fp8", FP8,
+           "-(-shape[-1] // block)", "max(1, shape[-1] // block)",
+           "test_fp8.py::test_a_scale_is_its_blocks_largest_over_448"),
+    Mutant("largest_of_another_format", "fp8", FP8,
+           "LARGEST = 448.0", "LARGEST = 240.0",
+           "test_fp8.py::test_a_scale_is_its_blocks_largest_over_448"),
+    Mutant("scaled_beyond_the_largest", "fp8", FP8,
+           "LARGEST = 448.0", "LARGEST = 480.0",
+           "test_fp8.py::test_the_error_keeps_the_bound_of_the_format"),
+    Mutant("one_scale_a_row_of_blocks", "fp8", FP8,
+           "blocks.abs().amax((-3, -1))",
+           "blocks.abs().amax((-3, -2, -1))[..., None].expand(*blocks.shape[:-3], C)",
+           "test_fp8.py::test_a_scale_is_its_blocks_largest_over_448"),
+    Mutant("signs_forgotten", "fp8", FP8,
+           "blocks.abs().amax(", "blocks.amax(",
+           "test_fp8.py::test_a_scale_is_its_blocks_largest_over_448"),
+    Mutant("scales_in_half_precision", "fp8", FP8,
+           "(-3, -1)) / LARGEST)", "(-3, -1)) / LARGEST).bfloat16().float()",
+           "test_fp8.py::test_a_scale_is_its_blocks_largest_over_448"),
+    Mutant("zero_over_zero", "fp8", FP8,
+           ".clamp(min=SMALLEST_SCALE)", "",
+           "test_fp8.py::test_zeros_stay_zeros"),
+    Mutant("nan_let_through", "fp8", FP8,
+           "W.numel() - int(W.isfinite().sum())", "0",
+           "test_fp8.py::test_nan_and_infinity_are_refused"),
+    Mutant("five_bits_of_exponent", "fp8", FP8,
+           ".to(torch.float8_e4m3fn)", ".to(torch.float8_e5m2)",
+           "test_fp8.py::test_equals_a_loop_over_numbers"),
+    Mutant("dequantised_in_half_precision", "fp8", FP8,
+           "(codes.float() * spread(scale,", "(codes.bfloat16() * spread(scale.bfloat16(),",
+           "test_fp8.py::test_dequantising_is_one_multiplication"),
+    Mutant("scales_of_any_shape", "fp8", FP8,
+           "if tuple(scale.shape) != scale_shape(codes.shape, block):", "if False:",
+           "test_fp8.py::test_scales_of_another_matrix_are_refused"),
+    Mutant("codes_cast_with_the_model", "fp8", FP8,
+           "getattr(self, name).to(like.device)", "getattr(self, name).to(like)",
+           "test_fp8.py::test_casts_change_what_is_handed_out_and_not_what_is_kept"),
+    Mutant("scales_of_the_first_expert", "fp8", FP8,
+           "self.scale[e], self.dtype", "self.scale[0], self.dtype",
+           "test_fp8.py::test_a_stack_is_read_expert_by_expert"),
+    Mutant("head_in_fp8", "fp8", FP8_MODEL,
+           "in model.blocks.modules() if", "in model.modules() if", _left),
+    Mutant("all_weights_held_to_the_end", "fp8", FP8_MODEL,
+           "[m for m in model.blocks.modules() if not isinstance(m, nn.Linear)]",
+           "list(model.blocks.modules())",
+           "test_fp8_model.py::test_a_weight_is_freed_before_the_next_is_quantised"),
+    Mutant("experts_left_out", "fp8", FP8_MODEL,
+           'for name in ("W_gate", "W_up", "W_down"):', 'for name in ("W_gate", "W_up"):', _left),
+    Mutant("router_in_fp8", "fp8", CHECKPOINT,
+           'return "_proj" in name', 'return "_proj" in name or "mlp.gate." in name',
+           "test_fp8_model.py::test_names_shapes_and_dtypes_are_v3s"),
+    Mutant("inverse_scales_written", "fp8", CHECKPOINT,
+           "entry.name + SCALE: scale}", "entry.name + SCALE: 1 / scale}", _loaded),
+    Mutant("shards_planned_for_bf16", "fp8", CHECKPOINT,
+           "nbytes = nbytes // size +", "nbytes = nbytes // size // 2 +",
+           "test_fp8_model.py::test_shards_hold_what_the_index_says"),
+    Mutant("scales_of_the_same_file", "fp8", TENSOR_FILES,
+           "reader if files[scale] == files[name] else open_file(files[scale])", "reader",
+           "test_fp8_model.py::test_scales_may_lie_in_another_file"),
+    Mutant("codes_without_scales", "fp8", TENSOR_FILES,
+           "tensor.element_size() >= 2", "tensor.element_size() >= 1",
+           "test_checkpoint.py::test_quantised_weights"),
+    Mutant("scales_of_any_dtype", "fp8", TENSOR_FILES,
+           "expected[scale], torch.float32)", "expected[scale])",
+           "test_fp8_model.py::test_wrong_scales_and_codes_are_named"),
+    Mutant("any_quantisation", "fp8", CONFIG,
+           'if hf.get("quantization_config") not in (FP8, None):', "if False:",
+           "test_fp8_model.py::test_another_quantisation_is_refused"),
+]
+
 _bits = "test_cache_quant.py::test_every_bit_is_where_the_layout_says"
 _back = "test_cache_quant.py::test_packed_integers_come_back_bit_for_bit"
 _bound = "test_cache_quant.py::test_the_error_is_at_most_half_a_step"
@@ -664,4 +755,4 @@ _quantised = [
 ]
 
 MUTANTS = [*_rope, *_cache, *_mha, *_mla, *_routing, *_balance, *_dropping, *_experts, *_model,
-           *_formats, *_quantised]
+           *_formats, *_fp8, *_quantised]

@@ -79,10 +79,10 @@ def experts_loop(
     rows = x[order // indices.shape[1]].split(counts.tolist())                       # E of (·, d)
     out = []
     # unbind, not W[e]: the gradient of all experts is put together once, not once an expert
-    for e, (h, gate, up, down) in enumerate(
-        zip(rows, W_gate.unbind(), W_up.unbind(), W_down.unbind(), strict=True)
-    ):
+    experts = W_gate.unbind(), W_up.unbind(), W_down.unbind()
+    for e, h in enumerate(rows):
         if len(h) or e == 0:                 # no slot at all must still give gradients of zero
+            gate, up, down = (W[e] for W in experts)
             out.append(F.linear(F.silu(F.linear(h, gate)) * F.linear(h, up), down))
     return _gated_sum(torch.cat(out), order, gates, x)                               # cat (R, d)
 
