@@ -38,7 +38,8 @@ def fast_precision(device: torch.device | str) -> str:
     """"bf16" where matrices are faster in it (GPUs, CPUs with AMX), else "fp32"."""
     if torch.device(device).type == "cuda":
         return "bf16"
-    return "bf16" if torch.cpu.get_capabilities().get("amx_bf16") else "fp32"
+    abilities = getattr(torch.cpu, "get_capabilities", dict)()      # newer versions of torch only
+    return "bf16" if abilities.get("amx_bf16") else "fp32"
 
 
 def keep_freed_memory() -> None:
