@@ -28,6 +28,7 @@ The map, paper section -> file (its test is tests/test_<file>.py; 00_tour shows 
   figures.py        every plot and widget
   main_job.py       `make run`
   jobs.py           the other commands of the command line (__main__.py)
+  copying.py        a concept file, lifted into a folder of your own
   bench/            measurements against a peer
 
 Arrows run one way: attention, moe and kernels know nobody; model, checkpoint and cost stand on

@@ -18,19 +18,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="dsv2_ref", description="DeepSeek-V2, exactly.")
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
-
-    p = commands.add_parser("run", help="the main job: train, judge, generate, draw, save")
-    p.add_argument("--out", default="build")
-    p.add_argument("--seconds", type=float, default=225.0,
-                   help="for everything together; training gets at least 30 %%")
-    p.add_argument("--corpus", default="python", help="python, stories, hub:NAME or a path")
-
-    p = commands.add_parser("paper", help="the paper's claims beside ours")
-    p.add_argument("--json", action="store_true")
-
+def _add_train(commands: argparse._SubParsersAction) -> None:
     p = commands.add_parser("train", help="train a preset")
     p.add_argument("--preset", default="small", help="small, mini, tiny, lite or v2")
     p.add_argument("--recipe", default="minutes", choices=("minutes", "v2", "lite"),
@@ -52,6 +40,22 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--evaluate-every", type=int, default=0, help="steps; 0 for at the end alone")
     p.add_argument("--quiet", dest="progress", action="store_false", help="no progress bar")
 
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="dsv2_ref", description="DeepSeek-V2, exactly.")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+
+    p = commands.add_parser("run", help="the main job: train, judge, generate, draw, save")
+    p.add_argument("--out", default="build")
+    p.add_argument("--seconds", type=float, default=225.0,
+                   help="for everything together; training gets at least 30 %%")
+    p.add_argument("--corpus", default="python", help="python, stories, hub:NAME or a path")
+
+    p = commands.add_parser("paper", help="the paper's claims beside ours")
+    p.add_argument("--json", action="store_true")
+
+    _add_train(commands)
+
     p = commands.add_parser("generate", help="continue a prompt with a saved model")
     p.add_argument("--model", default="build/model")
     p.add_argument("--prompt", default="def")
@@ -59,6 +63,11 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--temperature", type=float, default=0.7)
     p.add_argument("--top-p", type=float, default=0.9)
     p.add_argument("--seed", type=int, default=0)
+
+    p = commands.add_parser("copy", help="lift a concept file into a folder of your own")
+    p.add_argument("what", nargs="*", metavar="NAME DEST", help="rope, mla, routing, ...")
+    p.add_argument("--list", action="store_true", help="the names there are")
+    p.add_argument("--check", metavar="DEST", help="what changed since the copies were made")
 
     p = commands.add_parser("bench", help="a measurement against a peer in the same process")
     names = [m.name for m in pkgutil.iter_modules(benches.__path__) if m.name[0] != "_"]
@@ -80,11 +89,26 @@ def dispatch(args: dict) -> None:
         measure = importlib.import_module(f"dsv2_ref.bench.{args['name']}").run
         print(json.dumps(measure(quick=args["quick"]), indent=None if args["json"] else 2))
         return
+    if command == "copy":
+        print(json.dumps(_copy(**args), indent=1))
+        return
     from dsv2_ref import jobs, main_job
 
     result = {"run": main_job.run, "train": jobs.train_command,
               "generate": jobs.generate_command}[command](**args)
     print(json.dumps(result, ensure_ascii=False))
+
+
+def _copy(what: Sequence[str], list: bool, check: str | None) -> object:
+    from dsv2_ref import copying
+
+    if list:
+        return sorted(copying.concepts())
+    if check is not None:
+        return copying.check(check)
+    if len(what) != 2:
+        raise ValueError(f"copy: {' '.join(what) or 'nothing given'}, expected NAME DEST")
+    return copying.copy(*what)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -24,8 +24,8 @@ LAYERS = [
     {"kernels"},
     {"config", "cross_entropy", "model", "tensor_files", "checkpoint", "cost"},
     {"training", "inference"},
-    {"alignment", "parallel", "bench", "paper", "figures", "jobs", "main_job", "__init__",
-     "__main__"},
+    {"alignment", "parallel", "bench", "paper", "figures", "jobs", "main_job", "copying",
+     "__init__", "__main__"},
 ]
 
 every_file = pytest.mark.parametrize("file", FILES)

@@ -255,7 +255,7 @@ def test_a_stack_is_read_expert_by_expert():
     assert all(torch.equal(stack.unbind()[e], whole[e]) for e in range(3))
 
 
-@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_computes_the_same_codes_and_numbers():
     W = normal(3, 300, 200)
     here, there = quantise(W), quantise(W.cuda())
