@@ -22,7 +22,7 @@ How this file differs from the published code:
      it where torch casts codes one by one (decoding on a CPU takes about ten times as long).
      V3 quantises activations too, 1×128 at a time, and multiplies FP8 matrices.
   3. NaN and infinity are refused. A NaN would spread over its block; what a cast makes of too
-     large a number depends on the program (torch: NaN before 2.12, 448 since), so none is cast.
+     large a number depends on the program (torch 2.13 makes it 448), so none is cast.
 
 What to leave alone: the router, the norms, the embedding and the head, as V3 does. They are few,
 and a router's close scores decide which experts are read at all.

@@ -3,9 +3,10 @@
 
 The paper trains with AdamW(0.9, 0.95) and weight decay 0.1.
 
-A run of minutes has another problem: it ends long before AdamW has averaged its noise away. Muon
-replaces a matrix's momentum M = U·S·Vᵀ by about U·Vᵀ, so that every direction moves alike, and
-reaches the same loss in fewer steps at our size. This is our choice, not the paper's.
+A run of minutes has few steps to make use of. Muon replaces a matrix's momentum M = U·S·Vᵀ by about
+U·Vᵀ, so that every direction moves alike: after 180 steps of the main job's model on Python source
+the loss was 4.55 nats a token, against 5.73 and 5.62 for AdamW at 3e-3 and 6e-3 (one seed, AdamW
+not tuned further). This is our choice, not the paper's.
 `torch.optim.Muon` takes 2-D matrices only, while a layer's experts are one (E, w, d) stack; the
 class below treats the last two dimensions as the matrix and equals torch's on 2-D (a test says so).
 """
