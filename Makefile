@@ -31,7 +31,8 @@ bench: .venv/ready
 
 # run every notebook afresh and store its outputs
 execute: .venv/ready
-	$(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace \
+		--ExecutePreprocessor.record_timing=False notebooks/*.ipynb
 
 # the small trained model under data/model (5-10 minutes); data/README.md has the result
 model: .venv/ready

@@ -25,7 +25,8 @@ The map, paper section -> file (its test is tests/test_<file>.py; 00_tour shows 
   training/         tokenizer, corpora (stories: a grammar with a known entropy), data, recipe,
                     optim, pretrain
   inference/        generate, evaluate, fp8_model
-  figures.py        every plot and widget
+  figures/          every plot and widget, in one style
+  exercises.py      checks of the notebooks' exercises
   main_job.py       `make run`
   jobs.py           the other commands of the command line (__main__.py)
   copying.py        a concept file, lifted into a folder of your own

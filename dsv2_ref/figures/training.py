@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: MIT
+"""How a training run went."""
+
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from dsv2_ref.figures.style import COLORS, INK, Picture, styled
+
+
+@styled
+def loss_curve(
+    log: Sequence[Mapping[str, float]], references: Mapping[str, float] | None = None
+) -> Figure:
+    """Training loss, and held-out bits a byte where the log has any.
+
+    log: records with `tokens` (read so far) and `language` (nats a token), some of them with
+    `bits_per_byte`. references: bits a byte of compressors, drawn as lines.
+    """
+    if not log:
+        raise ValueError("log: empty, expected at least one record")
+    held_out = [r for r in log if r.get("bits_per_byte") is not None]
+    figure = Picture(10.0 if held_out else 6.4, 4.0)
+    axes = figure.subplots(1, 2 if held_out else 1, squeeze=False)[0]
+    x, y = (np.array([r[key] for r in log], float) for key in ("tokens", "language"))
+    window = np.ones(min(len(y) // 40 * 2 + 1, len(y)))
+    smooth = np.convolve(y, window, "same") / np.convolve(np.ones_like(y), window, "same")
+    axes[0].plot(x / 1e6, y, color=COLORS["MLA"], alpha=0.35, lw=0.8, label="each step")
+    axes[0].plot(x / 1e6, smooth, color=COLORS["MLA"], label="running mean")
+    axes[0].set(ylabel="training loss (nats a token)",
+                title=f"Training loss: {y[0]:.2f} to {smooth[-1]:.2f} nats a token")
+    if held_out:
+        x, bits = (np.array([r[k] for r in held_out], float) for k in ("tokens", "bits_per_byte"))
+        axes[1].plot(x / 1e6, bits, "o-", color=COLORS["MLA"], ms=4, label="model")
+        for line, (name, value) in zip(cycle(("--", ":", "-.")), (references or {}).items()):
+            axes[1].axhline(value, color=INK, lw=1.4, ls=line, label=f"{name} ({value:.2f})")
+        beaten = sorted((v, f", below {name}") for name, v in (references or {}).items()
+                        if bits[-1] < v)
+        axes[1].set(ylabel="held-out text (bits a byte)", ylim=(0, None),
+                    title=f"Held-out: {bits[-1]:.2f} bits a byte{beaten[0][1] if beaten else ''}")
+    for ax in axes:
+        ax.set_xlabel("tokens read (millions)")
+        ax.grid(True, axis="y")
+        ax.legend(loc="best")
+    return figure
