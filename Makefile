@@ -23,11 +23,21 @@ unit: .venv/ready
 	$(BIN)/python -m pytest -q -n 2 --dist loadscope
 
 notebooks: .venv/ready
-	$(BIN)/python -m pytest -q --nbval --nbval-cell-timeout 120 notebooks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --nbval --nbval-cell-timeout 120 \
+		-n 2 --dist loadscope notebooks
+
+# slower: every notebook in JupyterLab in a real browser; needs Chromium (Debian: chromium)
+browser: .venv/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS),browser]'
+	$(BIN)/python -m pytest -q tests/browser_jupyterlab.py
 
 # slower: the speed against transformers, on a quiet machine
 bench: .venv/ready
 	$(BIN)/python -m dsv2_ref bench cpu_decode
+
+# README's table of the files, from the one in dsv2_ref/__init__.py
+map: .venv/ready
+	$(BIN)/python tests/readme_map.py
 
 # run every notebook afresh and store its outputs
 execute: .venv/ready
@@ -48,4 +58,4 @@ model: .venv/ready
 clean:
 	rm -rf build .venv
 
-.PHONY: run lab test lint unit notebooks bench execute model clean
+.PHONY: run lab test lint unit notebooks browser bench map execute model clean

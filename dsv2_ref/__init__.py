@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: MIT
 """DeepSeek-V2, exactly: one readable, tested file per concept.
 
-The map, paper section -> file (its test is tests/test_<file>.py; 00_tour shows them all at work):
+The map: paper section, file (its test is tests/test_<file>.py), notebooks, equations. README.md's
+table is made from it (`make map`), and a test compares it with the files and the notebooks.
 
-  2.1.1         attention/mha.py        multi-head attention, GQA, MQA                 (1)-(8)
-  2.1.2-3, C    attention/mla.py        multi-head latent attention                    (37)-(47)
-  2.1.3, 3.1.4  attention/rope.py       decoupled RoPE, YaRN
-  2.1.2         attention/kv_cache.py   latent cache, per-head cache
-  3.2.3         attention/cache_quant.py     the latent cache at six bits a number
-  3.2.3         attention/latent_basis.py    changes of weights that make it easier to quantise
-  2.2.1-2.2.2   moe/routing.py          router, device-limited routing                 (21) (22)
-  2.2.1         moe/experts.py          shared and routed experts                      (20)
-  2.2.3         moe/balance.py          expert, device and communication balance       (23)-(31)
-  2.2.4         moe/dropping.py         token dropping
-  3.2.3         kernels/fp8.py          FP8 weights in blocks of 128×128
+  2.1.1         attention/mha.py           01     multi-head attention, GQA, MQA         (1)-(8)
+  2.1.2-3, C    attention/mla.py           02 04  multi-head latent attention            (37)-(47)
+  2.1.3, 3.1.4  attention/rope.py          03     decoupled RoPE and YaRN
+  2.1.2         attention/kv_cache.py      05     latent cache, per-head cache
+  3.2.3         attention/cache_quant.py   11     the latent cache at six bits a number
+  3.2.3         attention/latent_basis.py  11     changes of weights before quantising
+  2.2.1-2       moe/routing.py             06 07  router, device-limited routing         (21) (22)
+  2.2.1         moe/experts.py             06     shared and routed experts, three forms (20)
+  2.2.3         moe/balance.py             08     the three balance losses               (23)-(31)
+  2.2.4         moe/dropping.py            09     token dropping
+  3.2.3         kernels/fp8.py             12     FP8 weights in blocks of 128×128
 
   model.py          embedding, blocks, head; which of the equal algorithms runs
   config.py         sizes; V2, LITE and three small presets; published config.json <-> ours

@@ -38,6 +38,8 @@ def faults(notebook: dict[str, Any], size: int) -> list[str]:
     found = []
     if size >= 1_000_000:
         found.append(f"{size:,} bytes, expected less than a million")
+    if not 25 <= len(cells) <= 45:
+        found.append(f"{len(cells)} cells, expected 25 to 45")
     if any(not text(c).strip() for c in cells):
         found.append("an empty cell")
     counts = [c["execution_count"] for c in run if text(c).strip()]
@@ -125,6 +127,7 @@ def _cell(notebook: dict[str, Any], has: str) -> dict[str, Any]:
     (lambda n: _cell(n, "lite_bytes = ...").update(source="lite_bytes = 3"), "2 exercises"),
     (lambda n: n["cells"].append({"cell_type": "markdown", "metadata": {}, "source": ""}),
      "empty cell"),
+    (lambda n: n["cells"].extend(n["cells"][:10]), "cells, expected 25 to 45"),
     (lambda n: n["cells"][3]["metadata"].update(execution={"iopub": "2026"}), "timing"),
 ], ids=lambda v: v if isinstance(v, str) else "")
 def test_faults_are_seen(change, told):

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: MIT
+"""README: the map is as the code says, every link leads somewhere, the example runs."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from readme_map import ROOT, Concept, concepts, with_map
+from test_contract import CONCEPTS, source, tags
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+each_concept = pytest.mark.parametrize("concept", concepts(), ids=lambda c: c.file)
+
+
+def test_the_map_is_up_to_date():
+    assert with_map(README) == README, "run `make map`"
+    with pytest.raises(ValueError, match="no lines"):
+        with_map(README.replace("<!-- end of the map -->", ""))
+
+
+def test_the_map_has_every_concept_file():
+    assert sorted(c.file for c in concepts()) == CONCEPTS
+
+
+@each_concept
+def test_the_equations_are_those_of_the_file(concept):
+    assert concept.numbers == sorted(set(tags(source(concept.file))))
+    assert concept.test.exists()
+
+
+def cells(concept: Concept, kind: str) -> str:
+    found = []
+    for path in concept.notebooks:
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            if cell["cell_type"] == kind:
+                found.append("".join(cell["source"]))
+    return "\n".join(found)
+
+
+@each_concept
+def test_the_notebooks_derive_the_equations_from_the_module(concept):
+    text, code = cells(concept, "markdown"), cells(concept, "code")
+    module = "dsv2_ref." + concept.file.removesuffix(".py").replace("/", ".")
+    package, _, name = module.rpartition(".")
+    assert f"from {module} import" in code or f"from {package} import {name}" in code
+    for n in concept.numbers:
+        assert rf"\tag{{{n}}}" in text or f"({n})" in text, f"({n}) is not in the notebook's text"
+
+
+def test_links_lead_somewhere():
+    targets = re.findall(r"\]\(([^)#]+)\)", README)
+    assert targets
+    for file in targets:
+        assert file.startswith("http") or (ROOT / file).exists(), file
+
+
+def test_the_example_runs():
+    code = re.search(r"```python\n(.*?)```", README, re.S).group(1)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          check=False)
+    assert done.returncode == 0, done.stderr[-1000:]
+    assert len(done.stdout) > 100
