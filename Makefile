@@ -31,6 +31,10 @@ browser: .venv/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS),browser]'
 	$(BIN)/python -m pytest -q tests/browser_jupyterlab.py
 
+# slower: a training run that is killed 200 times (`make test` has 5)
+kill: .venv/ready
+	DSV2_KILLS=200 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_run_folder.py -k kills
+
 # slower: the speed against transformers, on a quiet machine
 bench: .venv/ready
 	$(BIN)/python -m dsv2_ref bench cpu_decode
@@ -58,4 +62,4 @@ model: .venv/ready
 clean:
 	rm -rf build .venv
 
-.PHONY: run lab test lint unit notebooks browser bench map execute model clean
+.PHONY: run lab test lint unit notebooks browser kill bench map execute model clean

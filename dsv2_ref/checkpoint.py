@@ -20,6 +20,7 @@ neighbouring directory first and renames it when it is complete.
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,10 +208,10 @@ def save_state(path: str | Path, tensors: dict[str, Tensor], state: dict[str, An
     except OSError as error:
         raise ValueError(f"{path}: cannot be written ({error.strerror})") from None
     try:
-        save_file(whole, scratch, metadata={"state": json.dumps(state)})
-        with open(scratch, "rb") as f:
-            os.fsync(f.fileno())
+        save_file(whole, scratch, metadata={"state": json.dumps(state), "crc32": _crc32(whole)})
+        _flush(scratch)
         os.replace(scratch, path)
+        _flush(path.parent)                                      # the new name, too
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path}: cannot be written ({error})") from None
     finally:
@@ -218,13 +219,33 @@ def save_state(path: str | Path, tensors: dict[str, Tensor], state: dict[str, An
 
 
 def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read back what `save_state` wrote."""
+    """Read back what `save_state` wrote. ValueError if a bit of its tensors has changed."""
     with open_file(Path(path)) as reader:
         metadata = reader.metadata() or {}
         if "state" not in metadata:
             raise ValueError(f"{path}: no training state inside, expected a file of `save_state`")
         tensors = {name: reader.get_tensor(name) for name in reader.keys()}
-        return tensors, json.loads(metadata["state"])
+    if (found := _crc32(tensors)) != metadata.get("crc32"):
+        raise ValueError(f"{path}: damaged, expected checksum {metadata.get('crc32')}, not {found}")
+    return tensors, json.loads(metadata["state"])
+
+
+def _crc32(tensors: dict[str, Tensor]) -> str:
+    """A checksum of all tensors' bytes, in the order of their names."""
+    total = 0
+    for name in sorted(tensors):
+        flat = tensors[name].reshape(-1).view(torch.uint8)
+        total = zlib.crc32(flat.numpy(), total)
+    return f"{total:08x}"
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file or a folder is on the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def _stored(entry: Entry, fp8: bool) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ from dsv2_ref.training.pretrain import (
     train,
 )
 from dsv2_ref.training.recipe import PAPER, Recipe
+from dsv2_ref.training.run_folder import RunFolder
 from dsv2_ref.training.tokenizer import (
     TextTokenizer,
     load_tokenizer,
@@ -127,7 +128,7 @@ def train_command(
     preset: str, recipe: str, corpus: str, out: str, resume: bool, save_every: int,
     evaluate_every: int, progress: bool, **changes: Any,
 ) -> dict[str, Any]:
-    """Train a preset into `out`: state.safetensors, log.jsonl, tokenizer.json, model/."""
+    """Train a preset into `out`: its last states, log.jsonl, tokenizer.json, model/."""
     if preset not in PRESETS:
         raise ValueError(f"preset: {preset!r}, expected one of {', '.join(sorted(PRESETS))}")
     if changes.get("steps") is None and changes.get("seconds") is None:
@@ -137,16 +138,16 @@ def train_command(
             raise ValueError(f"{name}: {value}, expected a number of steps, 0 for never")
     chosen = ({"minutes": Recipe(steps=1)} | PAPER)[recipe].with_(**changes)
     folder = output_folder(out)
-    state = folder / "state.safetensors"
-    if state.exists() and not resume:
-        raise ValueError(f"{state}: exists, expected --resume to go on with it or another --out")
-    if resume and not state.exists():
-        raise ValueError(f"{state}: no such file, expected a saved state to resume from")
+    run = RunFolder(folder)
+    if run.states and not resume:
+        raise ValueError(f"{run.states[0]}: exists, expected --resume to go on with it or another "
+                         "--out")
+    state = run.newest(say) if resume else None
     keep_freed_memory()
     tokenizer = load_tokenizer(folder / "tokenizer.json") if resume else None
     setup = set_up(PRESETS[preset], chosen, open_corpus(corpus), tokenizer)
-    if resume:
-        setup.trainer.load(state)
+    if state:
+        setup.trainer.restore(*state)
         say(f"resumed after step {setup.trainer.steps}")
     else:
         save_tokenizer(setup.tokenizer, folder / "tokenizer.json")

@@ -43,7 +43,8 @@ def call(capsys, *args):
 
 def test_train_writes_everything(trained):
     names = {p.name for p in trained.iterdir()}
-    assert names == {"state.safetensors", "log.jsonl", "tokenizer.json", "model"}
+    assert names == {"state-000000004.safetensors", "state-000000006.safetensors", "log.jsonl",
+                     "tokenizer.json", "model"}
     model = checkpoint.load(trained / "model")
     assert str(model.embedding.weight.dtype) == "torch.bfloat16"
     tokenizer = load_tokenizer(trained / "tokenizer.json")

@@ -111,7 +111,7 @@ def test_ctrl_c_saves_between_steps(tmp_path, monkeypatch):
         train(run, tmp_path, progress=False)
     assert signal.getsignal(signal.SIGINT) is before
     again = trainer()
-    again.load(tmp_path / "state.safetensors")
+    again.load(tmp_path / "state-000000005.safetensors")
     assert again.steps == 5
     rest = train(again, tmp_path, progress=False)
     whole = train(trainer(), progress=False)

@@ -13,7 +13,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from dsv2_ref.model import DeepSeekV2, Losses
 from dsv2_ref.training.data import PackedBatches
 from dsv2_ref.training.optim import build_optimizers, set_rate
 from dsv2_ref.training.recipe import Recipe
+from dsv2_ref.training.run_folder import RunFolder
 
 
 class TrainingDiverged(FloatingPointError):
@@ -157,8 +158,11 @@ class Trainer:
         })
 
     def load(self, path: str | Path) -> None:
+        """`restore` what `save` wrote."""
+        self.restore(path, *load_state(path))
+
+    def restore(self, path: str | Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Go on from a saved state. ValueError if it belongs to another model, recipe or data."""
-        tensors, state = load_state(path)
         mine = {"config": self.model.config.to_hf(), "recipe": asdict(self.recipe)}
         for what, values in json.loads(json.dumps(mine)).items():
             for key, value in values.items():
@@ -196,14 +200,16 @@ def train(
 ) -> list[dict[str, Any]]:
     """Run to the end of the recipe. Returns the log, one dictionary a step.
 
-    With a `folder`, the log goes to log.jsonl as it grows, and the state to state.safetensors
-    every `save_every` steps, at the end, and on Ctrl-C, which ends the run between two steps.
+    With a `folder`, the log goes to log.jsonl as it grows, and the state into a file of its own
+    every `save_every` steps, at the end, and on Ctrl-C, which ends the run between two steps; the
+    last two are kept.
     Every `load_every` steps the entry has the expert load: `expert_load` (layers, experts).
     """
-    folder = None if folder is None else Path(folder)
+    run = None if folder is None else RunFolder(folder)
     log: list[dict[str, Any]] = []
     by_clock = trainer.recipe.seconds is not None and trainer.device.type == "cpu"
-    with _Interrupt() as interrupt, _JsonLines(folder, trainer.steps) as lines, tqdm(
+    log_file = closing(run.open_log(trainer.steps)) if run else nullcontext()
+    with _Interrupt() as interrupt, log_file, tqdm(
         total=1000, initial=round(1000 * trainer.progress), disable=not progress,
         bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}",
     ) as bar:
@@ -217,14 +223,15 @@ def train(
             if evaluate is not None and evaluate_every and trainer.steps % evaluate_every == 0:
                 entry["bits_per_byte"] = evaluate()
             log.append(entry)
-            lines.write(entry)
+            if run:
+                run.log(entry)
             bar.update(round(1000 * min(trainer.progress, 1.0)) - bar.n)
             rate = trainer.tokens / trainer.elapsed
             bar.set_postfix_str(f"step {trainer.steps}, loss {entry['language']:.3f}, "
                                 f"{rate:,.0f} tokens/s", refresh=False)
             due = save_every and trainer.steps % save_every == 0
-            if folder and (due or interrupt.asked):
-                trainer.save(folder / "state.safetensors")
+            if run and (due or interrupt.asked):
+                run.save(trainer.steps, trainer.save)
             if interrupt.asked:
                 raise KeyboardInterrupt
 
@@ -233,8 +240,8 @@ def train(
                 set_fastest_threads(advance)
             else:
                 advance()
-        if folder and log:
-            trainer.save(folder / "state.safetensors")
+        if run and log:
+            run.save(trainer.steps, trainer.save)
     return log
 
 
@@ -257,32 +264,3 @@ class _Interrupt:
     def __exit__(self, *_: object) -> None:
         if self.before is not None:
             signal.signal(signal.SIGINT, self.before)
-
-
-class _JsonLines:
-    """log.jsonl in `folder`, one object a line; on resume, lines after `steps` are cut off."""
-
-    def __init__(self, folder: Path | None, steps: int) -> None:
-        self.file = None
-        if folder is None:
-            return
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            path = folder / "log.jsonl"
-            old = path.read_text().splitlines(keepends=True) if steps and path.exists() else []
-            self.file = path.open("w", encoding="utf-8")
-        except OSError as error:
-            raise ValueError(f"{folder}: cannot be written ({error.strerror})") from None
-        self.file.writelines(line for line in old if json.loads(line)["step"] <= steps)
-
-    def __enter__(self) -> "_JsonLines":
-        return self
-
-    def write(self, entry: dict[str, Any]) -> None:
-        if self.file is not None:
-            self.file.write(json.dumps(entry) + "\n")
-            self.file.flush()
-
-    def __exit__(self, *_: object) -> None:
-        if self.file is not None:
-            self.file.close()
