@@ -87,6 +87,7 @@ def test_a_torn_log_is_mended(tmp_path):
     with open(tmp_path / "log.jsonl", "a") as file:
         file.write('{"step": 9, "language": 3.1')
     (tmp_path / ".state-000000009.safetensors.123.tmp").write_text("half")
+    (tmp_path / ".tmp7VDIXW").write_text("half")         # what safetensors writes into first
     live(tmp_path, 8)
     assert exact(read_log(tmp_path)) == exact(whole)
     assert not list(tmp_path.glob(".*"))

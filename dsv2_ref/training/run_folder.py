@@ -30,8 +30,9 @@ class RunFolder:
         self._log: TextIO | None = None
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            for scratch in self.path.glob(".state-*.tmp"):       # of a killed process
-                scratch.unlink()
+            for pattern in (".state-*.tmp", ".tmp*"):    # of a killed process; safetensors' own
+                for scratch in self.path.glob(pattern):
+                    scratch.unlink()
         except OSError as error:
             raise self._unwritable(error) from None
 
