@@ -34,7 +34,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--precision", choices=("auto", "fp32", "bf16"))
     for name in ("lr", "warmup", "protected"):
         p.add_argument(f"--{name}", type=float)
-    for name in ("sequence", "batch", "seed"):
+    for name in ("sequence", "batch", "seed", "micro-batch"):
         p.add_argument(f"--{name}", type=int)
     p.add_argument("--save-every", type=int, default=100, help="steps")
     p.add_argument("--evaluate-every", type=int, default=0, help="steps; 0 for at the end alone")

@@ -19,12 +19,8 @@ from dsv2_ref.inference.generate import TextStream, generate
 from dsv2_ref.model import DeepSeekV2
 from dsv2_ref.training.corpora import Corpus, Document, byte_count, open_corpus
 from dsv2_ref.training.data import encode
-from dsv2_ref.training.pretrain import (
-    Trainer,
-    autocast,
-    keep_freed_memory,
-    train,
-)
+from dsv2_ref.training.machine import autocast, keep_freed_memory
+from dsv2_ref.training.pretrain import Trainer, train
 from dsv2_ref.training.recipe import PAPER, Recipe
 from dsv2_ref.training.run_folder import RunFolder
 from dsv2_ref.training.tokenizer import (

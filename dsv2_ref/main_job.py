@@ -25,7 +25,8 @@ from dsv2_ref.jobs import (
 )
 from dsv2_ref.training.corpora import Document, byte_count, open_corpus
 from dsv2_ref.training.data import encode
-from dsv2_ref.training.pretrain import autocast, keep_freed_memory, set_fastest_threads, train
+from dsv2_ref.training.machine import autocast, keep_freed_memory, set_fastest_threads
+from dsv2_ref.training.pretrain import train
 from dsv2_ref.training.recipe import Recipe
 
 # no space at the end: tokens carry the space before a word, not the one after it

@@ -60,6 +60,11 @@ class Load:
     dropped: float       # share of all slots that was dropped
     routing: Routing     # indices, gates and scores, detached
 
+    @property
+    def entropy(self) -> float:
+        """Mean entropy of a token's affinities in nats: ln E if the router has no preference."""
+        return torch.special.entr(self.routing.scores).sum(-1).mean().item()
+
 
 @dataclass
 class Losses:

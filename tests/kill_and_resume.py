@@ -2,8 +2,9 @@
 """A run that is killed again and again: `python tests/kill_and_resume.py FOLDER KILLS SEED`.
 
 Each life is a process of its own that resumes from the folder and is killed without warning
-(SIGKILL) at a random moment of its first seven steps, in a step, in a save or between. The last one runs to the end. On
-stdout: for each life the step it began after, the newest state's and the log's last step then.
+(SIGKILL) at a random moment of its first seven steps, in a step, in a save or between. The last
+one runs to the end. On stdout: for each life the newest state's and the log's last step, before it
+and after.
 """
 
 import json

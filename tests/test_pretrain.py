@@ -11,7 +11,7 @@ import torch
 from dsv2_ref import checkpoint
 from dsv2_ref.config import TINY
 from dsv2_ref.model import DeepSeekV2
-from dsv2_ref.training import pretrain
+from dsv2_ref.training import machine, pretrain
 from dsv2_ref.training.pretrain import Trainer, TrainingDiverged, train
 from dsv2_ref.training.recipe import Recipe
 
@@ -48,6 +48,7 @@ def test_log_names_everything():
         assert np.array(e["expert_load"]).shape == (1, 8)
         assert np.sum(e["expert_load"]) == e["batch"] * 17 * CONFIG.top_k
         assert 0 < e["dropped"][0] < 1
+        assert np.log(8) - 0.1 < e["gate_entropy"][0] < np.log(8)         # a fresh router
     assert all(e[k] > 0 for e in log for k in ("expert", "device", "communication"))
 
 
@@ -139,16 +140,57 @@ def test_interrupted_save_keeps_the_good_state(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["s"]
 
 
-def test_a_loss_that_is_no_number_stops_the_run_before_the_weights_change():
+def test_losses_that_are_no_numbers_stop_the_run_and_leave_the_weights():
     run = trainer()
     run.step()
     with torch.no_grad():
         run.model.norm.weight[0] = float("nan")
     before = [p.detach().clone() for p in run.model.parameters()]
-    with pytest.raises(TrainingDiverged, match=r"step 2: loss nan.*weights are those of step 1"):
+    assert [run.step().get("skipped") for _ in range(2)] == [True, True]
+    with pytest.raises(TrainingDiverged, match=r"step 4: loss nan.*weights are those of step 1"):
         run.step()
     assert all(torch.equal(a, b) or a.isnan().any()
                for a, b in zip(before, run.model.parameters(), strict=True))
+
+
+def test_one_bad_batch_is_left_out_and_the_run_goes_on(monkeypatch):
+    run = trainer(RECIPE.with_(steps=80))
+    real = run._backward
+
+    def bad(*args):
+        sums, load = real(*args)
+        if run.steps == 3:
+            run.model.head.weight.grad[0, 0] = float("inf")
+        if run.steps in (70, 75, 76, 77, 78):
+            for p in run.model.parameters():
+                p.grad *= 1e3
+        return sums, load
+
+    monkeypatch.setattr(run, "_backward", bad)
+    seen = []
+    for _ in range(79):
+        before = run.model.head.weight.detach().clone()
+        entry = run.step()
+        assert torch.equal(before, run.model.head.weight) == entry.get("skipped", False)
+        seen += [entry["step"]] * entry.get("skipped", False)
+    assert seen == [4, 71, 76, 77, 78]        # the fourth large one in a row, 79, is believed
+
+
+def test_micro_batches_give_the_gradient_of_the_batch():
+    """Dropping off: its budget is taken for each micro-batch, as the paper's is for each device."""
+    config = CONFIG.with_(drop_capacity=None)
+    gradients, entries = [], []
+    for micro in (None, 2, 1):
+        run = trainer(Recipe(steps=2, batch=5, sequence=17, precision="fp32", micro_batch=micro),
+                      config)
+        run.model.double()
+        x, y = run.batches.next_batch()
+        entries.append(run._backward(x, y, torch.zeros(5, dtype=torch.bool), False)[0])
+        gradients.append([p.grad for p in run.model.parameters()])
+    for other, sums in zip(gradients[1:], entries[1:], strict=True):
+        assert sums == pytest.approx(entries[0], rel=1e-10)
+        for a, b in zip(gradients[0], other, strict=True):
+            assert torch.allclose(a, b, rtol=0, atol=1e-10)
 
 
 def test_memory_is_flat_over_fifty_steps():
@@ -194,14 +236,14 @@ def test_unwritable_folder(tmp_path):
 
 
 def test_the_fastest_number_of_threads_is_found(monkeypatch):
-    monkeypatch.setattr(pretrain, "_CORES", 4)
+    monkeypatch.setattr(machine, "_CORES", 4)
     threads, now = [1], [0.0]
 
     def work():                      # four threads that get into each other's way
         now[0] += {1: 1.0, 4: 3.0}[threads[-1]]
 
-    monkeypatch.setattr(pretrain.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(pretrain.torch, "set_num_threads", threads.append)
-    monkeypatch.setattr(pretrain.torch, "get_num_threads", lambda: threads[-1])
-    pretrain.set_fastest_threads(work)
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(machine.torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(machine.torch, "get_num_threads", lambda: threads[-1])
+    machine.set_fastest_threads(work)
     assert threads[-1] == 1 and 4 in threads

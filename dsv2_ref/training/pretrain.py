@@ -10,10 +10,10 @@ steps, whole or not at all.
 import json
 import math
 import signal
+import statistics
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import closing, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,58 +24,19 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dsv2_ref.checkpoint import load_state, save_state
-from dsv2_ref.model import DeepSeekV2, Losses
+from dsv2_ref.model import DeepSeekV2, Load
 from dsv2_ref.training.data import PackedBatches
+from dsv2_ref.training.machine import autocast, fast_precision, set_fastest_threads
 from dsv2_ref.training.optim import build_optimizers, set_rate
 from dsv2_ref.training.recipe import Recipe
 from dsv2_ref.training.run_folder import RunFolder
 
+LOSSES = ("language", "expert", "device", "communication")
+SPIKE, RECENT = 10.0, 64     # an update is left out at 10 times the median of the last 64 norms
+
 
 class TrainingDiverged(FloatingPointError):
     """The loss is no longer a number."""
-
-
-def fast_precision(device: torch.device | str) -> str:
-    """"bf16" where matrices are faster in it (GPUs, CPUs with AMX), else "fp32"."""
-    if torch.device(device).type == "cuda":
-        return "bf16"
-    abilities = getattr(torch.cpu, "get_capabilities", dict)()      # newer versions of torch only
-    return "bf16" if abilities.get("amx_bf16") else "fp32"
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep freed memory instead of returning it after every step.
-
-    Each step allocates the same large tensors; returned, their pages are zeroed by the kernel again
-    and again: 14 to 33 % of a small bf16 step on a CPU, as measured. glibc only, no harm elsewhere.
-    """
-    import ctypes
-
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return
-    mallopt(-3, 1 << 30)         # M_MMAP_THRESHOLD
-    mallopt(-1, (1 << 31) - 1)   # M_TRIM_THRESHOLD
-
-
-def set_fastest_threads(work: Callable[[], object], tries: int = 2) -> None:
-    """Use one thread or all, whichever does `work` faster just now; it is done 2·tries times.
-
-    Threads that wait for each other are many times slower than one when another program wants a
-    core. For work by the clock alone: the number of threads changes the last bits of sums.
-    """
-    best: dict[int, float] = {}
-    for threads in {torch.get_num_threads(), _CORES, 1}:
-        torch.set_num_threads(threads)
-        for _ in range(tries):
-            began = time.perf_counter()
-            work()
-            best[threads] = min(best.get(threads, math.inf), time.perf_counter() - began)
-    torch.set_num_threads(min(best, key=best.get))
-
-
-_CORES = torch.get_num_threads()
 
 
 class Trainer:
@@ -90,7 +51,8 @@ class Trainer:
         self.precision = recipe.precision
         if self.precision == "auto":
             self.precision = fast_precision(self.device)
-        self.steps = self.tokens = 0
+        self.steps = self.tokens = self.skipped = 0
+        self.norms: list[float] = []     # of the gradient, the last few
         self.elapsed = 0.0           # seconds spent in steps, over all sessions
 
     @property
@@ -112,35 +74,60 @@ class Trainer:
         draw = torch.Generator().manual_seed(recipe.seed * 1_000_003 + self.steps)
         protected = torch.rand(len(x), generator=draw) < recipe.protected        # (B,)
         self.model.train()
-        losses = self._forward(x.to(self.device), y.to(self.device), protected.to(self.device),
-                               with_load)
-        losses.total.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
-        entry = {
-            "step": self.steps + 1, "tokens": self.tokens + x.numel(),
-            "language": losses.language.item(), "expert": losses.expert.item(),
-            "device": losses.device.item(), "communication": losses.communication.item(),
-            "gradient_norm": norm.item(), "lr": rate * recipe.lr, "batch": len(x),
-        }
-        if not math.isfinite(entry["language"]) or not math.isfinite(entry["gradient_norm"]):
-            raise TrainingDiverged(
-                f"step {entry['step']}: loss {entry['language']}, gradient norm "
-                f"{entry['gradient_norm']} at rate {entry['lr']:.2e}; the weights are those of "
-                f"step {self.steps}, try a lower lr or a longer warmup"
-            )
+        entry = {"step": self.steps + 1, "tokens": self.tokens + x.numel()}
+        sums, load = self._backward(x, y, protected, with_load)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip).item()
+        entry |= sums | {"gradient_norm": norm, "lr": rate * recipe.lr, "batch": len(x)}
+        if self._unusable(entry):
+            entry["skipped"] = True
+        else:
+            for optimizer in self.optimizers:
+                optimizer.step()
         for optimizer in self.optimizers:
-            optimizer.step()
             optimizer.zero_grad()
         self.steps, self.tokens = entry["step"], entry["tokens"]
         self.elapsed += time.perf_counter() - began
         entry["seconds"] = round(self.elapsed, 3)
         if with_load:
-            entry["load"] = losses.load
+            entry["load"] = load
         return entry
 
-    def _forward(self, x: Tensor, y: Tensor, protected: Tensor, with_load: bool) -> Losses:
-        with autocast(self.device, self.precision):
-            return self.model.losses(x, y, protected, with_load)
+    def _backward(
+        self, x: Tensor, y: Tensor, protected: Tensor, with_load: bool
+    ) -> tuple[dict[str, float], list[Load]]:
+        """Gradients of the batch, a micro-batch at a time: its losses, and the last one's load."""
+        sums: dict[str, float] = dict.fromkeys(LOSSES, 0.0)
+        size = self.recipe.micro_batch or len(x)
+        for rows in zip(*(t.split(size) for t in (x, y, protected)), strict=True):
+            share = len(rows[0]) / len(x)
+            with autocast(self.device, self.precision):
+                losses = self.model.losses(*(t.to(self.device) for t in rows), with_load)
+            (losses.total * share).backward()
+            for name in LOSSES:
+                sums[name] += getattr(losses, name).item() * share
+        return sums, losses.load
+
+    def _unusable(self, entry: dict[str, Any]) -> bool:
+        """Whether this update must be left out: no number, or far above the usual gradient norm.
+
+        TrainingDiverged if three in a row are no numbers; three large ones in a row are believed.
+        """
+        norm, finite = entry["gradient_norm"], math.isfinite(entry["language"])
+        finite = finite and math.isfinite(norm)
+        usual = statistics.median(self.norms) if len(self.norms) == RECENT else math.inf
+        if finite:
+            self.norms = [*self.norms, norm][-RECENT:]
+        if finite and (norm <= SPIKE * usual or self.skipped >= 3):
+            self.skipped = 0
+            return False
+        self.skipped += 1
+        if not finite and self.skipped >= 3:
+            raise TrainingDiverged(
+                f"step {entry['step']}: loss {entry['language']}, gradient norm {norm} at rate "
+                f"{entry['lr']:.2e}, the third unusable step in a row; the weights are those of "
+                f"step {self.steps - 2}, try a lower lr or a longer warmup"
+            )
+        return True
 
     def save(self, path: str | Path) -> None:
         """Weights, moments, data position and step as one file, atomically."""
@@ -154,7 +141,8 @@ class Trainer:
         save_state(path, tensors, {
             "config": self.model.config.to_hf(), "recipe": asdict(self.recipe), "groups": groups,
             "data": self.batches.state(), "steps": self.steps, "tokens": self.tokens,
-            "elapsed": self.elapsed, "precision": self.precision,
+            "elapsed": self.elapsed, "precision": self.precision, "norms": self.norms,
+            "skipped": self.skipped,
         })
 
     def load(self, path: str | Path) -> None:
@@ -181,16 +169,7 @@ class Trainer:
             optimizer.load_state_dict({"state": values, "param_groups": groups})
         self.steps, self.tokens = state["steps"], state["tokens"]
         self.elapsed, self.precision = state["elapsed"], state["precision"]
-
-
-@contextmanager
-def autocast(device: torch.device, precision: str) -> Iterator[None]:
-    """bf16 matmuls, fp32 weights and sums; nothing for "fp32"."""
-    with warnings.catch_warnings(), torch.autocast(device.type, torch.bfloat16,
-                                                   enabled=precision == "bf16"):
-        # a norm of bf16 activations by fp32 gains is computed in fp32, just not in one kernel
-        warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
-        yield
+        self.norms, self.skipped = state["norms"], state["skipped"]
 
 
 def train(
@@ -203,7 +182,8 @@ def train(
     With a `folder`, the log goes to log.jsonl as it grows, and the state into a file of its own
     every `save_every` steps, at the end, and on Ctrl-C, which ends the run between two steps; the
     last two are kept.
-    Every `load_every` steps the entry has the expert load: `expert_load` (layers, experts).
+    Every `load_every` steps the entry has the expert load: `expert_load` (layers, experts), and
+    `gate_entropy` of each layer's affinities, in nats.
     """
     run = None if folder is None else RunFolder(folder)
     log: list[dict[str, Any]] = []
@@ -218,8 +198,7 @@ def train(
             with_load = bool(load_every) and trainer.steps % load_every == 0
             entry = trainer.step(with_load)
             if load := entry.pop("load", None):
-                entry["expert_load"] = [layer.experts.tolist() for layer in load]
-                entry["dropped"] = [round(layer.dropped, 4) for layer in load]
+                entry |= _load_entries(load)
             if evaluate is not None and evaluate_every and trainer.steps % evaluate_every == 0:
                 entry["bits_per_byte"] = evaluate()
             log.append(entry)
@@ -243,6 +222,14 @@ def train(
         if run and log:
             run.save(trainer.steps, trainer.save)
     return log
+
+
+def _load_entries(load: list[Load]) -> dict[str, list]:
+    return {
+        "expert_load": [layer.experts.tolist() for layer in load],
+        "dropped": [round(layer.dropped, 4) for layer in load],
+        "gate_entropy": [round(layer.entropy, 4) for layer in load],
+    }
 
 
 class _Interrupt:

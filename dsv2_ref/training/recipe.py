@@ -53,6 +53,7 @@ class Recipe:
     decay_at: tuple[float, float] = (0.6, 0.9)    # "step" only, shares of the run
     sequence: int = 256                  # tokens
     batch: int = 6                       # sequences
+    micro_batch: int | None = None       # sequences at a time, gradients are summed; None: all
     batch_start: int | None = None       # sequences at the start of a ramp to `batch`
     batch_ramp: float = 0.0              # share of the run the ramp takes
     protected: float = 0.1               # share of sequences in which no slot is dropped
@@ -62,7 +63,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.seconds is None):
             raise ValueError(f"steps: {self.steps} and seconds: {self.seconds}, expected just one")
-        for name in ("steps", "seconds", "batch", "sequence", "lr", "clip", "batch_start"):
+        for name in ("steps", "seconds", "batch", "sequence", "lr", "clip", "batch_start",
+                     "micro_batch"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}: {value}, expected a number > 0")
