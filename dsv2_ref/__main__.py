@@ -12,6 +12,8 @@ from typing import NoReturn
 
 from dsv2_ref import bench as benches
 
+CORPORA = "python, packages, stories, hub:NAME or a path"
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -23,12 +25,13 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--preset", default="small", help="small, mini, tiny, lite or v2")
     p.add_argument("--recipe", default="minutes", choices=("minutes", "v2", "lite"),
                    help="ours, or the paper's; the options below change it")
-    p.add_argument("--corpus", default="python", help="python, stories, hub:NAME or a path")
+    p.add_argument("--corpus", default="python", help=CORPORA)
     p.add_argument("--out", default="build/train")
     p.add_argument("--resume", action="store_true", help="go on from the state in --out")
     length = p.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help="default 300")
     length.add_argument("--seconds", type=float)
+    length.add_argument("--tokens", type=float, help="as 5e6; in whole steps of batch x sequence")
     p.add_argument("--optimizer", choices=("muon", "adamw"))
     p.add_argument("--schedule", choices=("linear", "step"))
     p.add_argument("--precision", choices=("auto", "fp32", "bf16"))
@@ -49,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--out", default="build")
     p.add_argument("--seconds", type=float, default=225.0,
                    help="for everything together; training gets at least 30 %%")
-    p.add_argument("--corpus", default="python", help="python, stories, hub:NAME or a path")
+    p.add_argument("--corpus", default="python", help=CORPORA)
 
     p = commands.add_parser("paper", help="the paper's claims beside ours")
     p.add_argument("--json", action="store_true")

@@ -122,17 +122,19 @@ def write_sample(
 
 def train_command(
     preset: str, recipe: str, corpus: str, out: str, resume: bool, save_every: int,
-    evaluate_every: int, progress: bool, **changes: Any,
+    evaluate_every: int, progress: bool, tokens: float | None = None, **changes: Any,
 ) -> dict[str, Any]:
     """Train a preset into `out`: its last states, log.jsonl, tokenizer.json, model/."""
     if preset not in PRESETS:
         raise ValueError(f"preset: {preset!r}, expected one of {', '.join(sorted(PRESETS))}")
-    if changes.get("steps") is None and changes.get("seconds") is None:
+    if tokens is None and changes.get("steps") is None and changes.get("seconds") is None:
         changes["steps"] = 300
     for name, value in (("save_every", save_every), ("evaluate_every", evaluate_every)):
         if value < 0:
             raise ValueError(f"{name}: {value}, expected a number of steps, 0 for never")
     chosen = ({"minutes": Recipe(steps=1)} | PAPER)[recipe].with_(**changes)
+    if tokens is not None:
+        chosen = chosen.lasting(tokens)
     folder = output_folder(out)
     run = RunFolder(folder)
     if run.states and not resume:

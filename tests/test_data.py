@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from dsv2_ref.inference.evaluate import compressed_bits_per_byte
+from dsv2_ref.training import corpora
 from dsv2_ref.training.corpora import (
     Document,
     byte_count,
@@ -66,6 +67,24 @@ def test_python_corpus_holds_out_two_parts_of_half_a_megabyte(python):
         assert 10 <= len(part) <= 80
         assert max(len(document.text.encode()) for document in part) <= 100_000
     assert open_corpus("python") == python
+
+
+def test_packages_corpus_is_what_is_installed(tmp_path, monkeypatch):
+    for i in range(30):
+        for name in (f"one/m{i}.py", f"one/tests/t{i}.py", f"two/__pycache__/m{i}.py"):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(f"x = {i}\n" * 50)
+    (tmp_path / "two" / "data.txt").write_text("no source")
+    (tmp_path / "two" / "latin.py").write_bytes("é".encode("latin-1"))
+    (tmp_path / "nowhere.py").symlink_to(tmp_path / "gone.py")
+    monkeypatch.setattr(corpora.sysconfig, "get_paths", lambda: {"purelib": str(tmp_path)})
+    corpus = corpora.packages_corpus(held_out_bytes=2000)
+    found = sorted(name for part in parts(corpus) for name in names(part))
+    assert found == sorted([f"one/m{i}.py" for i in range(30)] +
+                           [f"one/tests/t{i}.py" for i in range(30)])
+    assert "1 installed packages" in corpus.origin
+    monkeypatch.setattr(corpora, "packages_corpus", lambda: corpus)
+    assert open_corpus("packages") is corpus
 
 
 def documents(n, size=100):
@@ -182,7 +201,7 @@ def test_jsonl_errors(tmp_path, content, message):
 def test_path_errors(tmp_path):
     with pytest.raises(ValueError, match="path '.*nowhere' does not exist"):
         local_corpus(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="'pyhton': expected python, stories, hub:NAME"):
+    with pytest.raises(ValueError, match="'pyhton': expected python, packages, stories, hub:NAME"):
         open_corpus("pyhton")
     (tmp_path / "image.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="image.txt: not UTF-8"):

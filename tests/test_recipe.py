@@ -52,3 +52,15 @@ def test_with_swaps_steps_for_seconds():
     recipe = Recipe(steps=5, lr=1e-3).with_(seconds=2.0, lr=None)
     assert (recipe.steps, recipe.seconds, recipe.lr) == (None, 2.0, 1e-3)
     assert recipe.with_(steps=7).seconds is None
+
+
+def test_a_run_in_tokens_counts_the_ramp():
+    flat = Recipe(steps=1, batch=4, sequence=100).lasting(4_000)
+    assert flat.steps == 10
+    ramped = Recipe(steps=1, batch=8, batch_start=2, batch_ramp=0.5, sequence=100).lasting(6e4)
+    read = sum(ramped.batch_at(step / ramped.steps) * 100 for step in range(ramped.steps))
+    assert abs(read - 6e4) < 800 * 3
+    assert PAPER["v2"].lasting(8.1e12).steps == pytest.approx(220_000, rel=0.02)   # rounded
+    assert PAPER["lite"].lasting(5.7e12).steps == pytest.approx(302_000, rel=0.01)
+    with pytest.raises(ValueError, match="tokens: 0"):
+        flat.lasting(0)

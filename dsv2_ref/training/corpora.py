@@ -110,27 +110,44 @@ def _walk(folder: Path) -> Iterator[Path]:
         yield from (Path(where, f) for f in sorted(files))
 
 
+def _sources(root: Path, skipped: set[str]) -> list[Document]:
+    """The .py files below `root` that are UTF-8, by name."""
+    documents = []
+    for path in _walk(root):
+        name = path.relative_to(root).as_posix()
+        if path.suffix != ".py" or skipped & set(Path(name).parts):
+            continue
+        if path.name.startswith("_sysconfigdata"):
+            continue  # build paths of one machine, not source
+        try:
+            documents.append(Document(name, path.read_bytes().decode("utf-8")))
+        except (UnicodeDecodeError, OSError):
+            continue  # a few files are in other encodings on purpose, some links lead nowhere
+    return sorted(documents, key=lambda document: document.name)
+
+
 def python_corpus(held_out_bytes: int = 500_000) -> Corpus:
     """The running interpreter's own standard library, its .py files without the tests.
 
     Nothing to download, on every machine, real text of 10 MB or so; but it differs between Python
     releases, so a figure measured on it names the release.
     """
-    root = Path(sysconfig.get_paths()["stdlib"])
-    documents = []
-    for path in _walk(root):
-        name = path.relative_to(root).as_posix()
-        if path.suffix != ".py" or SKIPPED_FOLDERS & set(Path(name).parts):
-            continue
-        if path.name.startswith("_sysconfigdata"):
-            continue  # build paths of one machine, not source
-        try:
-            documents.append(Document(name, path.read_bytes().decode("utf-8")))
-        except UnicodeDecodeError:
-            continue  # a few files are in other encodings on purpose
-    documents.sort(key=lambda document: document.name)
+    documents = _sources(Path(sysconfig.get_paths()["stdlib"]), SKIPPED_FOLDERS)
     origin = "Python standard library of the running interpreter (PSF licence), tests left out"
     return split("python", documents, origin, held_out_bytes)
+
+
+def packages_corpus(held_out_bytes: int = 500_000) -> Corpus:
+    """The Python source of all installed packages, with their tests: hundreds of MB with torch.
+
+    Nothing to download, and enough for millions of tokens; but every environment has another one,
+    so a figure measured on it names date and versions. Each package has a licence of its own.
+    """
+    root = Path(sysconfig.get_paths()["purelib"])
+    documents = _sources(root, {"__pycache__"})
+    packages = len({document.name.partition("/")[0] for document in documents})
+    origin = f"Python source of {packages} installed packages and modules (their own licences)"
+    return split("packages", documents, origin, held_out_bytes)
 
 
 def stories_corpus(n_stories: int = 20_000, seed: int = 0) -> Corpus:
@@ -269,13 +286,15 @@ def hub_corpus(
 
 
 def open_corpus(spec: str) -> Corpus:
-    """'python', 'stories', 'hub:NAME', or the path of a file or folder."""
+    """'python', 'packages', 'stories', 'hub:NAME', or the path of a file or folder."""
     if spec == "python":
         return python_corpus()
+    if spec == "packages":
+        return packages_corpus()
     if spec == "stories":
         return stories_corpus()
     if spec.startswith("hub:"):
         return hub_corpus(spec.removeprefix("hub:"))
     if not Path(spec).exists():
-        raise ValueError(f"corpus {spec!r}: expected python, stories, hub:NAME or an existing path")
+        raise ValueError(f"corpus {spec!r}: expected python, packages, stories, hub:NAME or a path")
     return local_corpus(spec)

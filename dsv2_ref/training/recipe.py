@@ -100,6 +100,14 @@ class Recipe:
             changes = {"steps": None, "seconds": None} | changes
         return replace(self, **changes)
 
+    def lasting(self, tokens: float) -> "Recipe":
+        """The same, in as many whole steps as come closest to `tokens`; the ramp is counted."""
+        if not tokens > 0:
+            raise ValueError(f"tokens: {tokens}, expected a number > 0")
+        ramp = 0.0 if self.batch_start is None else self.batch_ramp
+        mean = self.batch - ramp * (self.batch - (self.batch_start or self.batch)) / 2
+        return self.with_(steps=max(1, round(tokens / (mean * self.sequence))))
+
 
 # The paper's own numbers (`train --recipe v2`, scaled down by --steps and --batch). 8.1T tokens are
 # about 215,700 steps of 9216 x 4096; warm-up is 2K steps.
