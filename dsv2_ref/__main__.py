@@ -32,10 +32,11 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     length.add_argument("--steps", type=int, help="default 300")
     length.add_argument("--seconds", type=float)
     length.add_argument("--tokens", type=float, help="as 5e6; in whole steps of batch x sequence")
-    p.add_argument("--optimizer", choices=("muon", "adamw"))
+    p.add_argument("--optimizer", choices=("muon", "adamw", "adamw8"))
+    p.add_argument("--weights", choices=("fp32", "bf16"), help="bf16: with adamw8 alone")
     p.add_argument("--schedule", choices=("linear", "step"))
     p.add_argument("--precision", choices=("auto", "fp32", "bf16"))
-    for name in ("lr", "warmup", "protected"):
+    for name in ("lr", "warmup", "protected", "recompute"):
         p.add_argument(f"--{name}", type=float)
     for name in ("sequence", "batch", "seed", "micro-batch"):
         p.add_argument(f"--{name}", type=int)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dsv2_ref.attention.cache_quant import SixBitCache, attend_packed
 from dsv2_ref.attention.kv_cache import LatentCache
@@ -170,6 +171,7 @@ class DeepSeekV2(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         c = self.config = config
+        self.recompute = 0.0     # share of the blocks whose activations are made again in training
         self.embedding = nn.Embedding(c.vocab, c.d)
         self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.n_layers))
         self.norm = nn.RMSNorm(c.d, eps=c.norm_eps)
@@ -229,7 +231,7 @@ class DeepSeekV2(nn.Module):
         run.protected = protected
         h = self.norm(self._blocks(tokens, run)).flatten(0, 1)           # (N, d)
         language = linear_cross_entropy(h, self.head.weight, targets.flatten())
-        return Losses(language, *(run.balance or [zero, zero, zero]), run.load or [])
+        return Losses(language, *(run.balance or [zero, zero, zero]), list(run.load or []))
 
     def new_cache(self, batch: int, max_tokens: int, kind: str = "latent") -> Cache:
         """An empty cache for `batch` sequences of up to `max_tokens`, read in the model's dtype."""
@@ -275,8 +277,9 @@ class DeepSeekV2(nn.Module):
 
     def _blocks(self, tokens: Tensor, run: _Pass) -> Tensor:
         h = self.embedding(tokens)                                       # (B, T, d)
-        for block in self.blocks:
-            h = block(h, run)
+        again = round(self.recompute * len(self.blocks)) if self.training else 0
+        for i, block in enumerate(self.blocks):
+            h = checkpoint(block, h, run, use_reentrant=False) if i < again else block(h, run)
         return h
 
 

@@ -67,5 +67,5 @@ def test_adamw_takes_everything_at_one_rate():
 
 
 def test_unknown_optimizer():
-    with pytest.raises(ValueError, match="optimizer: 'sgd', expected 'adamw' or 'muon'"):
+    with pytest.raises(ValueError, match="optimizer: 'sgd', expected 'adamw', 'adamw8' or 'muon'"):
         build_optimizers(DeepSeekV2(TINY), "sgd", 1e-3)

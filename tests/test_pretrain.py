@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 import gc
 import json
+import math
 import os
 import signal
 
@@ -52,9 +53,12 @@ def test_log_names_everything():
     assert all(e[k] > 0 for e in log for k in ("expert", "device", "communication"))
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_resumed_losses_are_bit_equal(tmp_path, optimizer):
-    recipe = RECIPE.with_(optimizer=optimizer)
+@pytest.mark.parametrize("changes", [
+    {"optimizer": "muon"}, {"optimizer": "adamw"}, {"optimizer": "adamw8"},
+    {"optimizer": "adamw8", "weights": "bf16", "micro_batch": 2, "recompute": 0.5},
+], ids=lambda changes: " ".join(map(str, changes.values())))
+def test_resumed_losses_are_bit_equal(tmp_path, changes):
+    recipe = RECIPE.with_(**changes)
     whole = train(trainer(recipe), progress=False)
     first = trainer(recipe)
     for _ in range(5):
@@ -191,6 +195,70 @@ def test_micro_batches_give_the_gradient_of_the_batch():
         assert sums == pytest.approx(entries[0], rel=1e-10)
         for a, b in zip(gradients[0], other, strict=True):
             assert torch.allclose(a, b, rtol=0, atol=1e-10)
+
+
+def test_recomputing_changes_nothing():
+    """Balance losses, dropping and the load included, though blocks run twice."""
+    entries, gradients = [], []
+    for share in (0.0, 0.5, 1.0):
+        run = trainer(RECIPE.with_(recompute=share))
+        x, y = run.batches.next_batch(3)
+        run.model.train()
+        sums, load = run._backward(x, y, torch.tensor([True, False, False]), True)
+        entries.append((sums, [layer.experts.tolist() for layer in load]))
+        gradients.append([p.grad for p in run.model.parameters()])
+    assert entries[0] == entries[1] == entries[2] and len(entries[0][1]) == 1
+    for again in gradients[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(gradients[0], again, strict=True))
+
+
+def saved_bytes(run):
+    """What autograd keeps between forward and backward, each storage once, without the weights."""
+    kept = {}
+    weights = {p.untyped_storage().data_ptr() for p in run.model.parameters()}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    x, y = run.batches.next_batch(3)
+    run.model.train()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        losses = run.model.losses(x, y)
+    assert losses.total > 0
+    return sum(kept.values())
+
+
+def test_recomputing_keeps_less():
+    config = CONFIG.with_(n_layers=6)
+    kept = [saved_bytes(trainer(RECIPE.with_(recompute=share), config)) for share in (0, 0.5, 1)]
+    assert kept[2] < kept[1] / 2 < kept[0] / 2
+
+
+def test_bf16_weights_learn_and_the_router_stays_in_fp32():
+    recipe = RECIPE.with_(steps=160, optimizer="adamw8", weights="bf16", precision="auto", lr=5e-3)
+    run = trainer(recipe)
+    assert run.precision == "fp32"                         # no autocast over bf16 weights
+    for name, weight in run.model.named_parameters():
+        assert weight.dtype == (torch.float32 if "router" in name else torch.bfloat16), name
+    log = train(run, progress=False)
+    master = train(trainer(recipe.with_(weights="fp32", optimizer="adamw", precision="fp32")),
+                   progress=False)
+    last = [np.mean([e["language"] for e in entries[-10:]]) for entries in (log, master)]
+    assert last[0] < 2.2 and abs(last[0] - last[1]) < 0.2
+
+
+def test_the_norm_of_bf16_gradients_is_taken_in_fp32():
+    weights = [torch.nn.Parameter(torch.zeros(300, dtype=torch.bfloat16)) for _ in range(3)]
+    g = torch.Generator().manual_seed(0)
+    for W in weights:
+        W.grad = torch.randn(300, generator=g).bfloat16()
+    exact = math.sqrt(sum(W.grad.double().square().sum().item() for W in weights))
+    assert pretrain.clip_gradients(weights, 1e9) == pytest.approx(exact, rel=1e-6)
+    assert pretrain.clip_gradients(weights, 2.0) == pytest.approx(exact, rel=1e-6)
+    assert pretrain.clip_gradients(weights, 2.0) == pytest.approx(2.0, rel=1e-2)
 
 
 def test_memory_is_flat_over_fifty_steps():

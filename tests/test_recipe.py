@@ -42,6 +42,8 @@ def test_papers_numbers():
     (dict(steps=1, warmup=1.5), "warmup: 1.5, expected a share from 0 to 1"),
     (dict(steps=1, optimizer="sgd"), "optimizer: 'sgd', expected one of"),
     (dict(steps=1, precision="fp8"), "precision: 'fp8', expected one of"),
+    (dict(steps=1, weights="bf16"), "optimizer: 'muon', expected 'adamw8' for bf16 weights"),
+    (dict(steps=1, recompute=2), "recompute: 2, expected a share"),
 ], ids=lambda x: x if isinstance(x, str) else None)
 def test_bad_recipes(changes, message):
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):

@@ -16,6 +16,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from dsv2_ref.training.adamw8 import AdamW8
+
 
 def orthogonalise(M: Tensor, iterations: int = 5) -> Tensor:
     """About U·Vᵀ of M = U·S·Vᵀ, for each matrix of (..., rows, columns).
@@ -70,16 +72,17 @@ class Muon(torch.optim.Optimizer):
 
 def build_optimizers(
     model: nn.Module, kind: str, lr: float, weight_decay: float = 0.1,
-    betas: tuple[float, float] = (0.9, 0.95), adamw_lr: float | None = None,
+    betas: tuple[float, float] = (0.9, 0.95), adamw_lr: float | None = None, seed: int = 0,
 ) -> list[torch.optim.Optimizer]:
     """The optimisers of a run; each group carries its peak rate as `peak`.
 
-    kind 'adamw': everything by AdamW at `lr`. kind 'muon': matrices and stacks of experts by Muon
+    kind 'adamw': everything by AdamW at `lr`; 'adamw8': the same in little memory, bf16 weights
+    rounded stochastically from `seed`. kind 'muon': matrices and stacks of experts by Muon
     at `lr`, the embedding, the head, the routers and the norms by AdamW at `adamw_lr`. Norm gains
     are never decayed: pulling a gain to zero regularises nothing (the paper does not say).
     """
-    if kind not in ("adamw", "muon"):
-        raise ValueError(f"optimizer: {kind!r}, expected 'adamw' or 'muon'")
+    if kind not in ("adamw", "adamw8", "muon"):
+        raise ValueError(f"optimizer: {kind!r}, expected 'adamw', 'adamw8' or 'muon'")
     matrices, tables, gains = [], [], []
     for name, weight in model.named_parameters():
         if weight.ndim == 1:
@@ -88,11 +91,13 @@ def build_optimizers(
             matrices.append(weight)
         else:
             tables.append(weight)
-    rate = lr if kind == "adamw" or adamw_lr is None else adamw_lr
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(
-        [{"params": tables}, {"params": gains, "weight_decay": 0.0}],
-        lr=rate, betas=betas, weight_decay=weight_decay,
-    )]
+    rate = lr if kind != "muon" or adamw_lr is None else adamw_lr
+    groups = [{"params": tables}, {"params": gains, "weight_decay": 0.0}]
+    options = {"lr": rate, "betas": betas, "weight_decay": weight_decay}
+    optimizers: list[torch.optim.Optimizer] = [
+        AdamW8(groups, **options, seed=seed) if kind == "adamw8"
+        else torch.optim.AdamW(groups, **options)
+    ]
     if matrices:
         optimizers.append(Muon(matrices, lr=lr, weight_decay=weight_decay))
     for optimizer in optimizers:

@@ -12,7 +12,7 @@ import math
 import signal
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -45,12 +45,18 @@ class Trainer:
     def __init__(self, model: DeepSeekV2, recipe: Recipe, tokens: np.ndarray) -> None:
         self.model, self.recipe = model, recipe
         self.device = model.embedding.weight.device
+        if recipe.weights == "bf16":
+            model.bfloat16()
+            for block in model.blocks:
+                if hasattr(block, "router"):
+                    block.router.float()
+        model.recompute = recipe.recompute
         self.optimizers = build_optimizers(model, recipe.optimizer, recipe.lr, recipe.weight_decay,
-                                           adamw_lr=recipe.adamw_lr)
+                                           adamw_lr=recipe.adamw_lr, seed=recipe.seed)
         self.batches = PackedBatches(tokens, recipe.batch, recipe.sequence, recipe.seed)
         self.precision = recipe.precision
-        if self.precision == "auto":
-            self.precision = fast_precision(self.device)
+        if self.precision == "auto":      # autocast is for fp32 weights
+            self.precision = "fp32" if recipe.weights == "bf16" else fast_precision(self.device)
         self.steps = self.tokens = self.skipped = 0
         self.norms: list[float] = []     # of the gradient, the last few
         self.elapsed = 0.0           # seconds spent in steps, over all sessions
@@ -76,7 +82,7 @@ class Trainer:
         self.model.train()
         entry = {"step": self.steps + 1, "tokens": self.tokens + x.numel()}
         sums, load = self._backward(x, y, protected, with_load)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip).item()
+        norm = clip_gradients(self.model.parameters(), recipe.clip)
         entry |= sums | {"gradient_norm": norm, "lr": rate * recipe.lr, "batch": len(x)}
         if self._unusable(entry):
             entry["skipped"] = True
@@ -170,6 +176,15 @@ class Trainer:
         self.steps, self.tokens = state["steps"], state["tokens"]
         self.elapsed, self.precision = state["elapsed"], state["precision"]
         self.norms, self.skipped = state["norms"], state["skipped"]
+
+
+def clip_gradients(weights: Iterable[Tensor], most: float) -> float:
+    """Scale all gradients so that their common norm is at most `most`; the norm, taken in fp32."""
+    weights = [W for W in weights if W.grad is not None]
+    norms = [torch.linalg.vector_norm(W.grad, dtype=torch.float32) for W in weights]
+    total = torch.linalg.vector_norm(torch.stack(norms))
+    torch.nn.utils.clip_grads_with_norm_(weights, most, total)
+    return total.item()
 
 
 def train(

@@ -43,7 +43,9 @@ class Recipe:
 
     steps: int | None = None
     seconds: float | None = None
-    optimizer: str = "muon"              # or "adamw", the paper's
+    optimizer: str = "muon"              # or "adamw", the paper's; "adamw8", it in little memory
+    weights: str = "fp32"                # or "bf16", with "adamw8" alone; the router stays in fp32
+    recompute: float = 0.0               # share of the blocks run again in the backward pass
     lr: float = 6e-3                     # peak rate
     adamw_lr: float | None = 6e-3        # of embedding, head, routers and norms beside Muon
     weight_decay: float = 0.1
@@ -70,11 +72,15 @@ class Recipe:
                 raise ValueError(f"{name}: {value}, expected a number > 0")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed: {self.seed}, expected 0 to 2**32 - 1")
-        for name in ("warmup", "batch_ramp", "protected"):
+        if self.weights == "bf16" and self.optimizer != "adamw8":
+            raise ValueError(f"optimizer: {self.optimizer!r}, expected 'adamw8' for bf16 weights: "
+                             "small updates would be rounded away")
+        for name in ("warmup", "batch_ramp", "protected", "recompute"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: {getattr(self, name)}, expected a share from 0 to 1")
-        for name, known in (("schedule", ("linear", "step")), ("optimizer", ("muon", "adamw")),
-                            ("precision", ("auto", "fp32", "bf16"))):
+        for name, known in (("schedule", ("linear", "step")), ("weights", ("fp32", "bf16")),
+                            ("precision", ("auto", "fp32", "bf16")),
+                            ("optimizer", ("muon", "adamw", "adamw8"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: {getattr(self, name)!r}, expected one of {known}")
 
