@@ -42,6 +42,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
         p.add_argument(f"--{name}", type=int)
     p.add_argument("--save-every", type=int, default=100, help="steps")
     p.add_argument("--evaluate-every", type=int, default=0, help="steps; 0 for at the end alone")
+    p.add_argument("--no-save", dest="save", action="store_false", help="write the log alone")
     p.add_argument("--quiet", dest="progress", action="store_false", help="no progress bar")
 
 

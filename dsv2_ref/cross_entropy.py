@@ -16,7 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORED = -100          # targets of this value do not count
-CHUNK_LOGITS = 2**20    # logits held at a time
+CHUNK_LOGITS = 2**20    # logits held at a time: what a CPU's cache holds
+GPU_CHUNK_LOGITS = 2**28                     # what keeps a GPU busy: 1 GiB in fp32
+
+
+def chunk_rows(device: torch.device, vocab: int) -> int:
+    """Tokens whose logits are held at a time."""
+    return max(1, (GPU_CHUNK_LOGITS if device.type == "cuda" else CHUNK_LOGITS) // vocab)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -29,7 +35,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_h = torch.zeros_like(h) if need else None
         grad_W = torch.zeros_like(W, dtype=exact) if need else None
         total = torch.zeros((), dtype=exact, device=h.device)
-        W_low, rows = W.to(dtype), max(1, CHUNK_LOGITS // len(W))
+        W_low, rows = W.to(dtype), chunk_rows(h.device, len(W))
         for h_chunk, t, place in zip(
             h.split(rows), targets.split(rows), torch.arange(len(h)).split(rows), strict=True
         ):

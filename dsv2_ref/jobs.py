@@ -20,6 +20,7 @@ from dsv2_ref.model import DeepSeekV2
 from dsv2_ref.training.corpora import Corpus, Document, byte_count, open_corpus
 from dsv2_ref.training.data import encode
 from dsv2_ref.training.machine import autocast, keep_freed_memory
+from dsv2_ref.training.memory import plan, state_bytes
 from dsv2_ref.training.pretrain import Trainer, train
 from dsv2_ref.training.recipe import PAPER, Recipe
 from dsv2_ref.training.run_folder import RunFolder
@@ -76,7 +77,7 @@ def set_up(
     config: Config, recipe: Recipe, corpus: Corpus, tokenizer: TextTokenizer | None = None,
 ) -> Setup:
     """Tokenizer (trained on the corpus unless given), model and trainer; all from recipe.seed."""
-    _check_memory(config)
+    _check_memory(config, recipe)
     if tokenizer is None:
         tokenizer = train_tokenizer((d.text for d in corpus.train), config.vocab)
     config = config.with_(vocab=tokenizer.vocab, bos=tokenizer.bos, eos=tokenizer.eos,
@@ -86,16 +87,17 @@ def set_up(
     return Setup(corpus, tokenizer, Trainer(model, recipe, encode(corpus.train, tokenizer)))
 
 
-def _check_memory(config: Config) -> None:
-    """ValueError if weights, gradients and two moments in fp32 cannot fit; activations aside."""
-    needed = 16 * cost.parameters(config).total
+def _check_memory(config: Config, recipe: Recipe) -> None:
+    """ValueError if weights, gradients and moments cannot fit; activations aside."""
+    needed = state_bytes(cost.parameters(config).total, recipe)
     if default_device() == "cuda":
         there = torch.cuda.mem_get_info()[1]
     else:
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
         raise ValueError(f"preset: its training state takes {needed / 2**30:,.0f} GiB, expected "
-                         f"one that fits in {there / 2**30:,.0f} GiB (small, mini, tiny)")
+                         f"one that fits in {there / 2**30:,.0f} GiB (small, mini, tiny, or "
+                         "--optimizer adamw8 --weights bf16)")
 
 
 def save_model(setup: Setup, path: Path) -> None:
@@ -122,16 +124,20 @@ def write_sample(
 
 def train_command(
     preset: str, recipe: str, corpus: str, out: str, resume: bool, save_every: int,
-    evaluate_every: int, progress: bool, tokens: float | None = None, **changes: Any,
+    evaluate_every: int, progress: bool, tokens: float | None = None, save: bool = True,
+    **changes: Any,
 ) -> dict[str, Any]:
-    """Train a preset into `out`: its last states, log.jsonl, tokenizer.json, model/."""
+    """Train a preset into `out`: its last states, log.jsonl, tokenizer.json, model/.
+
+    Without `save` the log and the tokenizer alone are written.
+    """
     if preset not in PRESETS:
         raise ValueError(f"preset: {preset!r}, expected one of {', '.join(sorted(PRESETS))}")
     if tokens is None and changes.get("steps") is None and changes.get("seconds") is None:
         changes["steps"] = 300
-    for name, value in (("save_every", save_every), ("evaluate_every", evaluate_every)):
-        if value < 0:
-            raise ValueError(f"{name}: {value}, expected a number of steps, 0 for never")
+    if min(save_every, evaluate_every) < 0:
+        raise ValueError(f"save_every: {save_every}, evaluate_every: {evaluate_every}, expected "
+                         "numbers of steps, 0 for never")
     chosen = ({"minutes": Recipe(steps=1)} | PAPER)[recipe].with_(**changes)
     if tokens is not None:
         chosen = chosen.lasting(tokens)
@@ -150,16 +156,23 @@ def train_command(
     else:
         save_tokenizer(setup.tokenizer, folder / "tokenizer.json")
     say(f"{preset}: {setup.describe()}")
-    log = train(setup.trainer, folder, save_every, lambda: setup.held_out(setup.corpus.validation),
-                evaluate_every, progress=progress)
+    planned = plan(setup.model, chosen, setup.trainer.precision)
+    say(f"memory planned: {planned.lines()}")
+    log = train(setup.trainer, folder, save_every if save else None,
+                lambda: setup.held_out(setup.corpus.validation), evaluate_every, progress=progress)
     if not log:
         raise ValueError(f"steps: the run in {folder} is at its end, expected more steps to go on")
-    save_model(setup, folder / "model")
-    return {
+    if save:
+        save_model(setup, folder / "model")
+    result = {
         "steps": setup.trainer.steps, "tokens": setup.trainer.tokens, "loss": log[-1]["language"],
         "bits_per_byte": setup.held_out(setup.corpus.validation),
         "tokens_per_second": setup.trainer.tokens / setup.trainer.elapsed, "out": str(folder),
     }
+    if setup.trainer.device.type == "cuda":
+        result |= {"planned_peak_bytes": planned.peak,
+                   "peak_bytes": torch.cuda.max_memory_allocated()}
+    return result
 
 
 def generate_command(

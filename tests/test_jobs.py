@@ -53,6 +53,15 @@ def test_train_writes_everything(trained):
     assert len((trained / "log.jsonl").read_text().splitlines()) == 6
 
 
+def test_in_little_memory_and_without_saving(texts, tmp_path, capsys):
+    code, out, err = call(capsys, "train", "--preset", "tiny", "--corpus", texts, "--tokens", 500,
+                          "--sequence", 32, "--batch", 4, "--micro-batch", 2, "--recompute", 1,
+                          "--optimizer", "adamw8", "--weights", "bf16", "--lr", 1e-3, "--no-save",
+                          "--quiet", "--out", tmp_path / "out")
+    assert code == 0 and json.loads(out)["steps"] == 4 and "memory planned: weights" in err
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"log.jsonl", "tokenizer.json"}
+
+
 def test_train_refuses_to_overwrite_and_resumes(trained, texts, capsys):
     same = ["train", "--preset", "tiny", "--corpus", texts, "--out", trained, "--sequence", "32",
             "--batch", "2", "--quiet"]

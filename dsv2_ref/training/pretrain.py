@@ -188,7 +188,7 @@ def clip_gradients(weights: Iterable[Tensor], most: float) -> float:
 
 
 def train(
-    trainer: Trainer, folder: str | Path | None = None, save_every: int = 0,
+    trainer: Trainer, folder: str | Path | None = None, save_every: int | None = 0,
     evaluate: Callable[[], float] | None = None, evaluate_every: int = 0, load_every: int = 50,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
@@ -196,13 +196,14 @@ def train(
 
     With a `folder`, the log goes to log.jsonl as it grows, and the state into a file of its own
     every `save_every` steps, at the end, and on Ctrl-C, which ends the run between two steps; the
-    last two are kept.
+    last two are kept; with `save_every` None there is the log alone.
     Every `load_every` steps the entry has the expert load: `expert_load` (layers, experts), and
     `gate_entropy` of each layer's affinities, in nats.
     """
-    run = None if folder is None else RunFolder(folder)
+    run = RunFolder(folder) if folder is not None else None
     log: list[dict[str, Any]] = []
     by_clock = trainer.recipe.seconds is not None and trainer.device.type == "cpu"
+    keep = run and save_every is not None
     log_file = closing(run.open_log(trainer.steps)) if run else nullcontext()
     with _Interrupt() as interrupt, log_file, tqdm(
         total=1000, initial=round(1000 * trainer.progress), disable=not progress,
@@ -220,21 +221,20 @@ def train(
             if run:
                 run.log(entry)
             bar.update(round(1000 * min(trainer.progress, 1.0)) - bar.n)
-            rate = trainer.tokens / trainer.elapsed
-            bar.set_postfix_str(f"step {trainer.steps}, loss {entry['language']:.3f}, "
-                                f"{rate:,.0f} tokens/s", refresh=False)
+            speed = f"{trainer.tokens / trainer.elapsed:,.0f} tokens/s"
+            bar.set_postfix_str(f"step {trainer.steps}, loss {entry['language']:.3f}, {speed}",
+                                refresh=False)
             due = save_every and trainer.steps % save_every == 0
-            if run and (due or interrupt.asked):
+            if keep and (due or interrupt.asked):
                 run.save(trainer.steps, trainer.save)
-            if interrupt.asked:
-                raise KeyboardInterrupt
+            interrupt.obey()
 
         while trainer.progress < 1:
             if by_clock and trainer.steps % 64 == 0:
                 set_fastest_threads(advance)
             else:
                 advance()
-        if run and log:
+        if keep and log:
             run.save(trainer.steps, trainer.save)
     return log
 
@@ -262,6 +262,10 @@ class _Interrupt:
     def _ask(self, *_: object) -> None:
         self.asked = True
         signal.signal(signal.SIGINT, self.before)
+
+    def obey(self) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
 
     def __exit__(self, *_: object) -> None:
         if self.before is not None:
