@@ -127,10 +127,7 @@ def train_command(
     evaluate_every: int, progress: bool, tokens: float | None = None, save: bool = True,
     **changes: Any,
 ) -> dict[str, Any]:
-    """Train a preset into `out`: its last states, log.jsonl, tokenizer.json, model/.
-
-    Without `save` the log and the tokenizer alone are written.
-    """
+    """Train a preset into `out`: log.jsonl, tokenizer.json and, with `save`, states and model/."""
     if preset not in PRESETS:
         raise ValueError(f"preset: {preset!r}, expected one of {', '.join(sorted(PRESETS))}")
     if tokens is None and changes.get("steps") is None and changes.get("seconds") is None:
