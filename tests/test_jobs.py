@@ -115,7 +115,7 @@ def test_paper(capsys):
     (["train", "--resume"], "expected a saved state to resume from"),
     (["train", "--preset", "v2", "--steps", "1"], "training state takes 3,5"),
     (["train", "--seed", "-1", "--steps", "1"], "seed: -1, expected 0 to"),
-    (["train", "--save-every", "-1", "--steps", "1"], "save_every: -1, evaluate_every: 0, expected"),
+    (["train", "--save-every", "-1", "--steps", "1"], "save_every: -1, evaluate_every: 0,"),
     (["train", "--recipe", "ours"], "invalid choice: 'ours'"),
     (["run", "--seconds", "-5"], "seconds: -5.0, expected a number > 0"),
     (["generate", "--model", "/no/such/model"], "'/no/such/model' is no folder"),
