@@ -110,7 +110,7 @@ def absorption_regions(cached_and_new: Sequence[int], limit: Sequence[float]) ->
     ax.plot(S, T, color=INK)
     ax.plot(S, S, color=FORMS["expanded"])
     ax.plot(S, np.ones_like(S), color=FORMS["absorbed"], lw=4)
-    middle = len(S) * 5 // 9
+    middle = len(S) * 2 // 3
     for text, x, y in (("absorbed is cheaper", S[middle], T[middle] ** 0.5),
                        ("expanded is cheaper", S[middle], (T[middle] * S[middle]) ** 0.5)):
         ax.annotate(text, (x, y), ha="center", va="center", fontweight="bold")

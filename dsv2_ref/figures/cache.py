@@ -139,6 +139,7 @@ def saving_steps(bytes_per_token: Mapping[str, float]) -> Figure:
                          "two at least")
     figure = Picture(8.6, 0.85 * len(sizes) + 1.2)
     ax = figure.subplots()
+    shares = [100 * (old - new) / sizes[0] for old, new in zip(sizes, sizes[1:])]
     kinds = (COLORS["GQA"], *[COLORS["MLA"]] * len(sizes))
     for i, (size, color) in enumerate(zip(sizes, kinds)):
         ax.barh(i, size, color=color, height=0.62)
@@ -146,17 +147,16 @@ def saving_steps(bytes_per_token: Mapping[str, float]) -> Figure:
         if i:
             ax.barh(i, sizes[i - 1] - size, left=size, color="none", edgecolor=INK, height=0.62,
                     ls=":", lw=1.2)
-            share = 100 * (sizes[i - 1] - size) / sizes[0]
             at = max((sizes[i - 1] + size) / 2, size + 0.2 * sizes[0])
-            ax.annotate(f"−{share:.1f} %", (at, i), ha="left", va="center", fontweight="bold")
+            ax.annotate(f"−{shares[i - 1]:.1f} %", (at, i), va="center", fontweight="bold")
     ax.set_yticks(range(len(sizes)), list(bytes_per_token))
     ax.invert_yaxis()
     ax.tick_params(axis="y", length=0)
     ax.grid(True, axis="x")
     ax.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:,.9g}"))
     ax.set(xlim=(0, sizes[0] * 1.15), xlabel="cache of one token, all layers (bytes)",
-           title=f"{100 * (1 - sizes[-1] / sizes[0]):.1f} % saved: "
-                 f"{100 * (1 - sizes[1] / sizes[0]):.1f} % by the first step")
+           title=f"{100 * (1 - sizes[-1] / sizes[0]):.1f} % saved, step by step: "
+                 + " + ".join(f"{share:.1f}" for share in shares))
     return figure
 
 
