@@ -6,6 +6,7 @@ from itertools import combinations
 
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.path import Path
 
 from dsv2_ref import cost, figures
 from dsv2_ref.config import LITE, MINI, SMALL, TINY, V2
@@ -60,6 +61,12 @@ def test_texts_of_the_architecture_do_not_overlap_and_stay_inside_their_boxes(na
                 box.x0 <= inner.x0 and inner.x1 <= box.x1 and box.y0 <= inner.y0
                 and inner.y1 <= box.y1)
             assert not crosses, f"{text!r} leaves its box"
+    to_data = ax.transData.inverted()
+    for arrow in (t for t in ax.texts if not t.get_text()):
+        line = Path([arrow.xyann, arrow.xy])
+        for text, inner in texts:
+            assert not line.intersects_bbox(inner.transformed(to_data), filled=False), (
+                f"an arrow crosses {text!r}")
 
 
 @pytest.mark.parametrize("name", CONFIGS)

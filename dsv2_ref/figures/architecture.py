@@ -38,8 +38,9 @@ class _Drawing:
     def frame(self, x: float, y: float, w: float, h: float, title: str = "") -> None:
         self.ax.add_patch(FancyBboxPatch((x, y), w, h, "round,pad=0,rounding_size=1.2",
                                          fc="none", ec="#888888", lw=1.0, ls="--"))
-        self.ax.text(x + w / 2, y + h - 1, title, ha="center", va="top", fontweight="bold",
-                     fontsize=11)
+        if title:
+            self.ax.text(x + w / 2, y + h - 1, title, ha="center", va="top", fontweight="bold",
+                         fontsize=11)
 
     def text(self, x: float, y: float, text: str, size: float = 10.0, ha: str = "center") -> None:
         self.ax.text(x, y, text, ha=ha, va="center", fontsize=size, linespacing=1.15)
