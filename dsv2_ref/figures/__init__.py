@@ -1,15 +1,33 @@
 # SPDX-License-Identifier: MIT
 """Every plot and widget, in one style: `figures.cache_bars(...)`, `figures.save(...)`.
 
-style: colours, `Picture`, `save`; cache: what is kept; experts: where tokens go; training: runs.
+style: colours, `Picture`, `save`; absorption: two orders of one attention; architecture: the whole
+model; cache: what is kept; experts: where tokens go; training: runs.
 """
 
-from dsv2_ref.figures.cache import cache_against_context, cache_bars, cache_slider
+from dsv2_ref.figures.absorption import (
+    absorption_crossover,
+    absorption_flops,
+    absorption_regions,
+)
+from dsv2_ref.figures.architecture import architecture, flops_against_context, parameter_shares
+from dsv2_ref.figures.cache import (
+    batch_bars,
+    batch_slider,
+    cache_against_context,
+    cache_bars,
+    cache_growth,
+    cache_slider,
+    saving_steps,
+)
 from dsv2_ref.figures.experts import expert_load, router_heat_map
 from dsv2_ref.figures.style import COLORS, GIB, INK, LENGTHS, MORE_COLORS, Picture, save, styled
 from dsv2_ref.figures.training import loss_curve
 
 __all__ = [
-    "COLORS", "GIB", "INK", "LENGTHS", "MORE_COLORS", "Picture", "cache_against_context",
-    "cache_bars", "cache_slider", "expert_load", "loss_curve", "router_heat_map", "save", "styled",
+    "COLORS", "GIB", "INK", "LENGTHS", "MORE_COLORS", "Picture", "absorption_crossover",
+    "absorption_flops", "absorption_regions", "architecture", "batch_bars", "batch_slider",
+    "cache_against_context", "cache_bars", "cache_growth", "cache_slider", "expert_load",
+    "flops_against_context", "loss_curve", "parameter_shares", "router_heat_map", "save",
+    "saving_steps", "styled",
 ]

@@ -1,14 +1,24 @@
 # SPDX-License-Identifier: MIT
-"""What the kinds of attention keep: bars, lines over context, and a slider."""
+"""What the kinds of attention keep: bars, lines over context, steps of saving, and sliders."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from dsv2_ref.figures.style import GIB, INK, LENGTHS, Picture, color_of, png, styled, tokens_label
+from dsv2_ref.figures.style import (
+    COLORS,
+    GIB,
+    INK,
+    LENGTHS,
+    Picture,
+    color_of,
+    png,
+    styled,
+    tokens_label,
+)
 
 
 def _compared(bytes_per_token: Mapping[str, float]) -> tuple[list[str], str, str]:
@@ -84,6 +94,117 @@ def cache_against_context(bytes_per_token: Mapping[str, float], context: Sequenc
     return figure
 
 
+@styled
+def cache_growth(tokens: Sequence[int], filled: Mapping[str, Sequence[float]],
+                 prompt: int = 0) -> Figure:
+    """Bytes that hold something, after every step of a run, by kind of cache.
+
+    tokens: how many have been read after each step; filled: kind -> bytes at each of them;
+    `prompt`: how many of the tokens were the prompt.
+    """
+    if not filled or any(len(sizes) != len(tokens) for sizes in filled.values()):
+        raise ValueError(f"filled: {[len(s) for s in filled.values()]} sizes, expected "
+                         f"{len(tokens)} for each kind, one a step")
+    figure = Picture(7.6, 4.0)
+    ax = figure.subplots()
+    kinds, last = list(filled), {kind: sizes[-1] / tokens[-1] for kind, sizes in filled.items()}
+    for kind in kinds:
+        sizes = [n / 1024 for n in filled[kind]]
+        ax.plot([0, *tokens], [0, *sizes], color=color_of(kind, kinds), marker=".", ms=4)
+        ax.annotate(f"{kind}: {last[kind]:,.0f} bytes a token", (tokens[-1], sizes[-1]), (6, 0),
+                    textcoords="offset points", va="center", annotation_clip=False)
+    if prompt:
+        ax.axvspan(0, prompt, color="#EEEEEE", lw=0)
+        ax.annotate("prompt, in chunks", (prompt / 2, 0.97), xycoords=("data", "axes fraction"),
+                    ha="center", va="top")
+        ax.annotate("one by one", ((prompt + tokens[-1]) / 2, 0.97), ha="center", va="top",
+                    xycoords=("data", "axes fraction"))
+    most, least = max(last, key=last.__getitem__), min(last, key=last.__getitem__)
+    ax.set(xlabel="tokens read", ylabel="filled part of the cache (KiB)", xlim=(0, tokens[-1]),
+           ylim=(0, None), title=f"{least} fills {last[most] / last[least]:.3g} times less than "
+                                 f"{most}, token by token")
+    ax.grid(True)
+    return figure
+
+
+@styled
+def saving_steps(bytes_per_token: Mapping[str, float]) -> Figure:
+    """From the first cache to the last, step by step: what each step takes away.
+
+    bytes_per_token: label -> bytes of one token, from largest to smallest.
+    """
+    sizes = list(bytes_per_token.values())
+    if len(sizes) < 2 or min(sizes) <= 0 or sorted(sizes, reverse=True) != sizes:
+        raise ValueError(f"bytes_per_token: {sizes}, expected positive numbers that fall, "
+                         "two at least")
+    figure = Picture(8.6, 0.85 * len(sizes) + 1.2)
+    ax = figure.subplots()
+    shares = [100 * (old - new) / sizes[0] for old, new in zip(sizes, sizes[1:])]
+    kinds = (COLORS["GQA"], *[COLORS["MLA"]] * len(sizes))
+    for i, (size, color) in enumerate(zip(sizes, kinds)):
+        ax.barh(i, size, color=color, height=0.62)
+        ax.annotate(f"{size:,.0f}", (size, i), (5, 0), textcoords="offset points", va="center")
+        if i:
+            ax.barh(i, sizes[i - 1] - size, left=size, color="none", edgecolor=INK, height=0.62,
+                    ls=":", lw=1.2)
+            at = max((sizes[i - 1] + size) / 2, size + 0.2 * sizes[0])
+            ax.annotate(f"−{shares[i - 1]:.1f} %", (at, i), va="center", fontweight="bold")
+    ax.set_yticks(range(len(sizes)), list(bytes_per_token))
+    ax.invert_yaxis()
+    ax.tick_params(axis="y", length=0)
+    ax.grid(True, axis="x")
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:,.9g}"))
+    ax.set(xlim=(0, sizes[0] * 1.15), xlabel="cache of one token, all layers (bytes)",
+           title=f"{100 * (1 - sizes[-1] / sizes[0]):.1f} % saved, step by step: "
+                 + " + ".join(f"{share:.1f}" for share in shares))
+    return figure
+
+
+def _batches(bytes_per_token: Mapping[str, float], context: int, memory_bytes: float,
+             most: float) -> Picture:
+    """Bars of how many sequences' caches fit; the axis ends behind `most` sequences."""
+    counts = {kind: int(memory_bytes // (size * context))
+              for kind, size in bytes_per_token.items()}
+    return _bars(counts, [f"{n:,}" for n in counts.values()], most,
+                 f"sequences of {tokens_label(context)} tokens",
+                 f"Sequences whose caches fit in {memory_bytes / GIB:.4g} GiB")
+
+
+def _most(bytes_per_token: Mapping[str, float], context: int, memory_bytes: float) -> float:
+    _compared(bytes_per_token)
+    if context < 1 or memory_bytes <= 0:
+        raise ValueError(f"context, memory_bytes: {context}, {memory_bytes}, expected positive")
+    return max(memory_bytes / (context * min(bytes_per_token.values())), 1)
+
+
+@styled
+def batch_bars(
+    bytes_per_token: Mapping[str, float], context: int, memory_bytes: float
+) -> Figure:
+    """How many sequences of `context` tokens have caches that fit in `memory_bytes`, by kind."""
+    most = _most(bytes_per_token, context, memory_bytes)
+    figure = _batches(bytes_per_token, context, memory_bytes, most)
+    kinds, base, _ = _compared(bytes_per_token)
+    told = "MLA" if "MLA" in kinds else kinds[-1]
+    counts = {kind: int(memory_bytes // (bytes_per_token[kind] * context)) for kind in (base, told)}
+    figure.axes[0].set_title(f"In {memory_bytes / GIB:.4g} GiB fit {counts[told]:,} sequences with "
+                             f"{told}, {counts[base]:,} with {base}")
+    return figure
+
+
+def batch_slider(
+    bytes_per_token: Mapping[str, float], context: int,
+    memory_gib: Sequence[float] = (10, 20, 40, 80, 160, 320, 640),
+) -> Any:
+    """A slider over memory sizes (GiB) and, below it, how many sequences fit; as `cache_slider`."""
+    most = _most(bytes_per_token, context, max(memory_gib) * GIB)
+
+    def draw(gib: float) -> bytes:
+        return png(styled(_batches)(bytes_per_token, context, gib * GIB, most))
+
+    return _slider([(f"{gib:g} GiB", gib) for gib in memory_gib], "memory", draw)
+
+
 def cache_slider(
     bytes_per_token: Mapping[str, float], context: Sequence[int] = LENGTHS
 ) -> Any:
@@ -92,10 +213,6 @@ def cache_slider(
     An ipywidgets.VBox of a SelectionSlider and an Image; moving one redraws the other. Nothing is
     printed or displayed on the way, so a cell's stored output stays the same.
     """
-    try:
-        import ipywidgets
-    except ImportError as error:
-        raise ImportError("cache_slider needs ipywidgets: install dsv2-ref[notebooks]") from error
     longest = max(bytes_per_token.values()) * max(context) / GIB
 
     def draw(length: int) -> bytes:      # the axis stays, so that the bars are seen to grow
@@ -104,8 +221,16 @@ def cache_slider(
         return png(styled(_bars)(sizes, texts, longest, "cache of one sequence (GiB)",
                                    f"Cache at {tokens_label(length)} tokens"))
 
-    slider = ipywidgets.SelectionSlider(options=[(tokens_label(n), n) for n in context],
-                                        value=context[-1], description="context")
-    image = ipywidgets.Image(value=draw(context[-1]), format="png", width=760)
+    return _slider([(tokens_label(n), n) for n in context], "context", draw)
+
+
+def _slider(options: Sequence[tuple[str, Any]], name: str, draw: Callable[[Any], bytes]) -> Any:
+    try:
+        import ipywidgets
+    except ImportError as error:
+        raise ImportError(f"a {name} slider needs ipywidgets: install "
+                          "dsv2-ref[notebooks]") from error
+    slider = ipywidgets.SelectionSlider(options=options, value=options[-1][1], description=name)
+    image = ipywidgets.Image(value=draw(options[-1][1]), format="png", width=760)
     slider.observe(lambda change: setattr(image, "value", draw(change["new"])), names="value")
     return ipywidgets.VBox([slider, image])

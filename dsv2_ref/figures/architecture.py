@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: MIT
+"""The whole model: one block drawn with the sizes of a Config, where parameters sit, FLOPs."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
+from matplotlib.ticker import FuncFormatter
+
+from dsv2_ref.config import Config
+from dsv2_ref.figures.style import COLORS, INK, MORE_COLORS, Picture, styled, tokens_label
+
+PLAIN, WEIGHT, CACHED = "#FFFFFF", "#E8EEF4", "#FFE2A8"
+SHARED, CHOSEN = "#F2D5E4", "#BFE5D9"
+# what a parameter is for, in the order of `cost.Parameters`
+PARTS = {
+    "routed": MORE_COLORS[1], "attention": COLORS["MLA"], "shared": MORE_COLORS[0],
+    "embedding": MORE_COLORS[3], "head": "#666666", "dense": MORE_COLORS[2], "router": "#444444",
+    "norms": INK,
+}
+
+
+class _Drawing:
+    """Boxes and arrows on axes whose unit is a tenth of an inch."""
+
+    def __init__(self, ax: Axes) -> None:
+        self.ax = ax
+
+    def box(self, x: float, y: float, w: float, text: str, color: str = WEIGHT, h: float = 4.6,
+            size: float = 10.0) -> None:
+        """A box of width w and height h whose lower left corner is (x, y)."""
+        self.ax.add_patch(FancyBboxPatch((x, y), w, h, "round,pad=0,rounding_size=0.7",
+                                         fc=color, ec=INK, lw=1.1))
+        self.text(x + w / 2, y + h / 2, text, size)
+
+    def frame(self, x: float, y: float, w: float, h: float, title: str = "") -> None:
+        self.ax.add_patch(FancyBboxPatch((x, y), w, h, "round,pad=0,rounding_size=1.2",
+                                         fc="none", ec="#888888", lw=1.0, ls="--"))
+        if title:
+            self.ax.text(x + w / 2, y + h - 1, title, ha="center", va="top", fontweight="bold",
+                         fontsize=11)
+
+    def text(self, x: float, y: float, text: str, size: float = 10.0, ha: str = "center") -> None:
+        self.ax.text(x, y, text, ha=ha, va="center", fontsize=size, linespacing=1.15)
+
+    def arrow(self, *points: tuple[float, float]) -> None:
+        """A line through the points with a head at the last one."""
+        (*_, before, last) = points
+        if len(points) > 2:
+            self.ax.plot(*zip(*points[:-1]), color=INK, lw=1.1, solid_capstyle="butt")
+        self.ax.annotate("", last, before, arrowprops={
+            "arrowstyle": "-|>", "color": INK, "lw": 1.1, "shrinkA": 0, "shrinkB": 0})
+
+    def plus(self, x: float, y: float) -> None:
+        self.ax.plot(x, y, "o", ms=15, mfc=PLAIN, mec=INK, mew=1.1, zorder=3)
+        self.ax.plot(x, y, "+", ms=9, color=INK, mew=1.3, zorder=4)
+
+
+@styled
+def architecture(config: Config, name: str) -> Figure:
+    """The model `name` from token ids to logits, one block of it opened, sizes written in."""
+    figure = Picture(10.8, 7.1)
+    ax = figure.subplots()
+    ax.set(xlim=(0, 108), ylim=(0, 66), aspect="equal")
+    ax.axis("off")
+    drawing, c = _Drawing(ax), config
+    _stack(drawing, c)
+    _attention(drawing, c)
+    _mixture(drawing, c)
+    kept = c.n_h * (c.d_h + c.d_v)
+    ax.set_title(f"{name}: a cache of {c.d_c} + {c.d_r} numbers a layer instead of {kept:,}, and "
+                 f"{c.top_k} of {c.n_routed} routed experts a token")
+    return figure
+
+
+def _stack(draw: _Drawing, c: Config) -> None:
+    """The left column: from token ids to logits."""
+    x, w = 1.0, 18.0
+    middle = x + w / 2
+    draw.text(middle, 1.0, "token ids")
+    draw.arrow((middle, 2.2), (middle, 4.0))
+    draw.box(x, 4.0, w, f"embedding\n{c.vocab:,} × {c.d:,}")
+    draw.frame(x - 0.8, 10.6, w + 4.6, 37.4)
+    draw.text(middle + 1.6, 46.2, f"{c.n_layers} blocks", 11, "left")
+    draw.arrow((middle, 8.6), (middle, 13.0))
+    draw.box(x, 13.0, w, "RMSNorm", PLAIN, 2.8)
+    draw.arrow((middle, 15.8), (middle, 17.6))
+    draw.box(x, 17.6, w, f"MLA\n{c.n_h} heads")
+    draw.arrow((middle, 22.2), (middle, 25.6))
+    draw.plus(middle, 25.6)
+    draw.arrow((middle, 26.8), (middle, 30.0))
+    draw.box(x, 30.0, w, "RMSNorm", PLAIN, 2.8)
+    draw.arrow((middle, 32.8), (middle, 34.6))
+    ffn = "DeepSeekMoE"
+    if c.n_dense:
+        first = "layer 0" if c.n_dense == 1 else f"layers 0 to {c.n_dense - 1}"
+        ffn += f"\n({first}: dense FFN\nof width {c.dense_width:,})"
+    draw.box(x, 34.6, w, ffn, h=6.2, size=9.5)
+    draw.arrow((middle, 40.8), (middle, 43.6))
+    draw.plus(middle, 43.6)
+    side = x + w + 2.2
+    for start, end in ((11.8, 25.6), (28.2, 43.6)):        # the stream passes by un-normed
+        draw.arrow((middle, start), (side, start), (side, end), (middle + 1.1, end))
+    draw.arrow((middle, 44.8), (middle, 50.4))
+    draw.box(x, 50.4, w, "RMSNorm", PLAIN, 2.8)
+    draw.arrow((middle, 53.2), (middle, 55.2))
+    draw.box(x, 55.2, w, "head" + (" = embedding" if c.tie_embeddings else "")
+             + f"\n{c.d:,} × {c.vocab:,}")
+    draw.arrow((middle, 59.8), (middle, 62.6))
+    draw.text(middle, 63.8, "logits of the next token")
+
+
+def _attention(draw: _Drawing, c: Config) -> None:
+    """The middle: multi-head latent attention."""
+    x = 27.0
+    draw.frame(x - 1, 3.0, 42, 62.0, "Multi-head latent attention (MLA)")
+    draw.box(x + 9, 5.0, 22, f"normed stream, d = {c.d:,}", PLAIN, 3.0)
+    draw.box(x + 1, 14.4, 14.5, f"c_q: {c.d_cq:,}" if c.d_cq else "no query latent", PLAIN, 3.2)
+    draw.arrow((x + 12, 8.0), (x + 8.2, 14.4))
+    if c.d_cq:
+        draw.text(x + 3.9, 11.2, "W_DQ, norm", 9)
+    for left, size, width, weight in ((0, c.d_h, 9, "W_UQ"), (10, c.d_r, 8, "W_QR, RoPE")):
+        draw.box(x + left, 27.6, width, f"q_{'rc'[left == 0]}\n{c.n_h} × {size}", PLAIN)
+        draw.arrow((x + 8.2, 17.6), (x + left + width / 2, 27.6))
+        draw.text(x + (14.8 if left else 3.4), 20.2 if left else 22.0, weight, 9)
+        draw.arrow((x + left + width / 2, 32.2), (x + left + width / 2, 40.0))
+    draw.box(x + 19, 14.4, 12, f"c_kv: {c.d_c}", CACHED, 3.2)
+    draw.box(x + 32.5, 14.4, 7, f"k_r: {c.d_r}", CACHED, 3.2)
+    draw.arrow((x + 25, 8.0), (x + 25, 14.4))
+    draw.text(x + 19.6, 11.2, "W_DKV, norm", 9)
+    draw.arrow((x + 29, 8.0), (x + 36, 14.4))
+    draw.text(x + 36.2, 10.4, "W_KR,\nRoPE", 9)
+    for left, kind, size, weight in ((19, "k_c", c.d_h, "W_UK"), (29, "v_c", c.d_v, "W_UV")):
+        draw.box(x + left, 27.6, 8.5, f"{kind}\n{c.n_h} × {size}", PLAIN)
+        draw.arrow((x + 25, 17.6), (x + left + 4.2, 27.6))
+        draw.text(x + (21.4 if left == 19 else 33.8), 22.6 if left == 19 else 24.6, weight, 9)
+        draw.arrow((x + left + 4.2, 32.2), (x + left + 4.2, 40.0))
+    draw.arrow((x + 39, 17.6), (x + 39, 40.0))
+    draw.text(x + 34.6, 20.3, "one for\nall heads", 8.5)
+    draw.box(x, 40.0, 40, f"{c.n_h} heads: softmax of (q_c·k_c + q_r·k_r) × scale,\n"
+                          "over the tokens so far, times v_c", h=5.4)
+    draw.arrow((x + 20, 45.4), (x + 20, 49.4))
+    draw.box(x + 12, 49.4, 16, f"o: {c.n_h} × {c.d_v}", PLAIN, 3.2)
+    draw.arrow((x + 20, 52.6), (x + 20, 57.0))
+    draw.text(x + 23.2, 54.6, "W_O", 9)
+    draw.box(x + 12, 57.0, 16, f"u: {c.d:,}", PLAIN, 3.2)
+    draw.box(x + 30, 49.4, 9.8, "cached", CACHED, 3.2)
+
+
+def _mixture(draw: _Drawing, c: Config) -> None:
+    """The right: shared and routed experts."""
+    x = 71.5
+    draw.frame(x - 1, 3.0, 37, 62.0, "DeepSeekMoE")
+    draw.box(x + 6, 5.0, 22, f"normed stream, d = {c.d:,}", PLAIN, 3.0)
+    where = f"the {c.top_k} best"
+    if c.max_devices is not None:
+        where += f", on {c.max_devices} of {c.n_devices} devices"
+    draw.box(x + 11, 13.6, 23, f"router: {c.n_routed} affinities;\n{where}", h=5.0)
+    draw.arrow((x + 22.5, 8.0), (x + 22.5, 13.6))
+    shared = [str(i + 1) for i in range(min(c.n_shared, 2))]
+    names = [str(i + 1) for i in range(c.n_routed)]
+    if len(names) > 5:
+        names = [*names[:3], "…", names[-1]]
+    chosen = {names[0], names[2 % len(names)]} if c.top_k > 1 else {names[0]}
+    for i, name in enumerate(shared):
+        left = x + 4.4 * i
+        draw.box(left, 29.0, 3.8, name, SHARED, 6.0)
+        draw.arrow((x + 10, 8.0), (left + 1.9, 29.0))
+        draw.arrow((left + 1.9, 35.0), (x + 17, 49.4))
+    for i, name in enumerate(names):
+        left = x + 11.0 + 4.8 * i
+        if name == "…":
+            draw.text(left + 1.9, 32.0, "…", 14)
+            continue
+        draw.box(left, 29.0, 4.2, name, CHOSEN if name in chosen else PLAIN, 6.0,
+                 size=10 if len(name) < 3 else 8.5)
+        if name in chosen:
+            draw.arrow((x + 22.5, 18.6), (left + 2.1, 29.0))
+            draw.arrow((left + 2.1, 35.0), (x + 17, 49.4))
+    draw.text(x + 30.2, 24.0, "to the chosen\nones only", 8.5)
+    draw.text(x + 28.6, 40.6, f"{c.n_routed} routed\nof width {c.expert_width:,},\n"
+                              "each times its gate", 9)
+    draw.text(x + 4.0, 44.0, f"{c.n_shared} shared,\nalways", 9)
+    draw.box(x + 9, 49.4, 16, "sum", PLAIN, 3.2)
+    draw.arrow((x + 17, 52.6), (x + 17, 57.0))
+    draw.text(x + 18.4, 54.8, "+ un-normed stream", 9, "left")
+    draw.box(x + 9, 57.0, 16, f"h': {c.d:,}", PLAIN, 3.2)
+
+
+@styled
+def parameter_shares(total: Mapping[str, int], activated: Mapping[str, int]) -> Figure:
+    """Two bars of 100 %: where all parameters sit, and where those that one token passes sit.
+
+    total, activated: numbers of parameters by part, the keys of PARTS.
+    """
+    for name, parts in (("total", total), ("activated", activated)):
+        if not set(parts) <= set(PARTS) or sum(parts.values()) <= 0:
+            raise ValueError(f"{name}: parts {sorted(parts)}, expected some of {sorted(PARTS)}")
+    figure = Picture(8.8, 3.0)
+    ax = figure.subplots()
+    routed = []
+    for label, parts in (("all", total), ("for a token", activated)):
+        whole, left = sum(parts.values()), 0.0
+        routed.append(parts.get("routed", 0) / whole)
+        for part in PARTS:
+            share = 100 * parts.get(part, 0) / whole
+            ax.barh(f"{label}\n{whole / 1e9:.4g}B", share, left=left, color=PARTS[part],
+                    height=0.6, label=part if label == "all" else None)
+            if share >= 4:
+                ax.text(left + share / 2, f"{label}\n{whole / 1e9:.4g}B", f"{share:.0f}",
+                        ha="center", va="center", color="white", fontweight="bold")
+            left += share
+    ax.invert_yaxis()
+    ax.tick_params(axis="y", length=0)
+    ax.set(xlim=(0, 100), xlabel="share of the parameters (%)",
+           title=f"Routed experts are {100 * routed[0]:.0f} % of all parameters, "
+                 f"{100 * routed[1]:.0f} % of a token's")
+    figure.legend(loc="outside right center")
+    return figure
+
+
+@styled
+def flops_against_context(
+    context: Sequence[int], matrices: float, pairs: Mapping[str, float]
+) -> Figure:
+    """FLOPs of one token's forward pass against the tokens that it attends to.
+
+    matrices: FLOPs of all its matrices; pairs: form -> FLOPs a token attended to.
+    """
+    if not pairs or matrices <= 0 or min(pairs.values()) <= 0:
+        raise ValueError(f"matrices, pairs: {matrices}, {dict(pairs)}, expected positive numbers")
+    x = np.asarray(context, float)
+    figure = Picture(8.4, 4.2)
+    ax = figure.subplots()
+    ax.axhline(matrices / 1e9, color=INK, lw=1.6, ls="--")
+    ax.annotate("all matrices", (x[0], matrices / 1e9), (4, 5), textcoords="offset points")
+    colors = dict(zip(pairs, (MORE_COLORS[1], COLORS["MLA"], *MORE_COLORS)))
+    for form, each in pairs.items():
+        ax.plot(x, x * each / 1e9, color=colors[form], marker="o", ms=4,
+                label=f"attention, {form}")
+    told = ", ".join(f"{float(f'{matrices / each:.2g}'):,.0f} ({form})"
+                     for form, each in pairs.items())
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda n, _: tokens_label(n)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:g}"))
+    ax.minorticks_off()
+    ax.set(xlabel="context (tokens attended to)", ylabel="FLOPs of one token (GFLOP)",
+           title=f"Attention costs as much as all matrices at {told}")
+    ax.grid(True)
+    ax.legend(loc="lower right")
+    return figure
