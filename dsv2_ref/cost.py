@@ -15,7 +15,7 @@ Three conventions, because published numbers differ by them:
      Bytes need a precision on top; a comparison has to say whether both sides have the same one.
   3. One multiplication and one addition are two FLOPs. A forward pass takes 2 a parameter and
      token, a training step 6 (the backward pass is two more products of the same size); both rules
-     count norms, which are a few millionths, and leave the attention scores out.
+     count norms, a few hundred-thousandths of it, and leave the attention scores out.
 
 "Equal width" of two kinds of attention means: the same number of layers l, of heads n_h, and the
 same head size d_h. What differs is n_kv, the number of key-value heads (n_h in MHA, n_g groups in
