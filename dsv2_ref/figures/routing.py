@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
@@ -17,6 +18,7 @@ from dsv2_ref.figures.style import INK, MORE_COLORS, Picture, png, styled
 from dsv2_ref.moe.routing import select_device_limited
 
 CHOSEN, IN_REACH, OUT_OF_REACH = MORE_COLORS[1], "#A6DCCB", "#CCCCCC"
+GREENS = LinearSegmentedColormap.from_list("greens", ["white", IN_REACH, CHOSEN])
 
 
 def _matrix(name: str, values: Any, n_rows: int | None = None) -> np.ndarray:
@@ -113,7 +115,7 @@ def device_traffic(traffic: Any) -> Figure:
     away = 1 - np.trace(traffic) / traffic.sum()
     figure = Picture(0.95 * D + 2.6, 0.75 * D + 1.6)
     ax = figure.subplots()
-    image = ax.imshow(traffic, aspect="auto", cmap="Greens", vmin=0)
+    image = ax.imshow(traffic, aspect="auto", cmap=GREENS, vmin=0)
     figure.colorbar(image, ax=ax, label="messages", pad=0.03)
     _write_cells(ax, traffic, [[f"{n:,.0f}" for n in row] for row in traffic], 0, traffic.max())
     for i in range(D):      # what stays at home crosses no wire
