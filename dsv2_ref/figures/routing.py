@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: MIT
+"""What experts are for, and what a limit on devices changes: tables, bars, a slider.
+
+Colours: an expert that was chosen is green, one in reach light green, one out of reach grey.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+
+from dsv2_ref.figures.style import INK, MORE_COLORS, Picture, png, styled
+from dsv2_ref.moe.routing import select_device_limited
+
+CHOSEN, IN_REACH, OUT_OF_REACH = MORE_COLORS[1], "#A6DCCB", "#CCCCCC"
+GREENS = LinearSegmentedColormap.from_list("greens", ["white", IN_REACH, CHOSEN])
+
+
+def _matrix(name: str, values: Any, n_rows: int | None = None) -> np.ndarray:
+    values = np.asarray(values, float)
+    rows = "some" if n_rows is None else n_rows
+    if values.ndim != 2 or not values.size or n_rows not in (None, len(values)):
+        raise ValueError(f"{name}: shape {values.shape}, expected two dimensions, {rows} rows")
+    return values
+
+
+def _write_cells(ax: Axes, values: np.ndarray, texts: Sequence[Sequence[str]], low: float,
+                 high: float) -> None:
+    """A text in each cell, white on the dark ends of a colour map between low and high."""
+    for (i, j), value in np.ndenumerate(values):
+        color = ax.images[0].cmap((value - low) / (high - low))
+        dark = np.dot(color[:3], (0.299, 0.587, 0.114)) < 0.5
+        ax.text(j, i, texts[i][j], ha="center", va="center", size=9.5,
+                color="white" if dark else INK)
+
+
+def _table(values: np.ndarray, rows: Sequence[str], form: str, label: str, title: str, low: float,
+           high: float, cmap: str) -> Picture:
+    """Kinds of tokens × experts, coloured and written out."""
+    figure = Picture(9.0, 0.42 * len(rows) + 1.7)
+    ax = figure.subplots()
+    image = ax.imshow(values, aspect="auto", cmap=cmap, vmin=low, vmax=high)
+    figure.colorbar(image, ax=ax, label=label, pad=0.02,
+                    extend="max" if values.max() > high else "neither")
+    _write_cells(ax, values, [[format(v, form) for v in row] for row in values], low, high)
+    ax.set_xticks(range(values.shape[1]))
+    ax.set_yticks(range(len(rows)), rows)
+    ax.tick_params(length=0)
+    ax.set(xlabel="routed expert", ylabel="kind of token", title=title)
+    return figure
+
+
+@styled
+def expert_lift(lift: Any, kinds: Sequence[str]) -> Figure:
+    """How often tokens of a kind choose an expert, relative to all tokens.
+
+    lift (kinds, experts): share of a kind's slots that the expert gets, over its share of all.
+    """
+    lift = _matrix("lift", lift, len(kinds))
+    kind, expert = np.unravel_index(lift.argmax(), lift.shape)
+    return _table(lift, kinds, ".1f", "chosen (all tokens = 1)",
+                  f"“{kinds[kind]}” chooses expert {expert} {lift.max():.1f} times as often "
+                  "as all tokens do", 0, 2, "PuOr_r")
+
+
+@styled
+def ablation_cost(cost: Any, kinds: Sequence[str]) -> Figure:
+    """What the loss gains, on tokens of each kind, when one expert is removed.
+
+    cost (kinds, experts) in nats a token.
+    """
+    cost = _matrix("cost", cost, len(kinds))
+    kind, expert = np.unravel_index(cost.argmax(), cost.shape)
+    return _table(np.where(np.abs(cost) < 0.005, 0.0, cost), kinds, ".2f",
+                  "more loss (nats a token)",
+                  f"Without expert {expert} a token after “{kinds[kind]}” costs "
+                  f"{cost.max():.2f} nats more", 0, max(cost.max(), 1e-9), "YlOrBr")
+
+
+@styled
+def device_messages(reached: Mapping[int, float], limit: int) -> Figure:
+    """Devices that a token reaches, on average, for each limit M; `limit` is the one meant."""
+    if limit not in reached:
+        raise ValueError(f"limit: {limit}, expected one of {list(reached)}")
+    figure = Picture(7.6, 3.8)
+    ax = figure.subplots()
+    free = max(reached.values())
+    ax.bar(list(reached), list(reached.values()), width=0.7,
+           color=[CHOSEN if m == limit else IN_REACH for m in reached])
+    for m, n in reached.items():
+        ax.annotate(f"{n:.2f}", (m, n), (0, 4), textcoords="offset points", ha="center")
+    ax.set_xticks(list(reached))
+    ax.set(xlabel="limit M (devices a token may reach)", ylabel="devices reached (mean)",
+           ylim=(0, free * 1.15),
+           title=f"M = {limit}: {reached[limit]:.2f} messages a token; without a limit {free:.2f}")
+    return figure
+
+
+@styled
+def device_traffic(traffic: Any) -> Figure:
+    """Messages between devices: from the device a token lives on to those of its experts.
+
+    traffic (D, D) counts, rows senders, columns receivers.
+    """
+    traffic = _matrix("traffic", traffic)
+    D = len(traffic)
+    if traffic.shape != (D, D) or traffic.sum() <= 0:
+        raise ValueError(f"traffic: shape {traffic.shape} with {traffic.sum():g} messages, "
+                         "expected as many rows as columns, and some messages")
+    away = 1 - np.trace(traffic) / traffic.sum()
+    figure = Picture(0.95 * D + 2.6, 0.75 * D + 1.6)
+    ax = figure.subplots()
+    image = ax.imshow(traffic, aspect="auto", cmap=GREENS, vmin=0)
+    figure.colorbar(image, ax=ax, label="messages", pad=0.03)
+    _write_cells(ax, traffic, [[f"{n:,.0f}" for n in row] for row in traffic], 0, traffic.max())
+    for i in range(D):      # what stays at home crosses no wire
+        ax.add_patch(Rectangle((i - 0.48, i - 0.48), 0.96, 0.96, fill=False, ec=INK, lw=1.6))
+    ax.set_xticks(range(D))
+    ax.set_yticks(range(D))
+    ax.tick_params(length=0)
+    ax.set(xlabel="to device", ylabel="from device",
+           title=f"{100 * away:.0f} % of the messages leave their device")
+    return figure
+
+
+@styled
+def token_routing(scores: Any, top_k: int, n_devices: int, max_devices: int) -> Figure:
+    """One token's affinities, and what V2's device-limited routing makes of them.
+
+    scores (E,) positive; the K best experts on the M devices whose best expert is best.
+    """
+    s = torch.as_tensor(scores, dtype=torch.float64).flatten()
+    if len(s) % n_devices or not 1 <= top_k <= len(s) // n_devices * max_devices:
+        raise ValueError(f"scores: {len(s)} on {n_devices} devices, expected a multiple, and at "
+                         f"most {top_k} = top_k experts on {max_devices} of them")
+    size = len(s) // n_devices
+    chosen = select_device_limited(s, top_k, n_devices, max_devices).tolist()
+    best = s.view(n_devices, size).amax(-1)
+    allowed = set(best.topk(max_devices).indices.tolist())
+    figure = Picture(8.4, 3.9)
+    ax = figure.subplots()
+    ax.bar(range(len(s)), s.tolist(), width=0.75,
+           color=[CHOSEN if e in chosen else IN_REACH if e // size in allowed else OUT_OF_REACH
+                  for e in range(len(s))])
+    top = s.max().item()
+    for e, value in enumerate(s.tolist()):
+        ax.annotate(f"{value:.2f}", (e, value), (0, 3), textcoords="offset points", ha="center")
+    for border in range(size, len(s), size):
+        ax.axvline(border - 0.5, color=INK, lw=1.2)
+    for device in range(n_devices):
+        ax.text(device * size + size / 2 - 0.5, top * 1.17, f"device {device}", ha="center")
+    ax.set_xticks(range(len(s)))
+    ax.set(xlabel="routed expert", ylabel="affinity", ylim=(0, top * 1.28),
+           xlim=(-0.6, len(s) - 0.4),
+           title=f"M = {max_devices}: experts {', '.join(map(str, chosen))}, "
+                 f"gates {s[chosen].sum().item():.2f} in all")
+    ax.legend(handles=[Patch(color=color, label=label) for color, label in (
+        (CHOSEN, "chosen"), (IN_REACH, "in reach"), (OUT_OF_REACH, "out of reach"))],
+        loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
+def device_limit_slider(scores: Any, top_k: int, n_devices: int) -> Any:
+    """A slider over M and, below it, `token_routing` with that limit.
+
+    An ipywidgets.VBox of an IntSlider and an Image. The lowest M is the first that has top_k
+    experts in reach.
+    """
+    try:
+        import ipywidgets
+    except ImportError as error:
+        raise ImportError(
+            "device_limit_slider needs ipywidgets: install dsv2-ref[notebooks]") from error
+    lowest = -(-top_k * n_devices // len(scores))
+
+    def draw(limit: int) -> bytes:
+        return png(token_routing(scores, top_k, n_devices, limit))
+
+    slider = ipywidgets.IntSlider(min=lowest, max=n_devices, value=n_devices, description="M")
+    image = ipywidgets.Image(value=draw(n_devices), format="png", width=760)
+    slider.observe(lambda change: setattr(image, "value", draw(change["new"])), names="value")
+    return ipywidgets.VBox([slider, image])
+
+
+@styled
+def limit_quality(runs: Sequence[Mapping[str, float]]) -> Figure:
+    """Held-out bits a byte of models trained with each limit M, one dot a seed.
+
+    runs: records with `max_devices`, `seed` and `bits_per_byte`, every seed with every M.
+    """
+    limits = sorted({run["max_devices"] for run in runs})
+    seeds = sorted({run["seed"] for run in runs})
+    table = {(run["max_devices"], run["seed"]): run["bits_per_byte"] for run in runs}
+    if not runs or len(table) != len(limits) * len(seeds):
+        raise ValueError(f"runs: {len(table)} for {len(limits)} limits and {len(seeds)} seeds, "
+                         "expected each seed with each limit")
+    bits = np.array([[table[m, seed] for m in limits] for seed in seeds])        # (seeds, limits)
+    mean = bits.mean(0)
+    between, within = np.ptp(mean) / mean.mean(), np.ptp(bits, 0).max() / mean.mean()
+    figure = Picture(7.6, 4.0)
+    ax = figure.subplots()
+    for marker, seed, row in zip("o^sDv", seeds, bits):
+        ax.plot(limits, row, marker, color="#777777", ms=6, label=f"seed {seed}")
+    ax.plot(limits, mean, color=CHOSEN, marker="_", ms=16, mew=2.5, label="mean")
+    ax.set_xticks(limits)
+    ax.grid(True, axis="y")
+    ax.set(xlabel="limit M (devices a token may reach)", ylabel="held-out text (bits a byte)",
+           title=f"Means differ by {100 * between:.1f} % between limits, "
+                 f"one limit's seeds by up to {100 * within:.1f} %")
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
