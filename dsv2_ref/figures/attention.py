@@ -49,11 +49,11 @@ def _matrix(name: str, values: Any, rows: Sequence[str] = (), columns: Sequence[
 def _draw_matrix(ax: Axes, x: float, y: float, values: np.ndarray, digits: int) -> None:
     finite = values[np.isfinite(values)]
     largest = np.abs(finite).max() if finite.size and np.abs(finite).max() > 0 else 1.0
-    digits = 0 if np.allclose(finite, finite.round(), atol=1e-5) else digits
     for (i, j), value in np.ndenumerate(values):
         color = _tint(POSITIVE if value > 0 else NEGATIVE, min(abs(value) / largest, 1))
         style: dict[str, Any] = {"facecolor": color, "edgecolor": GREY}
-        text = f"{value:.{digits}f}".replace("-", "\u2212")
+        whole = np.isfinite(value) and abs(value - round(value)) < 1e-5
+        text = f"{value:.{0 if whole else digits}f}".replace("-", "\u2212")
         text = text.removeprefix("\u2212") if not text.strip("\u22120.") else text
         if not np.isfinite(value):
             style = {"facecolor": "white", "edgecolor": GREY, "linestyle": ":"}
@@ -62,7 +62,7 @@ def _draw_matrix(ax: Axes, x: float, y: float, values: np.ndarray, digits: int) 
             style, text = {"facecolor": "#E4E4E4", "edgecolor": GREY}, "\u2212\u221e"
         ax.add_patch(Rectangle((x + j, y + i), 1, 1, lw=0.7, **style))
         ax.text(x + j + 0.5, y + i + 0.52, text, ha="center", va="center",
-                fontsize=8.5 if digits else 10)
+                fontsize=10 if len(text) < 4 else 8.5)
     (n, m), shape = values.shape, "\u00d7".join(map(str, values.shape))
     ax.text(x + m / 2, y + n + 0.55, shape, ha="center", va="center", fontsize=8.5, color="#666666")
 
@@ -72,8 +72,8 @@ def matrices(parts: Sequence[str | tuple], title: str, digits: int = 2) -> Figur
     """Small matrices side by side, their numbers in the cells, with signs between them.
 
     parts: a sign ("×", "=", "→"), or (name, values) with names of rows and of columns behind if
-    wanted. A vector is one row. Matrices of whole numbers show no decimals, others `digits`;
-    -inf is a masked cell, NaN an empty one.
+    wanted. A vector is one row. Whole numbers show no decimals, others `digits`; -inf is a masked
+    cell, NaN an empty one.
     """
     drawn = [part if isinstance(part, str) else _matrix(*part) for part in parts]
     tables = [part for part in drawn if not isinstance(part, str)]
