@@ -18,9 +18,9 @@ from dsv2_ref.figures.experts import expert_load, router_heat_map
 from dsv2_ref.figures.positions import (
     angle_errors,
     errors_by_position,
+    losses_by_position,
     pair_clocks,
     position_slider,
-    scores_by_distance,
     turned_pair,
     yarn_pairs,
 )
@@ -30,7 +30,7 @@ from dsv2_ref.figures.training import loss_curve
 __all__ = [
     "COLORS", "GIB", "INK", "LENGTHS", "MORE_COLORS", "Picture", "angle_errors",
     "cache_against_context", "cache_bars", "cache_slider", "errors_by_position", "expert_load",
-    "group_slider", "grouped_heads", "groups_like_mla", "loss_curve", "matrices", "mla_flow",
-    "pair_clocks", "position_slider", "router_heat_map", "save", "scores_by_distance",
+    "group_slider", "grouped_heads", "groups_like_mla", "loss_curve", "losses_by_position",
+    "matrices", "mla_flow", "pair_clocks", "position_slider", "router_heat_map", "save",
     "shared_heads", "styled", "turned_pair", "yarn_pairs",
 ]

@@ -54,13 +54,13 @@ def pair_clocks(frequencies: Any, positions: Sequence[int], pairs: Sequence[int]
     if not pairs or min(pairs) < 0 or max(pairs) >= len(frequencies):
         raise ValueError(f"pairs: {list(pairs)}, expected numbers from 0 to {len(frequencies) - 1}")
     fast, slow = (2 * np.pi / frequencies[list(pairs)][i] for i in (0, -1))
-    figure = Picture(0.82 * len(pairs) + 1.6, 0.82 * len(positions) + 1.1)
+    figure = Picture(max(0.82 * len(pairs) + 1.6, 6.8), 0.82 * len(positions) + 1.1)
     ax = figure.subplots()
     for i, position in enumerate(positions):
         for j, pair in enumerate(pairs):
             _clock(ax, j, i, float(position * frequencies[pair]))
     ax.set(xlim=(-0.6, len(pairs) - 0.4), ylim=(len(positions) - 0.5, -0.5), aspect="equal",
-           xlabel="pair of numbers", ylabel="position",
+           anchor="W", xlabel="pair of numbers", ylabel="position",
            title=f"Pair {pairs[0]} turns once in {fast:,.3g} positions, pair {pairs[-1]} in "
                  f"{slow:,.0f}")
     ax.set_xticks(range(len(pairs)), pairs)
@@ -86,11 +86,11 @@ def position_slider(frequencies: Any, pairs: Sequence[int], last: int) -> Any:
 
 def _lines(x: Any, curves: Mapping[str, Any], title: str, xlabel: str, ylabel: str,
            log: bool = False) -> Figure:
-    """One line a curve, each named at its end where there is room, or in a legend."""
+    """One line a curve, named below the axes."""
     if not curves or any(len(y) != len(x) for y in curves.values()):
         raise ValueError(f"curves: lengths {[len(y) for y in curves.values()]}, expected at least "
                          f"one curve, each of {len(x)} numbers")
-    figure = Picture(7.6, 4.0)
+    figure = Picture(7.6, 4.3)
     ax = figure.subplots()
     for (name, y), color in zip(curves.items(), LINES):
         ax.plot(x, np.asarray(y, float), color=color, label=name, marker="o" if log else "", ms=4)
@@ -100,29 +100,34 @@ def _lines(x: Any, curves: Mapping[str, Any], title: str, xlabel: str, ylabel: s
     else:
         ax.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:,.0f}"))
-    ax.legend()
+    figure.legend(loc="outside lower center", ncols=2)
     ax.grid(True)
     ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
     return figure
 
 
 @styled
-def scores_by_distance(curves: Mapping[str, Any]) -> Figure:
-    """Score of one query and key against their distance 0, 1, 2 ...; the first curve is right."""
-    right, *others = (np.asarray(y, float) for y in curves.values())
-    largest = max((np.abs(y - right).max() for y in others), default=0.0)
-    at_zero = max((abs(y[0] - right[0]) for y in others), default=0.0)
-    return _lines(range(len(right)), curves,
-                  f"Off by {at_zero:.2f} at distance 0, by up to {largest:.2f} further away",
-                  "distance of query and key (tokens)", "score")
+def losses_by_position(positions: Sequence[int], curves: Mapping[str, Any]) -> Figure:
+    """Loss in nats a token at growing positions; the first curve is right, the second is wrong."""
+    (_, right), (name, wrong) = list(curves.items())[:2]
+    figure = _lines(positions, curves,
+                    f"{name}: {wrong[1] - right[1]:+.2f} nats up to token {positions[1]}, "
+                    f"{wrong[-1] - right[-1]:+.2f} up to token {positions[-1]}",
+                    "position in the text (tokens, up to)", "loss (nats a token)")
+    ax = figure.axes[0]
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(positions, [str(n) for n in positions])
+    ax.set_ylim(bottom=0)
+    ax.minorticks_off()
+    return figure
 
 
 @styled
 def angle_errors(positions: Sequence[int], errors: Mapping[str, Any]) -> Figure:
     """Largest error of an angle over all pairs, in radians, against position; logarithmic."""
     worst = max(errors, key=lambda name: errors[name][-1])
-    return _lines(positions, errors, f"At position {positions[-1]:,} {worst} is off by "
-                  f"{errors[worst][-1]:.2g} rad", "position", "largest error of an angle (rad)",
+    return _lines(positions, errors, f"{worst}: off by {errors[worst][-1]:.2g} rad at position "
+                  f"{positions[-1]:,}", "position", "largest error of an angle (rad)",
                   log=True)
 
 
