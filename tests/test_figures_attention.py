@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Figures of attention and of positions: what they show, computed from what they are given."""
 
+import io
 import math
 import sys
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.patches import FancyBboxPatch, Rectangle
+from PIL import Image
 
 from dsv2_ref import figures
 from dsv2_ref.attention.rope import rope_frequencies, yarn_frequencies, yarn_ramp
@@ -62,6 +64,15 @@ def test_png_is_written_and_nothing_is_clipped(name):
     width, height = figure.get_size_inches()
     assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height
     assert title(figure)
+
+
+@pytest.mark.parametrize("name", ["matrices", "yarn_pairs"])
+def test_256_colours_are_enough(name):
+    drawn, shown = io.BytesIO(), Image.open(io.BytesIO(DRAW[name]()._repr_png_()))
+    figures.styled(DRAW[name]().savefig)(drawn, format="png", dpi=150)
+    before = np.asarray(Image.open(drawn).convert("RGB"), float)
+    assert shown.mode == "P"
+    assert np.abs(np.asarray(shown.convert("RGB"), float) - before).max() < 10
 
 
 @pytest.mark.parametrize("name", [n for n in DRAW if "matrices" in n or "flow" in n])

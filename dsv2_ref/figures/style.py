@@ -60,9 +60,10 @@ def styled(draw: Callable[..., Any]) -> Callable[..., Any]:
 def png(figure: Figure) -> bytes:
     drawn, packed = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png", dpi=150)
-    # 256 colours, a third of the bytes; and without the version of matplotlib in them, so that
-    # the same figure is the same bytes
-    image = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    # 256 colours, spread so that none is off by more than a few of 255 steps: a third of the
+    # bytes; and the version of matplotlib is not in them: the same figure is the same bytes
+    image = Image.open(drawn).convert("RGB").quantize(
+        256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     image.save(packed, format="png", dpi=(150, 150), optimize=True)
     return packed.getvalue()
 
