@@ -2,12 +2,20 @@
 """Every plot and widget, in one style: `figures.cache_bars(...)`, `figures.save(...)`.
 
 style: colours, `Picture`, `save`; absorption: two orders of one attention; architecture: the whole
-model; cache: what is kept; experts: where tokens go; routing: what experts are for, and the limit on
-devices; training: runs.
+model; attention: matrices in numbers, heads; cache: what is kept; experts: where tokens go;
+positions: RoPE; routing: what experts are for, and the limit on devices; training: runs.
 """
 
 from dsv2_ref.figures.absorption import absorption_crossover, absorption_flops, absorption_regions
 from dsv2_ref.figures.architecture import architecture, flops_against_context, parameter_shares
+from dsv2_ref.figures.attention import (
+    group_slider,
+    grouped_heads,
+    groups_like_mla,
+    matrices,
+    mla_flow,
+    shared_heads,
+)
 from dsv2_ref.figures.cache import (
     batch_bars,
     batch_slider,
@@ -18,6 +26,15 @@ from dsv2_ref.figures.cache import (
     saving_steps,
 )
 from dsv2_ref.figures.experts import expert_load, router_heat_map
+from dsv2_ref.figures.positions import (
+    angle_errors,
+    errors_by_position,
+    losses_by_position,
+    pair_clocks,
+    position_slider,
+    turned_pair,
+    yarn_pairs,
+)
 from dsv2_ref.figures.routing import (
     ablation_cost,
     device_limit_slider,
@@ -32,9 +49,12 @@ from dsv2_ref.figures.training import loss_curve
 
 __all__ = [
     "COLORS", "GIB", "INK", "LENGTHS", "MORE_COLORS", "Picture", "ablation_cost",
-    "absorption_crossover", "absorption_flops", "absorption_regions", "architecture",
-    "batch_bars", "batch_slider", "cache_against_context", "cache_bars", "cache_growth",
-    "cache_slider", "device_limit_slider", "device_messages", "device_traffic", "expert_lift",
-    "expert_load", "flops_against_context", "limit_quality", "loss_curve", "parameter_shares",
-    "router_heat_map", "save", "saving_steps", "styled", "token_routing",
+    "absorption_crossover", "absorption_flops", "absorption_regions", "angle_errors",
+    "architecture", "batch_bars", "batch_slider", "cache_against_context", "cache_bars",
+    "cache_growth", "cache_slider", "device_limit_slider", "device_messages", "device_traffic",
+    "errors_by_position", "expert_lift", "expert_load", "flops_against_context", "group_slider",
+    "grouped_heads", "groups_like_mla", "limit_quality", "loss_curve", "losses_by_position",
+    "matrices", "mla_flow", "pair_clocks", "parameter_shares", "position_slider",
+    "router_heat_map", "save", "saving_steps", "shared_heads", "styled", "token_routing",
+    "turned_pair", "yarn_pairs",
 ]
