@@ -66,7 +66,7 @@ def faults(notebook: dict[str, Any], size: int) -> list[str]:
     first = "".join("".join(output.get("text", "")) for output in code[0]["outputs"])
     if not all(name in first for name in ("Python", "torch", "dsv2_ref")):
         found.append("the first code cell does not print the versions")
-    if re.search(r"^\s*class \w+\(.*Module\)|^\s*[!%]pip|^\s*!", source, re.M):
+    if re.search(r"^\s*class \w+\(.*Module\)|^\s*[!%]pip|^\s*!(?!=)", source, re.M):
         found.append("defines a module or calls the shell; a notebook imports the truth")
     open_ends = [re.findall(r"^\w+ = \.\.\.$|^    return \.\.\.$", text(c), re.M) for c in code]
     if not 3 <= (n := sum(map(len, open_ends))) <= 5:
