@@ -140,6 +140,9 @@ def load_animation(loads: Mapping[str, Any], n_devices: int = 1, first_layer: in
                 bar.set_height(height)
         for column, name in zip(axes.T, shares, strict=True):
             column[0].set_title(f"{name}, step {step + 1}")
+        if not pictures:                 # laid out once: faster, and nothing jumps
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")
         buffer = io.BytesIO()
         figure.savefig(buffer, dpi=80)
         pictures.append(Image.open(buffer).convert("RGB").quantize(32, dither=Image.Dither.NONE))
