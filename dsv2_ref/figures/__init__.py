@@ -2,8 +2,9 @@
 """Every plot and widget, in one style: `figures.cache_bars(...)`, `figures.save(...)`.
 
 style: colours, `Picture`, `save`; absorption: two orders of one attention; architecture: the whole
-model; attention: matrices in numbers, heads; cache: what is kept; experts: where tokens go;
-positions: RoPE; routing: what experts are for, and the limit on devices; training: runs.
+model; attention: matrices in numbers, heads; balance: losses, load, dropping; cache: what is kept;
+experts: where tokens go; positions: RoPE; routing: what experts are for, and the limit on devices;
+training: runs.
 """
 
 from dsv2_ref.figures.absorption import absorption_crossover, absorption_flops, absorption_regions
@@ -15,6 +16,14 @@ from dsv2_ref.figures.attention import (
     matrices,
     mla_flow,
     shared_heads,
+)
+from dsv2_ref.figures.balance import (
+    dropped_against_capacity,
+    dropped_over_training,
+    load_animation,
+    load_over_training,
+    loss_arrows,
+    slots_by_device,
 )
 from dsv2_ref.figures.cache import (
     batch_bars,
@@ -45,16 +54,17 @@ from dsv2_ref.figures.routing import (
     token_routing,
 )
 from dsv2_ref.figures.style import COLORS, GIB, INK, LENGTHS, MORE_COLORS, Picture, save, styled
-from dsv2_ref.figures.training import loss_curve
+from dsv2_ref.figures.training import loss_curve, loss_floor
 
 __all__ = [
     "COLORS", "GIB", "INK", "LENGTHS", "MORE_COLORS", "Picture", "ablation_cost",
     "absorption_crossover", "absorption_flops", "absorption_regions", "angle_errors",
     "architecture", "batch_bars", "batch_slider", "cache_against_context", "cache_bars",
     "cache_growth", "cache_slider", "device_limit_slider", "device_messages", "device_traffic",
-    "errors_by_position", "expert_lift", "expert_load", "flops_against_context", "group_slider",
-    "grouped_heads", "groups_like_mla", "limit_quality", "loss_curve", "losses_by_position",
-    "matrices", "mla_flow", "pair_clocks", "parameter_shares", "position_slider",
-    "router_heat_map", "save", "saving_steps", "shared_heads", "styled", "token_routing",
-    "turned_pair", "yarn_pairs",
+    "dropped_against_capacity", "dropped_over_training", "errors_by_position", "expert_lift",
+    "expert_load", "flops_against_context", "group_slider", "grouped_heads", "groups_like_mla",
+    "limit_quality", "load_animation", "load_over_training", "loss_arrows", "loss_curve",
+    "loss_floor", "losses_by_position", "matrices", "mla_flow", "pair_clocks", "parameter_shares",
+    "position_slider", "router_heat_map", "save", "saving_steps", "shared_heads",
+    "slots_by_device", "styled", "token_routing", "turned_pair", "yarn_pairs",
 ]

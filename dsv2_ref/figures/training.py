@@ -6,6 +6,7 @@ from itertools import cycle
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from dsv2_ref.figures.style import COLORS, INK, Picture, styled
 
@@ -44,4 +45,35 @@ def loss_curve(
         ax.set_xlabel("tokens read (millions)")
         ax.grid(True, axis="y")
         ax.legend(loc="best")
+    return figure
+
+
+@styled
+def loss_floor(tokens: Sequence[float], bits: Sequence[float], floor: float) -> Figure:
+    """Held-out bits a byte against tokens read, and what lies between them and the exact entropy.
+
+    floor: the entropy rate in bits a byte, which no model can pass in expectation.
+    """
+    x, y = np.asarray(tokens, float) / 1e6, np.asarray(bits, float)
+    if x.shape != y.shape or not len(x) or not y.min() > floor > 0:
+        raise ValueError(f"bits: {len(y)} values for {len(x)} of tokens and a floor of {floor}, "
+                         "expected as many of each, all above a positive floor")
+    gap = y - floor
+    figure = Picture(10.0, 4.0)
+    left, right = figure.subplots(1, 2)
+    left.plot(x, y, "o-", color=COLORS["MLA"], ms=4, label="model")
+    left.axhline(floor, color=INK, lw=1.4, ls="--", label=f"exact entropy rate ({floor:.3f})")
+    left.set(ylabel="held-out stories (bits a byte)", ylim=(0, None),
+             title=f"{y[-1]:.3f} bits a byte, the floor is {floor:.3f}")
+    left.legend(loc="best")
+    right.plot(x, gap, "o-", color=COLORS["MLA"], ms=4)
+    right.set(ylabel="above the floor (bits a byte)", xscale="log", yscale="log",
+              title=f"The gap: {gap[-1]:.3f} bits, {100 * gap[-1] / floor:.0f} % of the floor")
+    for ax in (left, right):
+        ax.set_xlabel("tokens read (millions)")
+        ax.grid(True)
+    for axis in (right.xaxis, right.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:g}"))
+        axis.set_minor_formatter(NullFormatter())
     return figure
