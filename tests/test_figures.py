@@ -11,6 +11,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from dsv2_ref import figures
+from dsv2_ref.figures.style import MORE_COLORS
 
 BYTES = {"MHA": 3_932_160, "GQA": 983_040, "MQA": 30_720, "MLA": 69_120}
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -112,6 +113,14 @@ def test_bars_carry_values_ratios_and_the_colours_of_their_kind():
 def test_kinds_without_a_colour_of_their_own_get_different_ones():
     ax = figures.cache_bars({**BYTES, "a": 1, "b": 2, "c": 3}).axes[0]
     assert len({bar.get_facecolor() for bar in ax.patches}) == 7
+
+
+def test_gqa_has_its_colour_whatever_its_groups():
+    kinds = {"MHA": 4, "GQA, 8 groups": 2, "MLA": 1, "MLA, six bits": 0.5}
+    colors = [matplotlib.colors.to_hex(bar.get_facecolor()).upper()
+              for bar in figures.cache_bars(kinds).axes[0].patches]
+    assert colors[1] == figures.COLORS["GQA"] and len(set(colors)) == 4
+    assert colors[3] == MORE_COLORS[0]      # the first of the other kinds, as without the groups
 
 
 def test_heat_map_shows_shares_of_each_layer_and_device_borders():

@@ -78,6 +78,7 @@ def test_the_sizes_of_the_config_are_written_in(name):
         f"k_r: {c.d_r}", f"q_c\n{c.n_h} × {c.d_h}", f"q_r\n{c.n_h} × {c.d_r}",
         f"k_c\n{c.n_h} × {c.d_h}", f"v_c\n{c.n_h} × {c.d_v}", f"{c.n_shared} shared",
         f"{c.n_routed} routed\nof width {c.expert_width:,}", f"the {c.top_k} best",
+        f"what attention adds: {c.d:,}",
     ):
         assert part in written
     assert (f"c_q: {c.d_cq:,}" if c.d_cq else "no query latent") in written
@@ -95,14 +96,16 @@ def test_titles_state_the_message_from_the_data():
     assert titles["parameter_shares"] == ("Routed experts are 94 % of all parameters, "
                                           "40 % of a token's")
     assert titles["flops_against_context"] == (
-        "Attention costs as much as all matrices at 8,500 (expanded), 2,500 (absorbed)")
+        "Pairs cost as much as all matrices at 8,500 (expanded) or 2,500 (absorbed) tokens")
 
 
 def test_shares_fill_each_bar_and_lines_are_straight():
-    ax = DRAW["parameter_shares"]().axes[0]
+    ax, parts = DRAW["parameter_shares"]().axes[0], (TOTAL, TOKEN)
     for row in (0, 1):
         bars = [p for p in ax.patches if abs(p.get_y() + p.get_height() / 2 - row) < 1e-9]
-        assert len(bars) == 8 and sum(b.get_width() for b in bars) == pytest.approx(100)
+        assert len(bars) == 5 and sum(b.get_width() for b in bars) == pytest.approx(100)
+        rest = sum(parts[row][p] for p in ("embedding", "head", "router", "norms"))
+        assert bars[-1].get_width() == pytest.approx(100 * rest / sum(parts[row].values()))
     lines = DRAW["flops_against_context"]().axes[0].lines[1:]
     for line, each in zip(lines, pairs().values(), strict=True):
         assert list(line.get_ydata()) == [n * each / 1e9 for n in CONTEXT]
@@ -113,6 +116,7 @@ def test_shares_fill_each_bar_and_lines_are_straight():
     (lambda: figures.parameter_shares(TOTAL, {}), r"activated: parts \[\]"),
     (lambda: figures.flops_against_context(CONTEXT, 0, pairs()), "expected positive"),
     (lambda: figures.flops_against_context(CONTEXT, 1, {}), "expected positive"),
+    (lambda: figures.flops_against_context(CONTEXT, 1, {"merged": 1}), "absorbed.*at least"),
 ])
 def test_bad_input_is_refused_in_one_line(call, message):
     with pytest.raises(ValueError, match=message):

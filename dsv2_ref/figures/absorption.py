@@ -20,11 +20,12 @@ FORMS = {"expanded": MORE_COLORS[1], "absorbed": COLORS["MLA"]}
 def absorption_flops(cases: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
     """Stacked bars of FLOPs, one panel a case, both forms in each.
 
-    cases: name -> {"expanded": (projections, pairs), "absorbed": (projections, pairs)}, in FLOPs.
+    cases: "what for: sizes" -> {"expanded": (projections, pairs), "absorbed": (the same)}, in
+    FLOPs; the title takes the part before the colon.
     """
     if not cases or any(set(forms) != set(FORMS) for forms in cases.values()):
         raise ValueError("cases: expected 'expanded' and 'absorbed' in each, and one case at least")
-    figure = Picture(8.4, 1.55 * len(cases) + 0.9)
+    figure = Picture(8.4, 1.75 * len(cases) + 0.9)
     told = []
     for ax, (name, forms) in zip(figure.subplots(len(cases), 1, squeeze=False)[:, 0],
                                  cases.items()):
@@ -37,47 +38,50 @@ def absorption_flops(cases: Mapping[str, Mapping[str, Sequence[float]]]) -> Figu
             ax.annotate(f"{float(f'{total:.3g}'):,.9g}", (total, form), (5, 0),
                         textcoords="offset points", va="center")
         ratio = totals["expanded"] / totals["absorbed"]
-        told.append(f"{ratio:.3g} times less" if ratio > 1 else f"{1 / ratio:.2g} times more")
+        times = f"{ratio:.3g} times fewer" if ratio > 1 else f"{1 / ratio:.2g} times more"
+        told.append(f"{times}{'' if told else ' FLOPs'} {name.partition(':')[0]}")
         ax.invert_yaxis()
         ax.tick_params(axis="y", length=0)
-        ax.set(xlim=(0, max(totals.values()) / 1e9 * 1.12), xlabel=f"{name} (GFLOP)")
+        ax.set(xlim=(0, max(totals.values()) / 1e9 * 1.12), xlabel="GFLOP")
+        ax.set_title(name, fontsize=11, fontweight="normal", pad=4)
         ax.grid(True, axis="x")
-    figure.axes[0].set_title("Absorbed multiplies " + ", then ".join(told))
-    figure.supxlabel("pale: expansion, or queries down and outputs up · full: query-key pairs",
-                     fontsize=10)
+    figure.suptitle("Absorbed needs " + ", ".join(told), x=0.01, ha="left", fontsize=12,
+                    fontweight="bold")
+    figure.supxlabel("pale: expansion, or queries down and outputs up · full: query-key pairs · "
+                     "no padding", fontsize=10)
     return figure
 
 
-def crossing(new_tokens: Sequence[float], ratio: Sequence[float]) -> float | None:
-    """Where the ratio absorbed / expanded first reaches 1, between points on a log-log line."""
-    T, r = np.log(np.asarray(new_tokens, float)), np.log(np.asarray(ratio, float))
-    above = np.flatnonzero(r >= 0)
+def bracket(new_tokens: Sequence[int], ratio: Sequence[float]) -> tuple[int, int] | None:
+    """The last T before the ratio absorbed / expanded first reaches 1, and the first T after."""
+    above = np.flatnonzero(np.asarray(ratio, float) >= 1)
     if not len(above) or above[0] == 0:
         return None
-    i = above[0]
-    return float(np.exp(T[i - 1] - r[i - 1] * (T[i] - T[i - 1]) / (r[i] - r[i - 1])))
+    return new_tokens[above[0] - 1], new_tokens[above[0]]
 
 
 @styled
 def absorption_crossover(
-    new_tokens: Sequence[int], predicted: Sequence[float], measured: Sequence[float]
+    new_tokens: Sequence[int], predicted: Sequence[float], measured: Sequence[float],
+    limit: float,
 ) -> Figure:
     """Cost of absorbed over expanded against the number of new tokens: by FLOPs and by the clock.
 
-    new_tokens ascending; predicted and measured: the ratio at each of them.
+    new_tokens ascending; predicted and measured: the ratio at each of them; limit: the largest T
+    for which absorbed has fewer FLOPs. The clock was read at the given T alone, so the title says
+    between which of them it crosses.
     """
     if not len(new_tokens) == len(predicted) == len(measured) or len(new_tokens) < 2:
         raise ValueError(f"new_tokens, predicted, measured: {len(new_tokens)}, {len(predicted)}, "
                          f"{len(measured)} values, expected the same number, 2 at least")
     figure = Picture(8.2, 4.2)
     ax = figure.subplots()
-    ends = []
     for name, ratio, color, marker in (("FLOPs", predicted, COLORS["MLA"], "o"),
                                        ("the clock", measured, COLORS["MHA"], "s")):
         ax.plot(new_tokens, ratio, color=color, marker=marker, ms=5, label=f"by {name}")
-        at = crossing(new_tokens, ratio)
-        always = "throughout" if ratio[0] < 1 else "nowhere"
-        ends.append(always if at is None else f"below {at:.0f}")
+    found = bracket(new_tokens, measured)
+    outside = f"above {new_tokens[-1]}" if measured[0] < 1 else f"below {new_tokens[0]}"
+    clock = f"between {found[0]} and {found[1]}" if found else outside
     ax.axhline(1, color=INK, lw=1.4, ls="--")
     for text, y, va in (("expanded is cheaper", 1.12, "bottom"),
                         ("absorbed is cheaper", 0.88, "top")):
@@ -88,7 +92,7 @@ def absorption_crossover(
     ax.yaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:g}"))
     ax.minorticks_off()
     ax.set(xlabel="new tokens T", ylabel="cost of absorbed / cost of expanded",
-           title=f"Absorbed wins {ends[0]} new tokens by FLOPs, {ends[1]} by the clock")
+           title=f"Break-even: {limit:.0f} new tokens by FLOPs, {clock} by the clock")
     ax.grid(True)
     ax.legend(loc="lower right")
     return figure

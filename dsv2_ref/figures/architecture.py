@@ -2,6 +2,7 @@
 """The whole model: one block drawn with the sizes of a Config, where parameters sit, FLOPs."""
 
 from collections.abc import Mapping, Sequence
+from textwrap import fill
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,12 +15,14 @@ from dsv2_ref.figures.style import COLORS, INK, MORE_COLORS, Picture, styled, to
 
 PLAIN, WEIGHT, CACHED = "#FFFFFF", "#E8EEF4", "#FFE2A8"
 SHARED, CHOSEN = "#F2D5E4", "#BFE5D9"
-# what a parameter is for, in the order of `cost.Parameters`
+# what a parameter is for, by the names of `cost.Parameters`; the rest is one bar
 PARTS = {
     "routed": MORE_COLORS[1], "attention": COLORS["MLA"], "shared": MORE_COLORS[0],
-    "embedding": MORE_COLORS[3], "head": "#666666", "dense": MORE_COLORS[2], "router": "#444444",
-    "norms": INK,
+    "dense": MORE_COLORS[2],
 }
+REST = ("embedding", "head", "router", "norms")
+# a form of attention: its colour, and what it is used for
+FORMS = {"expanded": (MORE_COLORS[1], "prompt, training"), "absorbed": (COLORS["MLA"], "decoding")}
 
 
 class _Drawing:
@@ -45,13 +48,13 @@ class _Drawing:
     def text(self, x: float, y: float, text: str, size: float = 10.0, ha: str = "center") -> None:
         self.ax.text(x, y, text, ha=ha, va="center", fontsize=size, linespacing=1.15)
 
-    def arrow(self, *points: tuple[float, float]) -> None:
+    def arrow(self, *points: tuple[float, float], ls: str = "-") -> None:
         """A line through the points with a head at the last one."""
         (*_, before, last) = points
         if len(points) > 2:
             self.ax.plot(*zip(*points[:-1]), color=INK, lw=1.1, solid_capstyle="butt")
         self.ax.annotate("", last, before, arrowprops={
-            "arrowstyle": "-|>", "color": INK, "lw": 1.1, "shrinkA": 0, "shrinkB": 0})
+            "arrowstyle": "-|>", "color": INK, "lw": 1.1, "ls": ls, "shrinkA": 0, "shrinkB": 0})
 
     def plus(self, x: float, y: float) -> None:
         self.ax.plot(x, y, "o", ms=15, mfc=PLAIN, mec=INK, mew=1.1, zorder=3)
@@ -145,7 +148,7 @@ def _attention(draw: _Drawing, c: Config) -> None:
     draw.box(x + 12, 49.4, 16, f"o: {c.n_h} × {c.d_v}", PLAIN, 3.2)
     draw.arrow((x + 20, 52.6), (x + 20, 57.0))
     draw.text(x + 23.2, 54.6, "W_O", 9)
-    draw.box(x + 12, 57.0, 16, f"u: {c.d:,}", PLAIN, 3.2)
+    draw.box(x + 8, 57.0, 24, f"what attention adds: {c.d:,}", PLAIN, 3.2)
     draw.box(x + 30, 49.4, 9.8, "cached", CACHED, 3.2)
 
 
@@ -153,35 +156,36 @@ def _mixture(draw: _Drawing, c: Config) -> None:
     """The right: shared and routed experts."""
     x = 71.5
     draw.frame(x - 1, 3.0, 37, 62.0, "DeepSeekMoE")
-    draw.box(x + 6, 5.0, 22, f"normed stream, d = {c.d:,}", PLAIN, 3.0)
+    draw.box(x, 5.0, 35, f"normed stream, d = {c.d:,}", PLAIN, 3.0)
     where = f"the {c.top_k} best"
     if c.max_devices is not None:
-        where += f", on {c.max_devices} of {c.n_devices} devices"
-    draw.box(x + 11, 13.6, 23, f"router: {c.n_routed} affinities;\n{where}", h=5.0)
-    draw.arrow((x + 22.5, 8.0), (x + 22.5, 13.6))
+        where += f",\non {c.max_devices} of {c.n_devices} devices"
+    draw.box(x + 15.2, 11.6, 15.0, f"router: {c.n_routed}\naffinities,\n{where}", h=8.0)
+    draw.arrow((x + 22.7, 8.0), (x + 22.7, 11.6))
     shared = [str(i + 1) for i in range(min(c.n_shared, 2))]
     names = [str(i + 1) for i in range(c.n_routed)]
     if len(names) > 5:
         names = [*names[:3], "…", names[-1]]
-    chosen = {names[0], names[2 % len(names)]} if c.top_k > 1 else {names[0]}
+    chosen = {names[0], names[-1]} if c.top_k > 1 else {names[0]}
     for i, name in enumerate(shared):
         left = x + 4.4 * i
         draw.box(left, 29.0, 3.8, name, SHARED, 6.0)
-        draw.arrow((x + 10, 8.0), (left + 1.9, 29.0))
+        draw.arrow((left + 1.9, 8.0), (left + 1.9, 29.0))
         draw.arrow((left + 1.9, 35.0), (x + 17, 49.4))
     for i, name in enumerate(names):
-        left = x + 11.0 + 4.8 * i
+        left = x + 11.0 + 19.2 * i / max(len(names) - 1, 1)
         if name == "…":
             draw.text(left + 1.9, 32.0, "…", 14)
             continue
         draw.box(left, 29.0, 4.2, name, CHOSEN if name in chosen else PLAIN, 6.0,
                  size=10 if len(name) < 3 else 8.5)
         if name in chosen:
-            draw.arrow((x + 22.5, 18.6), (left + 2.1, 29.0))
+            draw.arrow((left + 2.1, 8.0), (left + 2.1, 29.0))
+            draw.arrow((x + 22.7, 19.6), (left + (3.4 if name == names[0] else 0.8), 29.0), ls="--")
             draw.arrow((left + 2.1, 35.0), (x + 17, 49.4))
-    draw.text(x + 30.2, 24.0, "to the chosen\nones only", 8.5)
-    draw.text(x + 28.6, 40.6, f"{c.n_routed} routed\nof width {c.expert_width:,},\n"
-                              "each times its gate", 9)
+    draw.text(x + 22.7, 26.6, "picks the\nchosen ones", 8.5)
+    draw.text(x + 30.4, 44.8, f"{c.n_routed} routed\nof width {c.expert_width:,},\n"
+                              "each × its gate", 9)
     draw.text(x + 4.0, 44.0, f"{c.n_shared} shared,\nalways", 9)
     draw.box(x + 9, 49.4, 16, "sum", PLAIN, 3.2)
     draw.arrow((x + 17, 52.6), (x + 17, 57.0))
@@ -193,20 +197,24 @@ def _mixture(draw: _Drawing, c: Config) -> None:
 def parameter_shares(total: Mapping[str, int], activated: Mapping[str, int]) -> Figure:
     """Two bars of 100 %: where all parameters sit, and where those that one token passes sit.
 
-    total, activated: numbers of parameters by part, the keys of PARTS.
+    total, activated: numbers of parameters by part, the names in PARTS and REST.
     """
     for name, parts in (("total", total), ("activated", activated)):
-        if not set(parts) <= set(PARTS) or sum(parts.values()) <= 0:
-            raise ValueError(f"{name}: parts {sorted(parts)}, expected some of {sorted(PARTS)}")
+        if not set(parts) <= {*PARTS, *REST} or sum(parts.values()) <= 0:
+            raise ValueError(f"{name}: parts {sorted(parts)}, expected some of "
+                             f"{sorted((*PARTS, *REST))}")
     figure = Picture(8.8, 3.0)
     ax = figure.subplots()
     routed = []
     for label, parts in (("all", total), ("for a token", activated)):
         whole, left = sum(parts.values()), 0.0
         routed.append(parts.get("routed", 0) / whole)
-        for part in PARTS:
-            share = 100 * parts.get(part, 0) / whole
-            ax.barh(f"{label}\n{whole / 1e9:.4g}B", share, left=left, color=PARTS[part],
+        summed = {part: parts.get(part, 0) for part in PARTS}
+        summed[fill(", ".join(REST), 18)] = sum(parts.get(part, 0) for part in REST)
+        for part, n in summed.items():
+            share = 100 * n / whole
+            ax.barh(f"{label}\n{whole / 1e9:.4g}B", share, left=left,
+                    color=PARTS.get(part, MORE_COLORS[3]),
                     height=0.6, label=part if label == "all" else None)
             if share >= 4:
                 ax.text(left + share / 2, f"{label}\n{whole / 1e9:.4g}B", f"{share:.0f}",
@@ -227,28 +235,30 @@ def flops_against_context(
 ) -> Figure:
     """FLOPs of one token's forward pass against the tokens that it attends to.
 
-    matrices: FLOPs of all its matrices; pairs: form -> FLOPs a token attended to.
+    matrices: FLOPs of all its matrices; pairs: form of attention -> FLOPs of a pair of a query and
+    a cached token.
     """
-    if not pairs or matrices <= 0 or min(pairs.values()) <= 0:
-        raise ValueError(f"matrices, pairs: {matrices}, {dict(pairs)}, expected positive numbers")
+    if not pairs or not set(pairs) <= set(FORMS) or min(matrices, *pairs.values()) <= 0:
+        raise ValueError(f"matrices, pairs: {matrices}, {dict(pairs)}, expected positive numbers, "
+                         f"of one of {sorted(FORMS)} at least")
     x = np.asarray(context, float)
-    figure = Picture(8.4, 4.2)
+    figure = Picture(8.9, 4.2)
     ax = figure.subplots()
     ax.axhline(matrices / 1e9, color=INK, lw=1.6, ls="--")
     ax.annotate("all matrices", (x[0], matrices / 1e9), (4, 5), textcoords="offset points")
-    colors = dict(zip(pairs, (MORE_COLORS[1], COLORS["MLA"], *MORE_COLORS)))
     for form, each in pairs.items():
-        ax.plot(x, x * each / 1e9, color=colors[form], marker="o", ms=4,
-                label=f"attention, {form}")
-    told = ", ".join(f"{float(f'{matrices / each:.2g}'):,.0f} ({form})"
-                     for form, each in pairs.items())
+        color, used_for = FORMS[form]
+        ax.plot(x, x * each / 1e9, color=color, marker="o", ms=4,
+                label=f"pairs, {form} ({used_for})")
+    told = " or ".join(f"{float(f'{matrices / each:.2g}'):,.0f} ({form})"
+                       for form, each in pairs.items())
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
     ax.xaxis.set_major_formatter(FuncFormatter(lambda n, _: tokens_label(n)))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:g}"))
     ax.minorticks_off()
     ax.set(xlabel="context (tokens attended to)", ylabel="FLOPs of one token (GFLOP)",
-           title=f"Attention costs as much as all matrices at {told}")
+           title=f"Pairs cost as much as all matrices at {told} tokens")
     ax.grid(True)
     ax.legend(loc="lower right")
     return figure

@@ -128,35 +128,38 @@ def cache_growth(tokens: Sequence[int], filled: Mapping[str, Sequence[float]],
 
 
 @styled
-def saving_steps(bytes_per_token: Mapping[str, float]) -> Figure:
-    """From the first cache to the last, step by step: what each step takes away.
+def saving_steps(bytes_per_token: Mapping[str, float], steps: Sequence[str]) -> Figure:
+    """From the first cache to the last, step by step: the factor of each step.
 
-    bytes_per_token: label -> bytes of one token, from largest to smallest.
+    bytes_per_token: label -> bytes of one token, from largest to smallest; steps: a word or two
+    for each step between them. Factors and not differences, which depend on the order.
     """
     sizes = list(bytes_per_token.values())
     if len(sizes) < 2 or min(sizes) <= 0 or sorted(sizes, reverse=True) != sizes:
         raise ValueError(f"bytes_per_token: {sizes}, expected positive numbers that fall, "
                          "two at least")
+    if len(steps) != len(sizes) - 1:
+        raise ValueError(f"steps: {list(steps)}, expected {len(sizes) - 1} for {len(sizes)} sizes")
     figure = Picture(8.6, 0.85 * len(sizes) + 1.2)
     ax = figure.subplots()
-    shares = [100 * (old - new) / sizes[0] for old, new in zip(sizes, sizes[1:])]
+    factors = [f"× {new / old:.3f}" for old, new in zip(sizes, sizes[1:])]
     kinds = (COLORS["GQA"], *[COLORS["MLA"]] * len(sizes))
     for i, (size, color) in enumerate(zip(sizes, kinds)):
         ax.barh(i, size, color=color, height=0.62)
-        ax.annotate(f"{size:,.0f}", (size, i), (5, 0), textcoords="offset points", va="center")
+        before = sizes[max(i - 1, 0)]        # texts stand behind what is taken away
+        ax.annotate(f"{size:,.0f}" + (f"   {factors[i - 1]}" if i else ""), (before, i), (5, 0),
+                    textcoords="offset points", va="center")
         if i:
-            ax.barh(i, sizes[i - 1] - size, left=size, color="none", edgecolor=INK, height=0.62,
+            ax.barh(i, before - size, left=size, color="none", edgecolor=INK, height=0.62,
                     ls=":", lw=1.2)
-            at = max((sizes[i - 1] + size) / 2, size + 0.2 * sizes[0])
-            ax.annotate(f"−{shares[i - 1]:.1f} %", (at, i), va="center", fontweight="bold")
     ax.set_yticks(range(len(sizes)), list(bytes_per_token))
     ax.invert_yaxis()
     ax.tick_params(axis="y", length=0)
     ax.grid(True, axis="x")
     ax.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:,.9g}"))
-    ax.set(xlim=(0, sizes[0] * 1.15), xlabel="cache of one token, all layers (bytes)",
-           title=f"{100 * (1 - sizes[-1] / sizes[0]):.1f} % saved, step by step: "
-                 + " + ".join(f"{share:.1f}" for share in shares))
+    ax.set(xlim=(0, sizes[0] * 1.35), xlabel="cache of one token, all layers (bytes)",
+           title=f"{100 * (1 - sizes[-1] / sizes[0]):.1f} % saved: "
+                 + " ".join(f"{f} ({name})" for f, name in zip(factors, steps)))
     return figure
 
 

@@ -84,5 +84,7 @@ def tokens_label(n: float) -> str:
 
 
 def color_of(kind: str, kinds: Sequence[str]) -> str:
+    """A kind's colour; "GQA, 8 groups" is GQA, while any other addition makes another kind."""
+    kind, *kinds = ("GQA" if k.startswith("GQA,") else k for k in (kind, *kinds))
     others = [k for k in kinds if k not in COLORS]
     return COLORS.get(kind) or MORE_COLORS[others.index(kind) % len(MORE_COLORS)]
