@@ -147,9 +147,10 @@ def _forward(
             l = l * shrink + tl.sum(p, 1)
             acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
             m = m_new
-    acc = acc / tl.where(l > 0, l, 1.0)[:, None]
-    _store(O, acc, first, rows, left, head, H, D_V)
-    lse = tl.where(l > 0, m + tl.log2(l), float("inf"))
+    something = l > 0                                                       # was seen
+    l = tl.where(something, l, 1.0)
+    _store(O, acc / l[:, None], first, rows, left, head, H, D_V)
+    lse = tl.where(something, m + tl.log2(l), float("inf"))
     tl.store(LSE + head * N + first + rows, lse, mask=rows < left)
 
 
