@@ -70,7 +70,7 @@ ENTRIES = [
     _product("good_amd", target="gfx942", num_stages=2, instruction="MFMA", ctas=2),
     _chained("good_chain", 16, 32, 128, buffers=2),
     _product("spills", 128, 256, 4, num_stages=1),
-    _product("spills_amd", 256, 256, 4, target="gfx942", num_stages=1, instruction="MFMA"),
+    _product("spills_amd", 256, 256, 2, target="gfx942", num_stages=1, instruction="MFMA"),
     _chained("repeats", 16, 16, 128),
     _product("no_instruction", signature=PRODUCT | {"a": "*fp32", "b": "*fp32"}, BM=32, BN=32,
              warps=4),
