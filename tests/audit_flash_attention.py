@@ -20,7 +20,7 @@ def entry(
     kernel: str, target: str, widths: tuple[int, int, int] = (128, 64, 128), H: int = 16,
     positions: bool = False,
 ) -> Entry:
-    BM, BN, num_warps, num_stages = TILES["other" if target == "gfx942" else target][kernel]
+    BM, BN, num_warps, num_stages = TILES[target][kernel]
     signature = dict.fromkeys(POINTERS[kernel].split(), "*bf16")
     signature |= dict.fromkeys(FP32[kernel].split(), "*fp32")
     signature |= {"cu_q": "*i32", "cu_k": "*i32", "N": "i32"}
