@@ -2,7 +2,7 @@
 """Causal attention in one pass over the keys, forward and backward, without a T×S matrix.
 
 This is `attend_expanded` of attention/mla.py, equations (40), (44) and (46), as Triton kernels in
-the manner of FlashAttention-2 (Dao, 2023; section 3.1.1 of DeepSeek-V2 says that they trained with
+the manner of FlashAttention-2 (Dao, 2023; section 3.1.3 of DeepSeek-V2 says that they trained with
 an improved version of it). A program owns a tile of queries of one head and walks over tiles of
 keys. A softmax can be had in pieces: keep the largest score m so far, the sum l of exp(s - m) and
 the weighted sum of values; when a tile brings a larger score, multiply both by exp(m - m_new). At
@@ -46,18 +46,19 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# kernel -> (BM queries, BN keys, num_warps, num_stages): the largest that compile for widths 128, 64
-# and 128 in 16 bits without spilling a register (tests/audit_flash_attention.py); not timed yet.
-# sm_90: 234, 229 and 247 registers, 213, 164 and 144 KB; dkdv with 64 queries spills in its loop.
-# "gfx942" fits 64 KB, "other" 99 KB (consumer cards); "wide" is for rows of more bytes (fp32), which
-# no card does fast; "cpu" is for Triton's interpreter.
+# kernel -> (BM queries, BN keys, num_warps, num_stages). Of the first three cards: large tiles that
+# compile for widths 128, 64, 128 in 16 bits without a spilled register and with no product taken
+# twice (tests/audit_flash_attention.py); not timed yet. On sm_90 they take 234, 229 and 247
+# registers and 213, 164 and 144 KB; dkdv with 64 queries would spill in its loop. "other" fits the
+# 99 KB of consumer cards; "wide" is for rows of more bytes (fp32), which no card does fast; "cpu"
+# is for Triton's interpreter.
 TILES = {
     "sm_90": {"forward": (128, 128, 8, 2), "dq": (128, 64, 8, 2), "dkdv": (32, 128, 8, 3)},
     "sm_80": {"forward": (128, 64, 8, 3), "dq": (128, 32, 8, 2), "dkdv": (16, 64, 4, 2)},
     "gfx942": {"forward": (128, 64, 4, 1), "dq": (128, 32, 4, 1), "dkdv": (16, 64, 4, 1)},
     "other": {"forward": (64, 64, 4, 2), "dq": (64, 32, 4, 2), "dkdv": (16, 64, 4, 2)},
     "wide": {"forward": (16, 32, 4, 1), "dq": (16, 32, 4, 1), "dkdv": (16, 32, 4, 1)},
-    "cpu": {"forward": (32, 16, 4, 1), "dq": (16, 32, 4, 1), "dkdv": (16, 32, 4, 1)},
+    "cpu": {"forward": (64, 32, 4, 1), "dq": (32, 64, 4, 1), "dkdv": (32, 64, 4, 1)},
 }
 
 
@@ -196,10 +197,10 @@ def _backward_dq(
             v = _load(V, first_k + n, keys, head, H, D_V)                   # (BN, D_V)
             s = tl.dot(q_c, tl.trans(k_c), input_precision="ieee")          # (BM, BN)
             s = tl.dot(q_r, tl.trans(k_r), s, input_precision="ieee")
-            p = tl.exp2(s * scale_2 - lse[:, None])
             if masked:
                 seen = (n + j[None, :] <= at[:, None]) & (n + j[None, :] < S)
-                p = tl.where(seen, p, 0.0)
+                s = tl.where(seen, s, -float("inf"))
+            p = tl.exp2(s * scale_2 - lse[:, None])
             dp = tl.dot(do, tl.trans(v), input_precision="ieee")
             ds = (p * (dp - delta[:, None])).to(k_c.dtype)
             dq_c = tl.dot(ds, k_c, dq_c, input_precision="ieee")
@@ -257,10 +258,11 @@ def _backward_dkdv(
             delta = tl.load(Delta + head * N + first_q + m + queries)
             s = tl.dot(k_c, tl.trans(q_c), input_precision="ieee")          # (BN, BM)
             s = tl.dot(k_r, tl.trans(q_r), s, input_precision="ieee")
-            p = tl.exp2(s * scale_2 - lse[None, :])
             if masked:
                 at = _positions(positions, first_q + m, queries, S - T + m)
-                p = tl.where((n0 + rows[:, None] <= at[None, :]) & (m + i[None, :] < T), p, 0.0)
+                seen = (n0 + rows[:, None] <= at[None, :]) & (m + i[None, :] < T)
+                s = tl.where(seen, s, -float("inf"))
+            p = tl.exp2(s * scale_2 - lse[None, :])
             dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
             dp = tl.dot(v, tl.trans(do), input_precision="ieee")
             ds = (p * (dp - delta[None, :])).to(q_c.dtype)
