@@ -22,8 +22,15 @@ import triton
 from dsv2_ref.attention.kv_cache import LatentCache
 from dsv2_ref.attention.mla import MultiHeadLatentAttention, attend_expanded
 from dsv2_ref.attention.rope import rope_frequencies, rope_tables
-from dsv2_ref.kernels import flash_attention as module
-from dsv2_ref.kernels.flash_attention import TILES, attend_flash, flash_attention, tile
+from dsv2_ref.kernels.flash_attention import (
+    TILES,
+    _forward,
+    attend_flash,
+    flash_attention,
+    padded,
+    target,
+    tile,
+)
 
 # what Triton 3.6's interpreter does with the bounds of a loop
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim")
@@ -257,7 +264,7 @@ def test_half_precision():
     agree(inputs(1, 70, 70, dtype=torch.float16), tolerance=2e-3)
 
 
-@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a CUDA device")
 @pytest.mark.parametrize(("T", "S"), [(1, 1), (129, 129), (1000, 1000), (100, 777)])
 def test_bf16_at_the_published_widths(T, S):
     sizes = dict(n_h=4, d_h=128, d_r=64, d_v=128, d_c=512)
@@ -274,8 +281,8 @@ def test_tiles():
     for kernels in TILES.values():
         assert kernels.keys() == {"forward", "dq", "dkdv"}
         assert all(BM >= 16 and BN >= 16 for BM, BN, _, _ in kernels.values())
-    assert module.target(DEVICE) in TILES and module.target(torch.device("cpu")) == "cpu"
-    assert [module.padded(width) for width in (1, 16, 17, 128)] == [16, 16, 32, 128]
+    assert target(DEVICE) in TILES and target(torch.device("cpu")) == "cpu"
+    assert [padded(width) for width in (1, 16, 17, 128)] == [16, 16, 32, 128]
 
 
 def test_refusals(monkeypatch):
@@ -298,5 +305,5 @@ def test_refusals(monkeypatch):
                                     torch.arange(4)), "positions", "expected (5,)")
     if DEVICE.type == "cpu":
         refused(lambda: attend_flash(*[x.bfloat16() for x in given], SCALE), "q_c", "bfloat16")
-        monkeypatch.setattr(triton, "JITFunction", type(module._forward))     # not interpreted
+        monkeypatch.setattr(triton, "JITFunction", type(_forward))     # not interpreted
         refused(lambda: attend_flash(*given, SCALE), "q_c", "cpu", "TRITON_INTERPRET=1")

@@ -2,7 +2,7 @@
 """Causal attention in one pass over the keys, forward and backward, without a T×S matrix.
 
 This is `attend_expanded` of attention/mla.py, equations (40), (44) and (46), as Triton kernels in
-the manner of FlashAttention-2 (Dao, 2023; section 3.1.3 of DeepSeek-V2 says that they trained with
+the manner of FlashAttention-2 (Dao, 2023; section 3.1.3 of the paper says that V2 was trained with
 an improved version of it). A program owns a tile of queries of one head and walks over tiles of
 keys. A softmax can be had in pieces: keep the largest score m so far, the sum l of exp(s - m) and
 the weighted sum of values; when a tile brings a larger score, multiply both by exp(m - m_new). At
@@ -15,25 +15,25 @@ S and dP are made twice, seven products instead of five; no atomics, hence the s
 
 How it differs from the famous version:
   1. A key is two pieces, k_c of each head and the RoPE key k_r that all heads share, and a score is
-     q_c·k_c + q_r·k_r. k_r is read as it lies, (N, d_r), never repeated for every head: for V2
-     32 KB of keys a token and layer in bf16 instead of 48 KB. Widths 128 + 64 are powers of two, as
-     Triton wants them; one 192-wide key would be padded to 256, a fifth more work. Other widths are
+     q_c·k_c + q_r·k_r. k_r is read as it lies, (Nk, d_r), never repeated for every head: for V2 in
+     bf16, 32 KB of keys a token and layer instead of 48. Widths 128 and 64 are powers of two, as
+     Triton wants them; one key of 192 would be padded to 256, a fifth more work. Other widths are
      padded inside the kernels, each piece by itself.
   2. The gradient of k_r is the sum over heads of dSᵀ·q_r. Each head writes its own part, in fp32,
-     and one plain sum outside adds them: deterministic, for n_h·d_r·4 bytes a token (32 KB for V2,
-     as much as the gradient of k_c takes) while the backward runs.
+     and one plain sum outside adds them: deterministic, for 4·n_h·d_r bytes a token while the
+     backward pass runs (32 KB for V2, as many as the gradient of k_c has).
   3. Sequences are packed, one behind the other, with `cu_q`, `cu_k` their starts. Query i of T
      stands at position i + S - T of its S keys, or where `positions` says, in any order.
-  4. Tiles that every query of the program sees in full run in a loop without masks, the others
-     (on the diagonal, at the end of a sequence) in a second one. Rows past the end are not masked:
-     the last row is loaded again and its score is not seen.
-  5. Scores are taken in base 2: exp2 is what the hardware has. lse and δ are fp32; lse is +inf
-     where nothing is seen, which makes P zero, and such a query's output is 0 (the twin: NaN).
+  4. Tiles that are seen in full run in a loop without masks, the others (on the diagonal, at the
+     end of a sequence) in a second loop of the same text. Rows past the end are not masked when
+     read: the last row is read again there, and its score is not seen.
+  5. Scores are taken in base 2: exp2 is what the hardware has. m, l, lse, δ and all sums are fp32.
+     A query that sees nothing has lse = +inf and output 0 (the twin: NaN).
   6. δ is made by the dq kernel, which has dO at hand, and left for the dk/dv kernel.
 
-Shapes: B sequences, N tokens of all (Nq queries, Nk keys), T and S those of one sequence, n_h heads
-of d_h + d_r (query, key) and d_v (value) numbers; in the kernels BM queries and BN keys a tile,
-P_H P_R P_V the padded widths. Only "attended to in order" is assumed of a sequence, nothing of B.
+Shapes: B sequences of T queries and S keys each, Nq and Nk those of all, n_h (H) heads, d_h + d_r
+(query, key) and d_v (value) numbers; BM queries and BN keys a tile. In the kernels capitals lie in
+memory and small letters are tiles; the shapes at the margin leave the padding out.
 Copy with: nothing.  Needs: torch, triton.
 """
 
