@@ -45,7 +45,11 @@ SCALE = 0.24
 def poisoned(monkeypatch) -> None:
     """Memory for results holds NaN until it is written."""
     def of(empty: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda *args, **kwargs: empty(*args, **kwargs).fill_(torch.nan)
+        def poisoned(*args: object, **kwargs: object) -> Tensor:
+            x = empty(*args, **kwargs)
+            return x.fill_(torch.nan) if x.is_floating_point() else x
+
+        return poisoned
 
     monkeypatch.setattr(torch, "empty_like", of(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", of(torch.Tensor.new_empty))
