@@ -257,7 +257,7 @@ def decode_latent(
     tokens, d_r), `tokens` a multiple of 64, and table (B, ·): page table[b, p] holds the p-th
     `tokens` rows of sequence b. `splits` and `tile` are chosen unless they are given.
     """
-    (B, T, n_h, d_c), d_r = q_c.shape, q_r.shape[-1]
+    (_, T, n_h, d_c), d_r = q_c.shape, q_r.shape[-1]
     tile = tile or tile_for(T * n_h, q_c.dtype, target_of(q_c.device))
     PAGE = 0 if table is None else c_kv.shape[1]
     check_cache(q_c, q_r, positions, c_kv, k_r, table, PAGE)
