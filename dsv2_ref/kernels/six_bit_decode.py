@@ -29,85 +29,67 @@ def tile_for(dtype: torch.dtype, target: str) -> Tile:
     return Tile(16, 64, 4, 3, 2)
 
 
-@triton.jit
-def _shift(x, N: tl.constexpr, PTX: tl.constexpr):
-    """Bits N and up at the bottom; above them garbage, another in each form."""
-    if PTX:
-        return tl.inline_asm_elementwise(f"shr.u32 $0, $1, {N};", "=r,r", [x], tl.int16,
-                                         is_pure=True, pack=2)
-    return x >> N
+@triton.constexpr_function
+def ptx(FROM, MASK, FROM_Y, MASK_Y, MINUS) -> str:
+    """What `_take` says, for the two numbers in a register. Bits that shift from one into the other
+    are not under the masks."""
+    pair = 0x10001
+    code = f"shr.u32 s, $1, {FROM}; lop3.b32 s, s, {MASK * pair}, 0x64006400, 0xEA;"
+    if MASK_Y:
+        code += f" shr.u32 t, $2, {FROM_Y}; lop3.b32 s, t, {MASK_Y * pair}, s, 0xEA;"
+    if MINUS:                                            # 0x6000 + MINUS is the number as fp16
+        code += f" mov.b32 t, {(0x6000 + MINUS) * pair}; sub.rn.f16x2 s, s, t;"
+    return f"{{ .reg .b32 s, t; {code} mov.b32 $0, s; }}"
 
 
 @triton.jit
-def _bits(x, MASK: tl.constexpr, PTX: tl.constexpr):
-    """The bits of x under MASK as the mantissa of an fp16 number: 1024 + their value."""
-    if PTX:
-        return tl.inline_asm_elementwise(
-            f"lop3.b32 $0, $1, {MASK * 0x10001}, 0x64006400, 0xEA;", "=r,r", [x], tl.int16,
-            is_pure=True, pack=2)
-    return x & MASK | 0x6400
+def _take(x, y, FROM: tl.constexpr, MASK: tl.constexpr, FROM_Y: tl.constexpr, MASK_Y: tl.constexpr,
+          MINUS: tl.constexpr, PTX: tl.constexpr):
+    """fp16 numbers 1024 + (x >> FROM & MASK | y >> FROM_Y & MASK_Y) - MINUS of int16 words.
 
-
-@triton.jit
-def _more_bits(x, y, MASK: tl.constexpr, PTX: tl.constexpr):
-    """The same, added to those of y."""
-    if PTX:
-        return tl.inline_asm_elementwise(f"lop3.b32 $0, $1, {MASK * 0x10001}, $2, 0xEA;",
-                                         "=r,r,r", [x, y], tl.int16, is_pure=True, pack=2)
-    return x & MASK | y
-
-
-@triton.jit
-def _minus(x, C: tl.constexpr, PTX: tl.constexpr):
-    """fp16 x - C, for C = 1024 .. 2047: whole numbers, nothing is rounded."""
-    if PTX:
-        return tl.inline_asm_elementwise(
-            f"{{ .reg .b32 c; mov.b32 c, {(0x6000 + C) * 0x10001}; sub.rn.f16x2 $0, $1, c; }}",
-            "=r,r", [x], tl.float16, is_pure=True, pack=2)
-    return x - C
-
-
-@triton.jit
-def eight_fields(a, b, c, SPLIT: tl.constexpr, PTX: tl.constexpr):
-    """Three planes of words -> eight tiles of fp16, 1024 + code or (v1, v4, v7) 1024 + 16·code.
-
-    SPLIT is the mask of what C holds of v2 and v5: one bit or, where none is lent, two.
+    0x6400 is 1024 in fp16, whose last ten bits then count ones; nothing is rounded.
     """
-    a6, b6, c6 = _shift(a, 6, PTX), _shift(b, 6, PTX), _shift(c, 6, PTX)
-    v2 = _more_bits(_shift(c, 2, PTX), _bits(a6, 0xF, PTX), SPLIT, PTX)
-    v5 = _more_bits(_shift(c, 4, PTX), _bits(b6, 0xF, PTX), SPLIT, PTX)
-    v0, v1 = _bits(a, 0x3F, PTX), _bits(a6, 0x3F0, PTX)
-    v3, v4 = _bits(b, 0x3F, PTX), _bits(b6, 0x3F0, PTX)
-    v6, v7 = _bits(c, 0x3F, PTX), _bits(c6, 0x3F0, PTX)
-    return (_fp16(v0), _fp16(v1), _fp16(v2), _fp16(v3), _fp16(v4), _fp16(v5), _fp16(v6), _fp16(v7))
+    if PTX:
+        return tl.inline_asm_elementwise(ptx(FROM, MASK, FROM_Y, MASK_Y, MINUS), "=r,r,r", [x, y],
+                                         tl.float16, is_pure=True, pack=2)
+    bits = x >> FROM & MASK | y >> FROM_Y & MASK_Y | 0x6400
+    return bits.to(tl.float16, bitcast=True) - MINUS
 
 
 @triton.jit
-def _fp16(x):
-    return x.to(tl.float16, bitcast=True)
+def field(a, b, c, t: tl.constexpr, HALF: tl.constexpr, SUBTRACT: tl.constexpr, PTX: tl.constexpr):
+    """v_t of three planes of words, as 1024 + code or (v1, v4, v7) 1024 + 16·code; (BN, ·) fp16.
+
+    HALF is the code of zero in v2 and v5: 16 if their highest bit is lent, else 32. To SUBTRACT is
+    to give code - 32, 16·(code - 32), code - HALF.
+    """
+    word = a if t < 3 else b if t < 6 else c
+    if t % 3 == 0:
+        return _take(word, word, 0, 0x3F, 0, 0, 1056 if SUBTRACT else 0, PTX)
+    if t % 3 == 1:
+        return _take(word, word, 6, 0x3F0, 0, 0, 1536 if SUBTRACT else 0, PTX)
+    return _take(word, c, 6, 0xF, 2 if t == 2 else 4, 2 * HALF - 16, 1024 + HALF if SUBTRACT else 0, PTX)
 
 
 @triton.jit
-def _scores(q, k, s, HALF: tl.constexpr, PTX: tl.constexpr, DOT: tl.constexpr):
+def _scores(q, a, b, c, s, HALF: tl.constexpr, PTX: tl.constexpr, DOT: tl.constexpr):
     """s + the sum of eight products of q (BH, ·) with k (BN, ·).
 
     The code of number 0 is 32 or, in v2 and v5, HALF. It is subtracted here or (PTX) by the caller,
     from the score.
     """
     for t in tl.static_range(8):
-        key = k[t]
-        if not PTX:
-            key = (key - (1536 if t % 3 == 1 else 1024 + HALF if t % 3 == 2 else 1056)).to(q[t].dtype)
-        s = tl.dot(q[t], tl.trans(key), s, input_precision=DOT)
+        key = field(a, b, c, t, HALF, not PTX, PTX)
+        s = tl.dot(q[t], tl.trans(key.to(q[t].dtype)), s, input_precision=DOT)
     return s
 
 
 @triton.jit
-def _sums(p, v, acc, shrink, HALF: tl.constexpr, PTX: tl.constexpr, DOT: tl.constexpr):
+def _sums(p, a, b, c, acc, shrink, HALF: tl.constexpr, PTX: tl.constexpr, DOT: tl.constexpr):
     out = ()
     for t in tl.static_range(8):
-        n = _minus(v[t], 1536 if t % 3 == 1 else 1024 + HALF if t % 3 == 2 else 1056, PTX)
-        out = out + (tl.dot(p, n.to(p.dtype), acc[t] * shrink[:, None], input_precision=DOT),)
+        n = field(a, b, c, t, HALF, True, PTX)
+        out = out + (tl.dot(p, n.to(p.dtype), acc[t] * shrink, input_precision=DOT),)
     return out
 
 
@@ -187,7 +169,8 @@ def six_bit_kernel(
         fold_r += 1024 * (_sum(r2) + _sum(r5))
     if PTX:
         fold_c, fold_r = _offset(q, 32 // TWO), _offset(r, 32) + fold_r
-    m, l, g = tl.full([BH], float("-inf"), tl.float32), tl.zeros([BH], tl.float32), 1e-30
+    m, l = tl.full([BH], float("-inf"), tl.float32), tl.zeros([BH, BN], tl.float32)
+    unit, nothing = unit * scale, tl.zeros([BH, BN], tl.float32)
     z = tl.zeros([BH, BW], tl.float32)
     acc = (z, z, z, z, z, z, z, z)
     page = b
@@ -205,20 +188,22 @@ def six_bit_kernel(
             page = tl.load(table + tl.minimum(start + BN, end - 1) // PAGE).to(tl.int64)
         s_c = (both << 16).to(tl.float32, bitcast=True)
         s_r = (both & -65536).to(tl.float32, bitcast=True)
-        k = eight_fields(wa, wb, wc, 0x10 if LENT else 0x30, PTX)
-        s = _scores(q, k, tl.zeros([BH, BN], tl.float32), 32 // TWO, PTX, DOT)
-        s_rope = _scores(r, eight_fields(ra, rb, rc, 0x30, PTX), tl.zeros([BH, BN], tl.float32), 32, PTX, DOT)
+        s = _scores(q, wa, wb, wc, nothing - fold_c[:, None], 32 // TWO, PTX, DOT)
+        s_rope = _scores(r, ra, rb, rc, nothing - fold_r[:, None], 32, PTX, DOT)
         if LENT:
-            s_rope = tl.dot(r2, tl.trans(_fp16(_bits(wc, 0x80, PTX)).to(TYPE)), s_rope, input_precision=DOT)
-            s_rope = tl.dot(r5, tl.trans(_fp16(_bits(wc, 0x200, PTX)).to(TYPE)), s_rope, input_precision=DOT)
-        s = (s - fold_c[:, None]) * s_c[None, :] + (s_rope - fold_r[:, None]) * s_r[None, :]
-        s = s * (unit * scale)[:, None]
+            bit = _take(wc, wc, 0, 0x80, 0, 0, 0, PTX).to(TYPE)  # 1024 + 128·bit
+            s_rope = tl.dot(r2, tl.trans(bit), s_rope, input_precision=DOT)
+            bit = _take(wc, wc, 0, 0x200, 0, 0, 0, PTX).to(TYPE)         # 1024 + 512·bit
+            s_rope = tl.dot(r5, tl.trans(bit), s_rope, input_precision=DOT)
+        s = (s * s_c[None, :] + s_rope * s_r[None, :]) * unit[:, None]
         s = tl.where((start + tl.arange(0, BN))[None, :] < seen[:, None], s, float("-inf"))
-        p, shrink, m, l = softmax_step(s, m, l, 1)
-        new = tl.maximum(g, tl.max(s_c, 0))
-        p = (p * (s_c / new)[None, :]).to(TYPE)
-        acc = _sums(p, k, acc, shrink * (g / new), 32 // TWO, PTX, DOT)
-        g = new
+        e = tl.minimum(tl.maximum(both >> 7 & 0xFF, 27), 253)
+        inverse = (254 - e << 23).to(tl.float32, bitcast=True)
+        p, shrink, m = softmax_step(s + (e - 127).to(tl.float32)[None, :], m, 1)
+        l = l * shrink + p * inverse[None, :]
+        p = (p * (s_c * inverse)[None, :]).to(TYPE)
+        acc = _sums(p, wa, wb, wc, acc, shrink, 32 // TWO, PTX, DOT)
+    l = tl.sum(l, 1)
     some = tl.where(l == 0.0, 1.0, l)
     to = (b * tl.num_programs(1) + tl.program_id(1)) * n + i
     tl.store(lse + to, m + tl.log2(some), mask=i < n)
@@ -226,7 +211,7 @@ def six_bit_kernel(
     for t in tl.static_range(8):
         unit_t = 0.0625 if t % 3 == 1 else TWO if t % 3 == 2 else 1.0
         x = t * W + j
-        tl.store(o + to[:, None] * D_C + x, (acc[t] * (g * unit_t / some)[:, None]).to(o.dtype.element_ty), mask=real & (j < W) & (x < D_C))
+        tl.store(o + to[:, None] * D_C + x, (acc[t] * (unit_t / some)[:, None]).to(o.dtype.element_ty), mask=real & (j < W) & (x < D_C))
 
 
 def decode_six_bit(
