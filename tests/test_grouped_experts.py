@@ -20,6 +20,10 @@ from dsv2_ref.kernels.grouped_experts import TILES, Plan, experts_fused  # noqa:
 from dsv2_ref.kernels.route_tokens import sort_slots_fused  # noqa: E402
 from dsv2_ref.moe.experts import experts_loop  # noqa: E402
 
+# an index of the interpreter of triton 3.6; what `poisoned` asks for, on a GPU
+pytestmark = [pytest.mark.filterwarnings("ignore:Conversion of an array with ndim"),
+              pytest.mark.filterwarnings("ignore:.*deterministic")]
+
 NAMES = ("y", "x", "gates", "W_gate", "W_up", "W_down")
 
 
@@ -46,7 +50,8 @@ def inputs(seed: int, n: int, d: int, w: int, n_routed: int, top_k: int,
     s[:, n_routed // 2] -= 100                             # one expert gets no token if it need not
     gates, indices = s.softmax(-1).topk(top_k, -1)
     x = normal(seed + 1, n, d).to(DEVICE, dtype)
-    tensors = [x, gates.float().to(DEVICE), *(W.to(dtype) for W in stacks(seed + 2, n_routed, w, d))]
+    W = [W.to(dtype) for W in stacks(seed + 2, n_routed, w, d)]
+    tensors = [x, gates.float().to(DEVICE), *W]
     return indices.to(DEVICE), [t.requires_grad_() for t in tensors]
 
 
@@ -68,7 +73,7 @@ def compare(ours, twins, tolerance: float = 1e-6) -> None:
 @pytest.mark.parametrize(("n", "d", "w", "n_routed", "top_k"), [
     (1, 32, 32, 4, 2),         # fewer slots than experts
     (15, 32, 16, 5, 3), (16, 16, 32, 5, 3), (17, 33, 17, 5, 3),
-    (97, 40, 24, 7, 2),        # several tiles an expert, and more tiles than programs
+    (97, 33, 24, 4, 1),        # several tiles an expert, and more tiles than programs
     (5, 1, 1, 3, 1), (9, 70, 50, 1, 1),
 ])
 def test_equals_the_loop(n, d, w, n_routed, top_k, dropping):
@@ -140,13 +145,13 @@ def test_inputs_need_not_be_contiguous():
     # a gradient that comes expanded, as sum() makes it
     y = experts_fused(tensors[0], indices, *tensors[1:])
     twin = experts_loop(tensors[0], indices, *tensors[1:])
-    for a, b in zip(torch.autograd.grad(y.sum(), tensors), torch.autograd.grad(twin.sum(), tensors)):
-        compare({"sum": a}, {"sum": b})
+    ours, twins = (torch.autograd.grad(z.sum(), tensors) for z in (y, twin))
+    compare(dict(zip(NAMES[1:], ours)), dict(zip(NAMES[1:], twins)))
 
 
 def test_half_precision():
     """fp16 everywhere but the gates; compared with the loop in fp32."""
-    indices, tensors = inputs(10, 37, 48, 32, 5, 2, torch.float16)
+    indices, tensors = inputs(10, 17, 40, 24, 3, 2, torch.float16)
     ours = results(experts_fused, indices, tensors)
     wide = [t.detach().float().requires_grad_() for t in tensors]
     twins = results(experts_loop, indices, wide)
@@ -168,7 +173,7 @@ def test_the_tiles_of_every_target(monkeypatch, target, descriptors):
 
 
 def test_sorted_slots_of_ones_own():
-    """The lower level: rows of gated outputs, one a slot, and the pre-activations in sorted order."""
+    """The lower level: gated rows, one a slot, and the pre-activations in sorted order."""
     indices, (x, gates, *W) = inputs(13, 11, 24, 20, 5, 2)
     order, offsets = sort_slots_fused(indices, 5)
     with torch.no_grad():

@@ -45,6 +45,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dsv2_ref.kernels.route_tokens import sort_slots_fused
@@ -55,7 +56,7 @@ TILES = {
     "few": {"narrow": (16, 64, 128, 4, 3, 2), "wide": (16, 128, 128, 4, 3, 2)},
     "sm_80": {"narrow": (128, 64, 32, 4, 3, 2), "wide": (128, 128, 32, 4, 3, 2)},
     "gfx942": {"narrow": (128, 64, 32, 4, 2, 2), "wide": (128, 128, 32, 4, 2, 2)},
-    "fp32": {"narrow": (64, 32, 32, 4, 2, 2), "wide": (64, 64, 32, 4, 2, 2)},
+    "small": {"narrow": (64, 32, 32, 4, 2, 2), "wide": (64, 64, 32, 4, 2, 2)},
     "cpu": {"narrow": (16, 16, 32, 1, 1, 1), "wide": (16, 32, 16, 1, 1, 1)},
 }
 
@@ -89,11 +90,7 @@ def _at(rows, columns, width: tl.constexpr):
 def _read(M, rows, columns, width: tl.constexpr, whole: tl.constexpr):
     """M[rows, columns] of a matrix `width` wide; zeros past its edge, if tiles are not whole."""
     at = M + _at(rows, columns, width)
-    if whole:
-        tile = tl.load(at)
-    else:
-        tile = tl.load(at, mask=(columns < width)[None], other=0.0)
-    return tile
+    return tl.load(at) if whole else tl.load(at, mask=(columns < width)[None], other=0.0)
 
 
 @triton.jit
@@ -102,12 +99,8 @@ def _read_weight(
     TMA: tl.constexpr,
 ):
     """The tile (BI, BJ) at (i, j) of W[e] (height, width); rows past its end are some numbers."""
-    if TMA:
-        tile = W.load([e * height + i, j])
-    else:
-        rows = e * height + tl.minimum(i + tl.arange(0, BI), height - 1)
-        tile = _read(W, rows, j + tl.arange(0, BJ), width, width % BJ == 0)
-    return tile
+    rows, columns = e * height + tl.minimum(i + tl.arange(0, BI), height - 1), j + tl.arange(0, BJ)
+    return W.load([e * height + i, j]) if TMA else _read(W, rows, columns, width, width % BJ == 0)
 
 
 @triton.jit
@@ -126,14 +119,10 @@ def _multiply(
     Rows are consecutive from `start` unless they are to be gathered.
     """
     for k in range(0, inner, BK):
-        if TMA and not GATHER:
-            a = A.load([start, k])
-        else:
-            a = _read(A, rows, k + tl.arange(0, BK), inner, inner % BK == 0)
-        if TRANSPOSED:
-            b = _read_weight(W, e, n, k, outer, inner, BN, BK, TMA).T
-        else:
-            b = _read_weight(W, e, k, n, inner, outer, BK, BN, TMA)
+        a = (A.load([start, k]) if TMA and not GATHER else
+             _read(A, rows, k + tl.arange(0, BK), inner, inner % BK == 0))
+        b = (_read_weight(W, e, n, k, outer, inner, BN, BK, TMA).T if TRANSPOSED else
+             _read_weight(W, e, k, n, inner, outer, BK, BN, TMA))
         acc = _dot(a, b, acc)
     return acc
 
@@ -180,11 +169,8 @@ def _rows_kernel(
         slot, columns = tl.load(order + rows), n + tl.arange(0, BN)
         acc = _multiply(tl.zeros((BM, BN), tl.float32), A, start, rows, W, e, n, inner, outer,
                         BM, BN, BK, not BACK, False, TMA)
-        if BACK:
-            acc = _multiply(acc, B, start, rows, V, e, n, inner, outer, BM, BN, BK, False, False,
-                            TMA)
-        else:
-            acc *= tl.load(gates + slot).to(tl.float32)[:, None]
+        acc = (_multiply(acc, B, start, rows, V, e, n, inner, outer, BM, BN, BK, False, False, TMA)
+               if BACK else acc * tl.load(gates + slot).to(tl.float32)[:, None])
         tl.store(out + _at(slot, columns, outer), acc.to(out.dtype.element_ty),
                  mask=real[:, None] & (columns < outer)[None])
 
@@ -298,12 +284,12 @@ def plan(x: Tensor, W_gate: Tensor, slots: int) -> Plan:
     if not x.is_cuda:
         return Plan(TILES["cpu"], False, 3)                         # Triton's interpreter
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    if x.element_size() == 4:
-        return Plan(TILES["fp32"], False, processors)
+    if x.element_size() == 4 or d % 8 or w % 8:                     # or rows that are not aligned
+        return Plan(TILES["small"], False, processors)
     if torch.version.hip or torch.cuda.get_device_capability(x.device)[0] not in (9, 10):
         return Plan(TILES["gfx942" if torch.version.hip else "sm_80"], False, processors)
     name = "few" if slots <= 16 * E else "sm_90"
-    return Plan(TILES[name], slots > 0 and d % 8 == 0 and w % 8 == 0, processors)
+    return Plan(TILES[name], slots > 0, processors)
 
 
 def sum_slots(rows: Tensor, top_k: int, keep: Tensor | None = None) -> Tensor:
@@ -372,6 +358,7 @@ class _Experts(torch.autograd.Function):
         return sum_slots(rows, gates.shape[1], keep)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         *saved, keep = ctx.saved_tensors
         gates = saved[1]

@@ -25,7 +25,7 @@ How this file differs from its twins in moe/:
 
 A device is one of the D groups of experts in device-limited routing. A slot is one (token, expert)
 pair, numbered n·K + k.
-Launch: 32 tokens or 128 slots a program, 4 warps. Not timed yet.
+Launch: 32 tokens or 64 slots a program, 4 warps. Not timed yet.
 
 Shapes: N flat tokens, E routed experts, K slots a token, D devices, M devices a token, R kept
 slots.
@@ -38,7 +38,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK_TOKENS = 32
-BLOCK_SLOTS = 128
+BLOCK_SLOTS = 64
 
 
 @triton.jit
