@@ -22,7 +22,7 @@ TAG = re.compile(r"(?:\(\d+\))+$")
 LAYERS = [
     {"attention", "moe"},
     {"kernels"},
-    {"config", "cross_entropy", "model", "tensor_files", "checkpoint", "cost"},
+    {"config", "cross_entropy", "kernel_choice", "model", "tensor_files", "checkpoint", "cost"},
     {"training", "inference"},
     {"alignment", "parallel", "bench", "paper", "figures", "jobs", "main_job", "copying",
      "exercises", "__init__", "__main__"},
