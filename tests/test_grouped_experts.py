@@ -12,6 +12,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import triton  # noqa: E402
 from loops import normal  # noqa: E402
 from refusals import refused  # noqa: E402
 
@@ -210,6 +211,16 @@ def test_what_is_not_asked_for_is_refused():
     refused(lambda: experts_fused(x, indices, gates, *(w.double() for w in W)), "float64")
     refused(lambda: experts_fused(x.half(), indices, gates, *W), "float16, torch.float32")
     refused(lambda: experts_fused(x, indices, gates, *W, gates), "keep", "bool")
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="is about machines without one")
+def test_a_cpu_without_the_interpreter_is_refused(monkeypatch):
+    indices, tensors = inputs(16, 3, 6, 4, 4, 2)
+    half = [t.detach().bfloat16() for t in tensors]
+    refused(lambda: experts_fused(half[0], indices, *half[1:]), "x", "bfloat16", "CUDA device")
+    compiled = object.__new__(triton.JITFunction)
+    monkeypatch.setitem(experts_fused.__globals__, "_up_kernel", compiled)
+    refused(lambda: experts_fused(tensors[0], indices, *tensors[1:]), "cpu", "TRITON_INTERPRET=1")
 
 
 @pytest.mark.gpu
