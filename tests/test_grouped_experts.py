@@ -12,11 +12,17 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import triton  # noqa: E402
 from loops import normal  # noqa: E402
 from refusals import refused  # noqa: E402
 
-from dsv2_ref.kernels import grouped_experts as fused  # noqa: E402
-from dsv2_ref.kernels.grouped_experts import TILES, Plan, experts_fused  # noqa: E402
+from dsv2_ref.kernels.grouped_experts import (  # noqa: E402
+    TILES,
+    Plan,
+    experts_fused,
+    grouped_forward,
+    plan,
+)
 from dsv2_ref.kernels.route_tokens import sort_slots_fused  # noqa: E402
 from dsv2_ref.moe.experts import experts_loop  # noqa: E402
 
@@ -165,7 +171,8 @@ def test_half_precision():
 @pytest.mark.parametrize("descriptors", [False, True])
 def test_the_tiles_of_every_target(monkeypatch, target, descriptors):
     """Tiles wider than the matrices, through pointers and tensor descriptors, in fp32."""
-    monkeypatch.setattr(fused, "plan", lambda *_: Plan(TILES[target], descriptors, 2))
+    monkeypatch.setitem(experts_fused.__globals__, "plan",
+                        lambda *_: Plan(TILES[target], descriptors, 2))
     indices, tensors = inputs(11, 45, 72, 40, 3, 2)
     keep = (normal(12, 45, 2) > -0.8).to(DEVICE)
     compare(results(experts_fused, indices, tensors, keep),
@@ -177,8 +184,8 @@ def test_sorted_slots_of_ones_own():
     indices, (x, gates, *W) = inputs(13, 11, 24, 20, 5, 2)
     order, offsets = sort_slots_fused(indices, 5)
     with torch.no_grad():
-        how = fused.plan(x, W[0], len(order))
-        rows, gate, up = fused.grouped_forward(x, gates, *W, order, offsets, how, True)
+        how = plan(x, W[0], len(order))
+        rows, gate, up = grouped_forward(x, gates, *W, order, offsets, how, True)
         for place, slot in enumerate(order.tolist()):
             n, e = slot // 2, int(indices.flatten()[slot])
             a, b = W[0][e] @ x[n], W[1][e] @ x[n]
@@ -204,6 +211,16 @@ def test_what_is_not_asked_for_is_refused():
     refused(lambda: experts_fused(x, indices, gates, *(w.double() for w in W)), "float64")
     refused(lambda: experts_fused(x.half(), indices, gates, *W), "float16, torch.float32")
     refused(lambda: experts_fused(x, indices, gates, *W, gates), "keep", "bool")
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="is about machines without one")
+def test_a_cpu_without_the_interpreter_is_refused(monkeypatch):
+    indices, tensors = inputs(16, 3, 6, 4, 4, 2)
+    half = [t.detach().bfloat16() for t in tensors]
+    refused(lambda: experts_fused(half[0], indices, *half[1:]), "x", "bfloat16", "CUDA device")
+    compiled = object.__new__(triton.JITFunction)
+    monkeypatch.setitem(experts_fused.__globals__, "_up_kernel", compiled)
+    refused(lambda: experts_fused(tensors[0], indices, *tensors[1:]), "cpu", "TRITON_INTERPRET=1")
 
 
 @pytest.mark.gpu

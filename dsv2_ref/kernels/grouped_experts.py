@@ -4,35 +4,31 @@
 The routed part of equation (20), section 2.2.1. After routing, each expert has its own number of
 rows. Padding all experts to the fullest one computes on air; one product an expert leaves the
 machine idle between them. Grouped products do neither: the slots are sorted by expert, each
-expert's rows are cut into tiles of BM, and a program finds out on the device which expert its tile
+expert's rows are cut into tiles, and a program finds out on the device which expert its tile
 belongs to. The host never learns how many rows an expert got, so it never waits: a fixed number of
 programs walk through the tiles until these run out.
 
   up       gate, up = x W_gateᵀ, x W_upᵀ; h = silu(gate)·up    x is gathered while it is loaded
-  down     out = g · h W_downᵀ                                 each slot writes a row of its own
+  rows     out = g · h W_downᵀ                                 each slot writes a row of its own
   sum      y of a token = the sum of its K rows, in fp32
   back     h' = dy W_down; from it dgate, dup, g·h, and dg = <h', h>
-  inputs   dx of a slot = dgate W_gate + dup W_up              a row of its own again, then summed
+  rows     dx of a slot = dgate W_gate + dup W_up              then summed as above
   weights  dW of an expert = the product of two (rows, ·) matrices over its rows
 
 How this file differs from the famous versions:
-  1. No atomics. K rows a token are written and summed in a fixed order: that costs one pass over
-     (N·K, d), a few per cent of the products, and gives the same bits every time. Dropped slots
-     are left out of the sum, and nothing else has to know of them.
-  2. gate and up are kept for the backward, and h is computed from them again: 4·w bytes a slot in
-     bf16. Keeping x alone would cost both products again, two of nine; keeping h too, half as much
-     memory again to save an elementwise step. Outputs are not kept: dg = <dy, h W_downᵀ> =
-     <dy W_down, h>.
-  3. gate and up are rounded to x's dtype before silu, as in a layer by layer computation, so that
+  1. No atomics. K rows a token are written and summed in a fixed order: one more pass over
+     (N·K, d), by bytes a few per cent of the products' time, and the same bits every time.
+     Dropped slots are left out of the sum, and nothing else has to know of them.
+  2. gate and up are kept for the backward, 4·w bytes a slot in bf16, and h is made from them again.
+     Keeping x alone would cost two products more, on top of the nine that there are; keeping h too,
+     half as much memory again to spare one elementwise step. Outputs are not kept, for
+     <dy, h W_downᵀ> is <dy W_down, h>.
+  3. gate and up are rounded to x's dtype before silu, as in a computation layer by layer, so that
      forward and backward see the same numbers. The slot's gate enters before rounding.
-  4. An expert's last tile is ragged: its missing rows repeat the last one and are not stored. Where
-     rows are what is summed over (weights), they are zeros. No row costs an expert nothing but
-     zeros in its dW.
-  5. The weights stay (E, w, d) and (E, d, w). On sm_90 they are read through one tensor descriptor
-     over (E·w, d) or (E·d, w); elsewhere, and for widths that are no multiple of 16 bytes, through
-     pointers.
-
-TILES says what a program computes at once. Not timed yet; compiled code was read instead.
+  4. An expert's last tile is ragged: missing rows repeat the last one and are not stored. Where
+     rows are what is summed over (weights) they are zeros, and an expert without rows stores zeros.
+  5. The weights stay (E, w, d) and (E, d, w). On sm_90 tiles come through one tensor descriptor
+     over (E·w, d) or (E·d, w); elsewhere, and in fp32 or odd widths, through pointers.
 
 A slot is one (token, expert) pair, numbered n·K + k.
 Shapes: N flat tokens, d width, w expert width, E routed experts, K slots a token, R kept slots.
@@ -50,7 +46,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dsv2_ref.kernels.route_tokens import sort_slots_fused
 
-# target -> BM, BN, BK, warps, stages, blocks an SM: narrow for up and back, wide for the others
+# target -> BM, BN, BK, warps, stages, blocks an SM: narrow for up and back, wide for the others.
+# Not timed yet; from the code for sm_90 at Lite's widths: no spills, three buffers, and for 1,024
+# clocks of matrix work a step (back: 512) 148, 92, 111 and 209 instructions in up, rows, back and
+# weights. up reads its rows for two 128-wide products, so shared memory takes 1,152 clocks.
 TILES = {
     "sm_90": {"narrow": (128, 128, 64, 8, 3, 1), "wide": (128, 256, 64, 8, 3, 1)},
     "few": {"narrow": (16, 64, 128, 4, 3, 2), "wide": (16, 128, 128, 4, 3, 2)},
@@ -388,6 +387,9 @@ def experts_fused(
     if len(kinds) > 1 or not kinds < {torch.float32, torch.bfloat16, torch.float16}:
         raise ValueError(f"x and weights: {', '.join(sorted(map(str, kinds)))}, expected one of "
                          "float32, bfloat16 and float16")
+    if not x.is_cuda and (isinstance(_up_kernel, triton.JITFunction) or torch.bfloat16 in kinds):
+        raise ValueError(f"x: {x.dtype} on {x.device}, expected a CUDA device, or fp32 or fp16 and "
+                         "TRITON_INTERPRET=1 set before this module is imported")
     order, offsets = sort_slots_fused(indices, E, keep)
     keep = None if keep is None else keep.contiguous()
     tensors = [t.contiguous() for t in (x, gates, W_gate, W_up, W_down)]
