@@ -22,7 +22,7 @@ TAG = re.compile(r"(?:\(\d+\))+$")
 LAYERS = [
     {"attention", "moe"},
     {"kernels"},
-    {"config", "cross_entropy", "model", "tensor_files", "checkpoint", "cost"},
+    {"config", "cross_entropy", "kernel_choice", "model", "tensor_files", "checkpoint", "cost"},
     {"training", "inference"},
     {"alignment", "parallel", "bench", "paper", "figures", "jobs", "main_job", "copying",
      "exercises", "__init__", "__main__"},
@@ -123,7 +123,8 @@ def test_a_concept_file_opens_with_an_essay(file):
 
 @every_concept
 def test_a_concept_file_stands_alone(file):
-    """It imports the standard library, torch, and at most two siblings, those it names."""
+    """It imports the standard library, torch (and triton in kernels/), and at most two siblings,
+    those it names."""
     essay = ast.get_docstring(ast.parse(source(file))) or ""
     named = set(re.findall(r"\w+\.py", essay[essay.index("Copy with:"):].split("Needs:")[0]))
     siblings = set()
@@ -133,9 +134,27 @@ def test_a_concept_file_stands_alone(file):
     assert siblings == named and len(named) <= 2
     for name in imports(file):
         top = name.split(".")[0]
-        assert top in sys.stdlib_module_names | {"torch", "dsv2_ref"}, f"{file} imports {name}"
+        known = {"torch", "dsv2_ref"} | ({"triton"} if file.startswith("kernels/") else set())
+        assert top in sys.stdlib_module_names | known, f"{file} imports {name}"
     lines = sum(len(source(f).splitlines()) for f in [file, *own_files(file)])
     assert lines <= 600
+
+
+def literal(value: ast.expr) -> object:
+    """A constant, or one that Triton's kernels may read: tl.constexpr(constant)."""
+    if isinstance(value, ast.Call) and ast.unparse(value.func) == "tl.constexpr":
+        (value,) = value.args
+    return ast.literal_eval(value)
+
+
+def test_a_constant_is_literal():
+    def value(text: str) -> ast.expr:
+        return ast.parse(text, mode="eval").body
+
+    assert literal(value("tl.constexpr(1.5)")) == 1.5
+    for text in ("tl.constexpr(f(1))", "constexpr(1)", "torch.zeros(1)"):
+        with pytest.raises(ValueError):
+            literal(value(text))
 
 
 @every_concept
@@ -149,8 +168,8 @@ def test_a_concept_file_is_quiet_and_takes_its_settings_as_arguments(file):
     # nothing runs at import but imports and definitions
     kinds = (ast.Expr, ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
     for node in tree.body:
-        if isinstance(node, ast.Assign):
-            ast.literal_eval(node.value)                 # a constant; ValueError if it computes
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            literal(node.value)                          # a constant; ValueError if it computes
         else:
             assert isinstance(node, kinds), ast.unparse(node)
 
