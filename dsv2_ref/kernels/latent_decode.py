@@ -297,15 +297,19 @@ def check_cache(
         raise ValueError(f"page: {page} tokens, expected a multiple of 64")
 
 
+def no_gradient(name: str, *inputs: Tensor) -> None:
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        raise ValueError(f"{name}: an input requires a gradient, expected none "
+                         "(torch.no_grad() for decoding, attend_expanded for training)")
+
+
 def attend_latent(
     q_c: Tensor, q_r: Tensor, c_kv: Tensor, k_r: Tensor, W_UK: Tensor, W_UV: Tensor,
     scale: float, positions: Tensor | None = None,
 ) -> Tensor:
     """`attend_absorbed` of mla.py, on a GPU; the same shapes. There is no gradient."""
     T, S = q_c.shape[1], c_kv.shape[1]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q_c, q_r, c_kv, k_r)):
-        raise ValueError("attend_latent: an input requires a gradient, expected none "
-                         "(torch.no_grad() for decoding, attend_expanded for training)")
+    no_gradient("attend_latent", q_c, q_r, c_kv, k_r)
     if positions is None:
         positions = torch.arange(S - T, S, device=q_c.device)[None]
     q_latent = torch.einsum("bthd,hdc->bthc", q_c, W_UK)
