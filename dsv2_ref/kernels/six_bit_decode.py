@@ -260,7 +260,8 @@ def six_bit_kernel(
         s, s_c = _scores(q, r, lent, latents, rope, fold_c, fold_r, both, BH, BN, LENT, PTX, DOT)
         s = tl.where((start + tl.arange(0, BN))[None, :] < seen[:, None], s * unit[:, None],
                      float("-inf"))
-        e = tl.minimum(tl.maximum(both >> 7 & 0xFF, 27), 253)            # s_c is about 2^(e - 127)
+        # s_c is about 2^(e - 127); fp32 has room for scales 2^120 apart, zero counting as 2^-100
+        e = tl.minimum(tl.maximum(both >> 7 & 0xFF, 27), 253)
         power = (254 - e << 23).to(tl.float32, bitcast=True)             # 2^(127 - e)
         p, shrink, m = softmax_step(s + (e - 127).to(tl.float32)[None, :], m, 1)
         l = l * shrink + p * power[None, :]      # p is a weight times 2^(e - 127)
