@@ -7,7 +7,8 @@ TESTS = "test_latent_decode.py::test_"
 RAGGED = TESTS + "ragged_and_empty_sequences_in_any_number_of_pieces"
 PLAIN, SWAPPED, WHOLE = RAGGED + "[plain-1-3]", RAGGED + "[swapped-1-3]", RAGGED + "[plain-1-1]"
 LENGTH, LARGE = TESTS + "equals_the_twin[1-97]", TESTS + "large_scores_do_not_overflow"
-PAGES, COMBINE = TESTS + "pages_in_any_order[1-64]", TESTS + "combining_is_an_average"
+PAGES = TESTS + "pages_in_any_order[1-64]"
+COMBINE = TESTS + "combining_is_an_average_weighted_by_the_sums"
 
 
 def mutant(name: str, catches: str, old: str, new: str, node: str) -> Mutant:
@@ -25,7 +26,8 @@ KERNEL_MUTANTS = [
     mutant("no_maximum", "exp of scores as they are",
            "new = tl.maximum(m, tl.max(s, AXIS))", "new = tl.maximum(m * 0, 0.0)", LARGE),
     mutant("nothing_seen", "rows that have seen nothing become NaN",
-           'finite = tl.where(new == float("-inf"), 0.0, new)', "finite = new", WHOLE),
+           'finite = tl.where(new == float("-inf"), 0.0, new)', "finite = new",
+           RAGGED + "[plain-3-1]"),
     mutant("divided_by_nothing", "an empty sequence is divided by a sum of 0",
            "some = tl.where(l == 0.0, 1.0, l)", "some = l * 1.0", WHOLE),
     mutant("base_e", "scores in base e taken for base 2",
