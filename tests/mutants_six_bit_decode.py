@@ -55,7 +55,7 @@ KERNEL_MUTANTS = [
            "l = l * shrink + p * power[None, :]", "l = l * shrink + p", LENGTH),
     mutant("no_range", "weights times scales as they are, in fp16",
            "e = tl.minimum(tl.maximum(both >> 7 & 0xFF, 27), 253)", "e = (both & 0) + 127",
-           RANGE + "[plain-1e-06-hopper]"),
+           RANGE + "[hopper-1e-30]"),
     mutant("no_rescale", "sums of earlier tiles keep their old maximum",
            "tl.dot(p, v, acc[t] * shrink,", "tl.dot(p, v, acc[t],", LENGTH),
     mutant("wrong_plane", "RoPE words read one plane too early",
