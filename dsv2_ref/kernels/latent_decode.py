@@ -113,7 +113,7 @@ def share_of_split(seen, BN: tl.constexpr):
 
 
 @triton.jit
-def softmax_step(s, m, l, AXIS: tl.constexpr):
+def softmax_step(s, m, AXIS: tl.constexpr):
     """Weights 2^(s - m) under the new maximum, and by how much to shrink what was summed before.
 
     m = -inf, nothing seen yet: the weights are 0, never 2^(-inf + inf).
@@ -121,8 +121,7 @@ def softmax_step(s, m, l, AXIS: tl.constexpr):
     new = tl.maximum(m, tl.max(s, AXIS))
     finite = tl.where(new == float("-inf"), 0.0, new)
     p = tl.exp2(s - tl.expand_dims(finite, AXIS))
-    shrink = tl.exp2(m - finite)
-    return p, shrink, new, l * shrink + tl.sum(p, AXIS)
+    return p, tl.expand_dims(tl.exp2(m - finite), AXIS), new
 
 
 @triton.jit
@@ -132,15 +131,15 @@ def _step(q_c, q_r, c, r, keys, seen, scale, m, l, acc, SWAP: tl.constexpr, DOT:
         s = tl.dot(c, q_c, input_precision=DOT)
         s = tl.dot(r, q_r, s, input_precision=DOT) * scale       # (BN, BH)
         s = tl.where(keys[:, None] < seen[None, :], s, float("-inf"))
-        p, shrink, m, l = softmax_step(s, m, l, 0)
-        acc = tl.dot(tl.trans(c), p.to(c.dtype), acc * shrink[None, :], input_precision=DOT)
+        p, shrink, m = softmax_step(s, m, 0)
+        acc = tl.dot(tl.trans(c), p.to(c.dtype), acc * shrink, input_precision=DOT)
     else:                                                        # q_c (BH, BC), acc (BH, BC)
         s = tl.dot(q_c, tl.trans(c), input_precision=DOT)
         s = tl.dot(q_r, tl.trans(r), s, input_precision=DOT) * scale         # (BH, BN)
         s = tl.where(keys[None, :] < seen[:, None], s, float("-inf"))
-        p, shrink, m, l = softmax_step(s, m, l, 1)
-        acc = tl.dot(p.to(c.dtype), c, acc * shrink[:, None], input_precision=DOT)
-    return m, l, acc
+        p, shrink, m = softmax_step(s, m, 1)
+        acc = tl.dot(p.to(c.dtype), c, acc * shrink, input_precision=DOT)
+    return m, l * shrink + p, acc            # l stays apart by key until the end: one sum, not many
 
 
 @triton.jit
@@ -178,7 +177,8 @@ def decode_kernel(
     q_r = tl.load(q_r + (b * n + i)[:, None] * D_R + y, mask=real & (y < D_R), other=0.0)
     if SWAP:
         q_c, q_r = tl.trans(q_c), tl.trans(q_r)
-    m, l = tl.full([BH], float("-inf"), tl.float32), tl.zeros([BH], tl.float32)
+    m = tl.full([BH], float("-inf"), tl.float32)
+    l = tl.zeros([BN, BH] if SWAP else [BH, BN], tl.float32)
     acc = tl.zeros([BC, BH] if SWAP else [BH, BC], tl.float32)
     page = b                                     # without pages a sequence is one page
     if PAGE:
@@ -193,6 +193,7 @@ def decode_kernel(
             page = tl.load(table + tl.minimum(start + BN, end - 1) // PAGE).to(tl.int64)
         m, l, acc = _step(q_c, q_r, c, r, start + tl.arange(0, BN), seen, scale, m, l, acc,
                           SWAP, DOT)
+    l = tl.sum(l, 0 if SWAP else 1)
     some = tl.where(l == 0.0, 1.0, l)            # nothing seen: o = 0, lse = -inf
     to = (b * tl.num_programs(1) + tl.program_id(1)) * n + i
     tl.store(lse + to, m + tl.log2(some), mask=i < n)
@@ -296,15 +297,19 @@ def check_cache(
         raise ValueError(f"page: {page} tokens, expected a multiple of 64")
 
 
+def no_gradient(name: str, *inputs: Tensor) -> None:
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        raise ValueError(f"{name}: an input requires a gradient, expected none "
+                         "(torch.no_grad() for decoding, attend_expanded for training)")
+
+
 def attend_latent(
     q_c: Tensor, q_r: Tensor, c_kv: Tensor, k_r: Tensor, W_UK: Tensor, W_UV: Tensor,
     scale: float, positions: Tensor | None = None,
 ) -> Tensor:
     """`attend_absorbed` of mla.py, on a GPU; the same shapes. There is no gradient."""
     T, S = q_c.shape[1], c_kv.shape[1]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q_c, q_r, c_kv, k_r)):
-        raise ValueError("attend_latent: an input requires a gradient, expected none "
-                         "(torch.no_grad() for decoding, attend_expanded for training)")
+    no_gradient("attend_latent", q_c, q_r, c_kv, k_r)
     if positions is None:
         positions = torch.arange(S - T, S, device=q_c.device)[None]
     q_latent = torch.einsum("bthd,hdc->bthc", q_c, W_UK)
