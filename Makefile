@@ -29,6 +29,14 @@ notebooks: .venv/ready
 bench: .venv/ready
 	$(BIN)/python -m dsv2_ref bench cpu_decode
 
+# compile every kernel for three kinds of cards and judge the machine code; no GPU needed
+audit: .venv/ready
+	$(BIN)/python -m pytest -q -m audit tests/test_kernels_compile.py
+
+# break every kernel on purpose; the test named for each mistake must fail
+mutants: .venv/ready
+	$(BIN)/python -m pytest -q -n 2 -m mutants tests/test_kernel_mutants.py
+
 # run every notebook afresh and store its outputs
 execute: .venv/ready
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace \
@@ -48,4 +56,4 @@ model: .venv/ready
 clean:
 	rm -rf build .venv
 
-.PHONY: run lab test lint unit notebooks bench execute model clean
+.PHONY: run lab test lint unit notebooks bench audit mutants execute model clean

@@ -2,7 +2,7 @@
 """Causal attention in one pass over the keys, forward and backward, without a T×S matrix.
 
 This is `attend_expanded` of attention/mla.py, equations (40), (44) and (46), as Triton kernels in
-the manner of FlashAttention-2 (Dao, 2023; section 3.1.1 of DeepSeek-V2 says that they trained with
+the manner of FlashAttention-2 (Dao, 2023; section 3.1.3 of the paper says that V2 was trained with
 an improved version of it). A program owns a tile of queries of one head and walks over tiles of
 keys. A softmax can be had in pieces: keep the largest score m so far, the sum l of exp(s - m) and
 the weighted sum of values; when a tile brings a larger score, multiply both by exp(m - m_new). At
@@ -15,25 +15,25 @@ S and dP are made twice, seven products instead of five; no atomics, hence the s
 
 How it differs from the famous version:
   1. A key is two pieces, k_c of each head and the RoPE key k_r that all heads share, and a score is
-     q_c·k_c + q_r·k_r. k_r is read as it lies, (N, d_r), never repeated for every head: for V2
-     32 KB of keys a token and layer in bf16 instead of 48 KB. Widths 128 + 64 are powers of two, as
-     Triton wants them; one 192-wide key would be padded to 256, a fifth more work. Other widths are
+     q_c·k_c + q_r·k_r. k_r is read as it lies, (Nk, d_r), never repeated for every head: for V2 in
+     bf16, 32 KB of keys a token and layer instead of 48. Widths 128 and 64 are powers of two, as
+     Triton wants them; one key of 192 would be padded to 256, a fifth more work. Other widths are
      padded inside the kernels, each piece by itself.
   2. The gradient of k_r is the sum over heads of dSᵀ·q_r. Each head writes its own part, in fp32,
-     and one plain sum outside adds them: deterministic, for n_h·d_r·4 bytes a token (32 KB for V2,
-     as much as the gradient of k_c takes) while the backward runs.
+     and one plain sum outside adds them: deterministic, for 4·n_h·d_r bytes a token while the
+     backward pass runs (32 KB for V2, as many as the gradient of k_c has).
   3. Sequences are packed, one behind the other, with `cu_q`, `cu_k` their starts. Query i of T
      stands at position i + S - T of its S keys, or where `positions` says, in any order.
-  4. Tiles that every query of the program sees in full run in a loop without masks, the others
-     (on the diagonal, at the end of a sequence) in a second one. Rows past the end are not masked:
-     the last row is loaded again and its score is not seen.
-  5. Scores are taken in base 2: exp2 is what the hardware has. lse and δ are fp32; lse is +inf
-     where nothing is seen, which makes P zero, and such a query's output is 0 (the twin: NaN).
+  4. Tiles that are seen in full run in a loop without masks, the others (on the diagonal, at the
+     end of a sequence) in a second loop of the same text. Rows past the end are not masked when
+     read: the last row is read again there, and its score is not seen.
+  5. Scores are taken in base 2: exp2 is what the hardware has. m, l, lse, δ and all sums are fp32.
+     A query that sees nothing has lse = +inf and output 0 (the twin: NaN).
   6. δ is made by the dq kernel, which has dO at hand, and left for the dk/dv kernel.
 
-Shapes: B sequences, N tokens of all (Nq queries, Nk keys), T and S those of one sequence, n_h heads
-of d_h + d_r (query, key) and d_v (value) numbers; in the kernels BM queries and BN keys a tile,
-P_H P_R P_V the padded widths. Only "attended to in order" is assumed of a sequence, nothing of B.
+Shapes: B sequences of T queries and S keys each, Nq and Nk those of all, n_h (H) heads, d_h + d_r
+(query, key) and d_v (value) numbers; BM queries and BN keys a tile. In the kernels capitals lie in
+memory and small letters are tiles; the shapes at the margin leave the padding out.
 Copy with: nothing.  Needs: torch, triton.
 """
 
@@ -46,18 +46,19 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# kernel -> (BM queries, BN keys, num_warps, num_stages): the largest that compile for widths 128, 64
-# and 128 in 16 bits without spilling a register (tests/audit_flash_attention.py); not timed yet.
-# sm_90: 234, 229 and 247 registers, 213, 164 and 144 KB; dkdv with 64 queries spills in its loop.
-# "gfx942" fits 64 KB, "other" 99 KB (consumer cards); "wide" is for rows of more bytes (fp32), which
-# no card does fast; "cpu" is for Triton's interpreter.
+# kernel -> (BM queries, BN keys, num_warps, num_stages). Of the first three cards: large tiles that
+# compile for widths 128, 64, 128 in 16 bits without a spilled register and with no product taken
+# twice (tests/audit_flash_attention.py); not timed yet. On sm_90 they take 234, 229 and 247
+# registers and 213, 164 and 144 KB; dkdv with 64 queries would spill in its loop. "other" fits the
+# 99 KB of consumer cards; "wide" is for rows of more bytes (fp32), which no card does fast; "cpu"
+# is for Triton's interpreter.
 TILES = {
     "sm_90": {"forward": (128, 128, 8, 2), "dq": (128, 64, 8, 2), "dkdv": (32, 128, 8, 3)},
     "sm_80": {"forward": (128, 64, 8, 3), "dq": (128, 32, 8, 2), "dkdv": (16, 64, 4, 2)},
     "gfx942": {"forward": (128, 64, 4, 1), "dq": (128, 32, 4, 1), "dkdv": (16, 64, 4, 1)},
     "other": {"forward": (64, 64, 4, 2), "dq": (64, 32, 4, 2), "dkdv": (16, 64, 4, 2)},
     "wide": {"forward": (16, 32, 4, 1), "dq": (16, 32, 4, 1), "dkdv": (16, 32, 4, 1)},
-    "cpu": {"forward": (32, 16, 4, 1), "dq": (16, 32, 4, 1), "dkdv": (16, 32, 4, 1)},
+    "cpu": {"forward": (64, 32, 4, 1), "dq": (32, 64, 4, 1), "dkdv": (32, 64, 4, 1)},
 }
 
 
@@ -196,10 +197,10 @@ def _backward_dq(
             v = _load(V, first_k + n, keys, head, H, D_V)                   # (BN, D_V)
             s = tl.dot(q_c, tl.trans(k_c), input_precision="ieee")          # (BM, BN)
             s = tl.dot(q_r, tl.trans(k_r), s, input_precision="ieee")
-            p = tl.exp2(s * scale_2 - lse[:, None])
             if masked:
                 seen = (n + j[None, :] <= at[:, None]) & (n + j[None, :] < S)
-                p = tl.where(seen, p, 0.0)
+                s = tl.where(seen, s, -float("inf"))
+            p = tl.exp2(s * scale_2 - lse[:, None])
             dp = tl.dot(do, tl.trans(v), input_precision="ieee")
             ds = (p * (dp - delta[:, None])).to(k_c.dtype)
             dq_c = tl.dot(ds, k_c, dq_c, input_precision="ieee")
@@ -257,10 +258,11 @@ def _backward_dkdv(
             delta = tl.load(Delta + head * N + first_q + m + queries)
             s = tl.dot(k_c, tl.trans(q_c), input_precision="ieee")          # (BN, BM)
             s = tl.dot(k_r, tl.trans(q_r), s, input_precision="ieee")
-            p = tl.exp2(s * scale_2 - lse[None, :])
             if masked:
                 at = _positions(positions, first_q + m, queries, S - T + m)
-                p = tl.where((n0 + rows[:, None] <= at[None, :]) & (m + i[None, :] < T), p, 0.0)
+                seen = (n0 + rows[:, None] <= at[None, :]) & (m + i[None, :] < T)
+                s = tl.where(seen, s, -float("inf"))
+            p = tl.exp2(s * scale_2 - lse[None, :])
             dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
             dp = tl.dot(v, tl.trans(do), input_precision="ieee")
             ds = (p * (dp - delta[None, :])).to(q_c.dtype)
