@@ -64,10 +64,12 @@ def tile_for(n: int, dtype: torch.dtype, target: str) -> Tile:
     if dtype == torch.float32:
         return Tile(16, 16, 4, 1, 1)             # exact rather than fast
     if target == "gfx942":
-        return Tile(16, 32, 4, 1, 1)
-    if target == "sm_90" and n > 32:
+        return Tile(16, 32, 2, 2, 1)             # both warps compute all scores
+    if target == "sm_80":
+        return Tile(16, 32, 4, 3, 1)             # 93,184 B
+    if n > 32:
         return Tile(64, 64, 8, 2, 1)             # 255 registers, 221,184 B: 64 x 512 sums on wgmma
-    return Tile(16, 32, 4, 3, 2)                 # 188 registers, 93,184 B: two blocks
+    return Tile(16, 32, 4, 3, 2)                 # 168 registers, 93,184 B: two blocks
 
 
 def target_of(device: torch.device) -> str:
@@ -273,7 +275,7 @@ def decode_latent(
         q_c.contiguous(), q_r.contiguous(), c_kv, k_r, positions, table, o, lse,
         scale * 1.4426950408889634, S, T * n_h, n_h,             # 2^(x·log2 e) = e^x
         *c_kv.stride()[:2], *k_r.stride()[:2], *positions.stride(), table.stride(0),
-        d_c, d_r, max(16, triton.next_power_of_2(d_c)), max(16, triton.next_power_of_2(d_r)),
+        d_c, d_r, max(32, triton.next_power_of_2(d_c)), max(16, triton.next_power_of_2(d_r)),
         tile.BH, tile.BN, PAGE, tile.swap, "ieee" if q_c.dtype == torch.float32 else "tf32",
         num_warps=tile.warps, num_stages=tile.stages)
     return combine(o, lse, q_c.dtype).unflatten(1, (T, n_h))

@@ -61,7 +61,7 @@ def tile_for(n: int, dtype: torch.dtype, target: str) -> Tile:
     if dtype == torch.float32:
         return Tile(16, 32, 4, 1, 1)             # exact rather than fast
     if target == "gfx942":
-        return Tile(16, 32, 4, 1, 1)
+        return Tile(16, 32, 2, 1, 1)             # both warps compute all scores
     if target == "sm_80":
         return Tile(16, 32, 4, 3, 2)             # plain operations: 1333 instructions for 32 keys
     if n > 16:
@@ -307,7 +307,7 @@ def decode_six_bit(
         scale * 1.4426950408889634, S, T * n_h, n_h, words.stride(0) // STEP,
         words.stride(1) // STEP, *both.stride()[:2], *positions.stride(), table.stride(0),
         d_c, d_r, min(2, 2 * w // d_r), w, w_r,                  # lent_bits of cache_quant.py
-        max(16, triton.next_power_of_2(w)), max(16, triton.next_power_of_2(w_r)),
+        max(32, triton.next_power_of_2(w)), max(16, triton.next_power_of_2(w_r)),
         tile.BH, tile.BN, PAGE, STEP, tl.float32 if exact else tl.float16,
         target == "sm_90" and not exact, "ieee" if exact else "tf32",
         num_warps=tile.warps, num_stages=tile.stages)
