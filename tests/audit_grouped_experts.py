@@ -73,11 +73,11 @@ ENTRIES = [
     _entry("weights_lite", "weights", "sm_90", LITE, buffers=3, plain_loads=8),
     *(_entry(f"{p}_v2", p, "sm_90", V2, buffers=3) for p in DESCRIPTORS),
     *(_entry(f"{p}_few", p, "few", LITE, buffers=2, ctas=2) for p in DESCRIPTORS),
-    # 8 bytes: triton 3.6 puts two registers of inputs aside, before its loops
+    # 8 bytes: triton 3.6 puts two registers aside there, outside the loops
     *(_entry(f"{p}_{t}", p, t, LITE, t, ctas=2, stack=8 if p == "inputs" else 0)
       for p in DESCRIPTORS for t in ("sm_80", "gfx942")),
-    *(_entry(f"{p}_fp32", p, "small", LITE, kind="*fp32", instruction=None, flops=None)
-      for p in DESCRIPTORS),
+    *(_entry(f"{p}_fp32", p, "small", LITE, kind="*fp32", instruction=None, flops=None,
+             stack=8 if p == "inputs" else 0) for p in DESCRIPTORS),
     *(_entry(f"{p}_{t}_odd", p, "small", ODD, t) for p in DESCRIPTORS for t in INSTRUCTION),
     *(_route(f"sum_{t}", "grouped_experts:_sum", _SUM, dict(d=2048, K=6, KEEP=True, BLOCK=1024), t)
       for t in INSTRUCTION),
