@@ -38,8 +38,9 @@ The map, paper section -> file (its test is tests/test_<file>.py; 00_tour shows 
   copying.py        a concept file, lifted into a folder of your own
   bench/            measurements against a peer
 
-Arrows run one way: attention and moe know nobody, kernels only the twins they must equal; model, checkpoint and cost stand on
-them; training and inference on those; jobs, bench and the command line on everything.
+Arrows run one way: attention and moe know nobody, kernels only the twins they must equal; model,
+checkpoint and cost stand on them; training and inference on those; jobs, bench and the command line
+on everything.
 """
 
 __version__ = "0.1.0"

@@ -22,7 +22,7 @@ DESCRIPTORS = {                                   # argument -> its block
 
 
 def _entry(name: str, product: str, tiles: str, sizes: tuple[int, ...], target: str = "sm_90",
-           **budget: object) -> Entry:
+           kind: str = "*bf16", **budget: object) -> Entry:
     """One of up, down, inputs, back, weights."""
     d, w, E, K = sizes
     tma = tiles in ("sm_90", "few")
@@ -30,7 +30,7 @@ def _entry(name: str, product: str, tiles: str, sizes: tuple[int, ...], target: 
     BM, BN, BK, warps, stages, _ = TILES[tiles]["narrow" if product in ("up", "back") else "wide"]
     size = dict(M=BM, N=BN, K=BK)
     signature = {"order": "*i32", "offsets": "*i32"}
-    signature |= {argument: "*bf16" for argument in POINTERS[kernel].split()}
+    signature |= {argument: kind for argument in POINTERS[kernel].split()}
     constexprs: dict[str, object] = dict(BM=BM, BN=BN, BK=BK)
     if kernel != "weights":
         constexprs |= dict(E=E, TMA=tma)
@@ -73,7 +73,11 @@ ENTRIES = [
     _entry("weights_lite", "weights", "sm_90", LITE, buffers=3, plain_loads=8),
     *(_entry(f"{p}_v2", p, "sm_90", V2, buffers=3) for p in DESCRIPTORS),
     *(_entry(f"{p}_few", p, "few", LITE, buffers=2, ctas=2) for p in DESCRIPTORS),
-    *(_entry(f"{p}_{t}", p, t, LITE, t, ctas=2) for p in DESCRIPTORS for t in ("sm_80", "gfx942")),
+    # 8 bytes: triton 3.6 puts two registers aside there, outside the loops
+    *(_entry(f"{p}_{t}", p, t, LITE, t, ctas=2, stack=8 if p == "inputs" else 0)
+      for p in DESCRIPTORS for t in ("sm_80", "gfx942")),
+    *(_entry(f"{p}_fp32", p, "small", LITE, kind="*fp32", instruction=None, flops=None,
+             stack=8 if p == "inputs" else 0) for p in DESCRIPTORS),
     *(_entry(f"{p}_{t}_odd", p, "small", ODD, t) for p in DESCRIPTORS for t in INSTRUCTION),
     *(_route(f"sum_{t}", "grouped_experts:_sum", _SUM, dict(d=2048, K=6, KEEP=True, BLOCK=1024), t)
       for t in INSTRUCTION),

@@ -71,8 +71,9 @@ def results(run, indices, tensors, keep=None) -> dict[str, torch.Tensor]:
 def compare(ours, twins, tolerance: float = 1e-6) -> None:
     for name, twin in twins.items():
         assert ours[name].dtype == twin.dtype and ours[name].shape == twin.shape
-        error = (ours[name].double() - twin.double()).square().mean().sqrt()
-        assert error <= tolerance * twin.double().square().mean().sqrt(), (name, error)
+        error, size = (t.detach().double().square().mean().sqrt().item()
+                       for t in (ours[name].double() - twin, twin))
+        assert error <= tolerance * size, f"{name}: relative RMS error {error / size:.1e}"
 
 
 @pytest.mark.parametrize("dropping", [False, True])
@@ -223,7 +224,7 @@ def test_a_cpu_without_the_interpreter_is_refused(monkeypatch):
     refused(lambda: experts_fused(tensors[0], indices, *tensors[1:]), "cpu", "TRITON_INTERPRET=1")
 
 
-@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="bf16 products are wrong in the interpreter")
 @pytest.mark.parametrize(("n", "d", "w", "n_routed", "top_k"), [
     (4096, 2048, 1408, 64, 6), (5, 2048, 1408, 64, 6), (1000, 200, 136, 16, 4),
     (333, 77, 41, 5, 2)])

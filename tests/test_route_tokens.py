@@ -12,6 +12,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import triton  # noqa: E402
 from loops import normal  # noqa: E402
 from refusals import refused  # noqa: E402
 
@@ -107,3 +108,11 @@ def test_what_is_not_asked_for_is_refused():
     refused(lambda: sort_slots_fused(s, 4), "indices", "float32")
     refused(lambda: sort_slots_fused(i, 4, i), "keep", "int64", "bool")
     refused(lambda: sort_slots_fused(i, 4, i[:1].bool()), "keep", "(3, 2)")
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="is about machines without one")
+def test_a_cpu_without_the_interpreter_is_refused(monkeypatch):
+    compiled = object.__new__(triton.JITFunction)
+    monkeypatch.setitem(sort_slots_fused.__globals__, "_select_kernel", compiled)
+    refused(lambda: select_greedy_fused(scores(7, 3, 4), 2), "s", "cpu", "TRITON_INTERPRET=1")
+    refused(lambda: sort_slots_fused(torch.zeros(3, 2).long(), 4), "indices", "CUDA device")

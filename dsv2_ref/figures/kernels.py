@@ -4,6 +4,7 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, NullLocator
@@ -82,6 +83,26 @@ def softmax_in_pieces(scores: Sequence[float], tile: int) -> Figure:
     return figure
 
 
+def _roof(ax: Axes, memory_tb: float, matrix_tf: float, card: str) -> None:
+    """Both limits, where they meet, and their names; logarithmic axes."""
+    ridge = matrix_tf / memory_tb
+    x = np.geomspace(8, 1024, 200)
+    ax.plot(x, np.minimum(x * memory_tb, matrix_tf), color=INK)
+    ax.axvline(ridge, color=INK, lw=1.0, ls=":")
+    ax.annotate(f"ridge: {ridge:.0f} FLOP/byte", (ridge, 64), (-5, 0), rotation=90, ha="right",
+                textcoords="offset points", va="bottom", fontsize=9.5)
+    ax.annotate(f"memory: {memory_tb:g} TB/s", (12, 12 * memory_tb), (-8, 9), rotation=33,
+                textcoords="offset points", fontsize=9.5)
+    ax.annotate(f"matrix units: {matrix_tf:g} TFLOP/s\n({card})", (1000, matrix_tf), (0, 5),
+                textcoords="offset points", fontsize=9.5, ha="right")
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:g}"))
+        axis.set_minor_locator(NullLocator())
+    ax.grid(True)
+
+
 @styled
 def decode_roofline(
     work: Mapping[str, tuple[float, float]], memory_tb: float, matrix_tf: float, card: str,
@@ -97,15 +118,7 @@ def decode_roofline(
     ridge = matrix_tf / memory_tb
     figure = Picture(8.4, 5.0)
     ax = figure.subplots()
-    x = np.geomspace(8, 1024, 200)
-    ax.plot(x, np.minimum(x * memory_tb, matrix_tf), color=INK)
-    ax.axvline(ridge, color=INK, lw=1.0, ls=":")
-    ax.annotate(f"ridge: {ridge:.0f} FLOP/byte", (ridge, 64), (-5, 0), rotation=90, ha="right",
-                textcoords="offset points", va="bottom", fontsize=9.5)
-    ax.annotate(f"memory: {memory_tb:g} TB/s", (12, 12 * memory_tb), (-8, 9), rotation=33,
-                textcoords="offset points", fontsize=9.5)
-    ax.annotate(f"matrix units: {matrix_tf:g} TFLOP/s\n({card})", (1000, matrix_tf), (0, 5),
-                textcoords="offset points", fontsize=9.5, ha="right")
+    _roof(ax, memory_tb, matrix_tf, card)
     for i, (name, (flops, nbytes)) in enumerate(work.items()):
         at = flops / nbytes
         top = min(at * memory_tb, matrix_tf)
@@ -123,16 +136,10 @@ def decode_roofline(
     if not measured:
         ax.annotate(PENDING, (0.97, 0.06), xycoords="axes fraction", ha="right", color=INK,
                     bbox={"boxstyle": "round", "fc": "#FFF6D5", "ec": COLORS["GQA"]})
-    ax.set_xscale("log", base=2)
-    ax.set_yscale("log")
-    for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:g}"))
-        axis.set_minor_locator(NullLocator())
     slow = [name for name, (flops, nbytes) in work.items() if flops / nbytes < ridge]
     ax.set(xlim=(8, 1024), ylim=(32, matrix_tf * 2), xlabel="operations a byte read (FLOP/byte)",
            ylabel="at most (TFLOP/s)",
            title=f"Memory is the limit of {len(slow)} of {len(work)}: those left of the ridge")
-    ax.grid(True)
     return figure
 
 

@@ -50,14 +50,14 @@ from torch.autograd.function import once_differentiable
 # compile for widths 128, 64, 128 in 16 bits without a spilled register and with no product taken
 # twice (tests/audit_flash_attention.py); not timed yet. On sm_90 they take 234, 229 and 247
 # registers and 213, 164 and 144 KB; dkdv with 64 queries would spill in its loop. "other" fits the
-# 99 KB of consumer cards; "wide" is for rows of more bytes (fp32), which no card does fast; "cpu"
-# is for Triton's interpreter.
+# 99 KB of consumer cards; "small" is for fp32, which no card does fast and the compiler not at all
+# in large tiles, and for wider rows; "cpu" is for Triton's interpreter.
 TILES = {
     "sm_90": {"forward": (128, 128, 8, 2), "dq": (128, 64, 8, 2), "dkdv": (32, 128, 8, 3)},
     "sm_80": {"forward": (128, 64, 8, 3), "dq": (128, 32, 8, 2), "dkdv": (16, 64, 4, 2)},
     "gfx942": {"forward": (128, 64, 4, 1), "dq": (128, 32, 4, 1), "dkdv": (16, 64, 4, 1)},
     "other": {"forward": (64, 64, 4, 2), "dq": (64, 32, 4, 2), "dkdv": (16, 64, 4, 2)},
-    "wide": {"forward": (16, 32, 4, 1), "dq": (16, 32, 4, 1), "dkdv": (16, 32, 4, 1)},
+    "small": {"forward": (16, 32, 4, 1), "dq": (16, 32, 4, 1), "dkdv": (16, 32, 4, 1)},
     "cpu": {"forward": (64, 32, 4, 1), "dq": (32, 64, 4, 1), "dkdv": (32, 64, 4, 1)},
 }
 
@@ -284,8 +284,9 @@ def target(device: torch.device) -> str:
 
 def tile(kernel: str, name: str, widths: tuple[int, int, int], itemsize: int) -> dict[str, int]:
     """Launch options of a kernel ("forward", "dq", "dkdv") for widths d_h, d_r, d_v."""
-    wide = sum(padded(width) for width in widths) * itemsize > 640
-    BM, BN, num_warps, num_stages = TILES["wide" if wide and name != "cpu" else name][kernel]
+    if name != "cpu" and (itemsize > 2 or sum(padded(width) for width in widths) > 320):
+        name = "small"
+    BM, BN, num_warps, num_stages = TILES[name][kernel]
     return {"BM": BM, "BN": BN, "num_warps": num_warps, "num_stages": num_stages}
 
 
