@@ -43,6 +43,14 @@ bench: .venv/ready
 map: .venv/ready
 	$(BIN)/python tests/readme_map.py
 
+# compile every kernel for three kinds of cards and judge the machine code; no GPU needed
+audit: .venv/ready
+	$(BIN)/python -m pytest -q -m audit tests/test_kernels_compile.py
+
+# break every kernel on purpose; the test named for each mistake must fail
+mutants: .venv/ready
+	$(BIN)/python -m pytest -q -n 2 -m mutants tests/test_kernel_mutants.py
+
 # run every notebook afresh and store its outputs
 execute: .venv/ready
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace \
@@ -62,4 +70,4 @@ model: .venv/ready
 clean:
 	rm -rf build .venv
 
-.PHONY: run lab test lint unit notebooks browser kill bench map execute model clean
+.PHONY: run lab test lint unit notebooks browser kill bench audit mutants map execute model clean

@@ -15,8 +15,14 @@ table is made from it (`make map`), and a test compares it with the files and th
   2.2.3         moe/balance.py             08     the three balance losses               (23)-(31)
   2.2.4         moe/dropping.py            09     token dropping
   3.2.3         kernels/fp8.py             12     FP8 weights in blocks of 128×128
+  3.1.3         kernels/flash_attention.py 13     causal attention in tiles, forward and backward
+  2.1.2         kernels/latent_decode.py   13     decoding: a row read once, as key and value
+  3.2.3         kernels/six_bit_decode.py  13     the same, from packed six-bit rows
+  2.2.1         kernels/grouped_experts.py 13     experts as products over sorted slots
+  2.2.1-2       kernels/route_tokens.py    13     routing, and sorting the slots
 
   model.py          embedding, blocks, head; which of the equal algorithms runs
+  kernel_choice.py  where a kernel takes the place of its naive twin
   config.py         sizes; V2, LITE and three small presets; published config.json <-> ours
   checkpoint.py     published tensor names <-> ours; training states
   tensor_files.py   safetensors files of others, whatever is wrong with them told in one line
@@ -34,8 +40,9 @@ table is made from it (`make map`), and a test compares it with the files and th
   copying.py        a concept file, lifted into a folder of your own
   bench/            measurements against a peer
 
-Arrows run one way: attention, moe and kernels know nobody; model, checkpoint and cost stand on
-them; training and inference on those; jobs, bench and the command line on everything.
+Arrows run one way: attention and moe know nobody, kernels only the twins they must equal; model,
+checkpoint and cost stand on them; training and inference on those; jobs, bench and the command line
+on everything.
 """
 
 __version__ = "0.1.0"

@@ -5,7 +5,8 @@ Two doors. `losses(tokens, targets)` is the training one: the language-model los
 losses of every layer, token dropping. `model(tokens, cache)` is the other: logits of the new
 tokens, reading a prompt through expanded attention and decoding through absorbed attention on the
 latent cache. This file alone decides which of the equal algorithms runs, by counting
-multiplications (attention) and by device and size (experts); `describe` says what was decided.
+multiplications (attention) and by device and size (experts), and asks kernel_choice.py for the
+kernel that does the same on a GPU; `describe` says what was decided.
 
 Shapes: B batch, T new tokens, S = cached + new tokens, N = B·T flat tokens.
 """
@@ -34,6 +35,7 @@ from dsv2_ref.attention.rope import (
 )
 from dsv2_ref.config import Config
 from dsv2_ref.cross_entropy import IGNORED, linear_cross_entropy
+from dsv2_ref.kernel_choice import attention_form, experts_form
 from dsv2_ref.moe.balance import (
     communication_balance_loss,
     device_balance_loss,
@@ -131,7 +133,7 @@ class Block(nn.Module):
         if run.load is not None:
             run.load.append(self._load(routing, keep, B))
         c = self.config
-        form = choose_experts(x, c.top_k, c.n_routed, c.expert_width)
+        form = experts_form(choose_experts(x, c.top_k, c.n_routed, c.expert_width), x)
         h = self.experts(h.flatten(0, 1), x, routing.indices, routing.gates, form, keep)
         return h.unflatten(0, (B, T))
 
@@ -246,10 +248,14 @@ class DeepSeekV2(nn.Module):
         """One line: size, device, dtype and which algorithms will run."""
         c, weight = self.config, self.embedding.weight
         n = sum(p.numel() for p in self.parameters())
-        many, one = (choose_experts(weight[:1].expand(rows, -1), c.top_k, c.n_routed,
-                                    c.expert_width).__name__ for rows in (4096, 1))
+        with torch.no_grad():
+            many, one = (experts_form(choose_experts(x, c.top_k, c.n_routed, c.expert_width), x)
+                         for x in (weight[:1].expand(rows, -1) for rows in (4096, 1)))
+            read, decode = (attention_form(attend, weight, cached=True)
+                            for attend in (attend_expanded, attend_absorbed))
         return (f"{n / 1e6:.2f}M parameters on {weight.device} in {str(weight.dtype)[6:]}; "
-                f"prompt: attend_expanded, {many}; decode: attend_absorbed, {one}")
+                f"prompt: {read.__name__}, {many.__name__}; "
+                f"decode: {decode.__name__}, {one.__name__}")
 
     def _start(self, tokens: Tensor, cache: Cache | None) -> _Pass:
         c, (B, T) = self.config, _check_tokens(tokens, self.config.vocab)
@@ -273,6 +279,7 @@ class DeepSeekV2(nn.Module):
         attend = attend_absorbed if absorb else attend_expanded
         if absorb and isinstance(cache, SixBitCache):
             attend, cache = attend_packed, cache.packed
+        attend = attention_form(attend, self.embedding.weight, cache is not None)
         return _Pass(cos, sin, attend, cache)
 
     def _blocks(self, tokens: Tensor, run: _Pass) -> Tensor:

@@ -262,8 +262,9 @@ def matrix_loops(lines: list[tuple[str, str, str | None]], warps: int) -> list[L
         if to is not None and where.get(to, i) < i:
             last[where[to]] = max(i, last.get(where[to], 0))
     spans = [(a, b) for a, b in last.items() if any(matrix_kind(op) for _, op, _ in lines[a:b + 1])]
+    # an outer loop may also begin inside an inner one, whose first part it then repeats by itself
     inner = [(a, b) for a, b in spans
-             if not any((c, d) != (a, b) and a <= c and d <= b for c, d in spans)]
+             if not any(a <= d < b or (d == b and a < c) for c, d in spans)]
     loops = []
     for a, b in sorted(inner):
         opcodes = Counter(op for _, op, _ in lines[a:b + 1])

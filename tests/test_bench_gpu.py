@@ -17,13 +17,13 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="is about mac
 
 
 @without_gpu
-def test_without_a_gpu_one_line_and_exit_code_2(capsys):
-    for name in ("all",):
-        assert __main__.main(["bench", name, "--json"]) == 2
-        out, err = capsys.readouterr()
-        assert out == "" and err.count("\n") == 1
-        assert f"bench {name}" in err and "expected" in err and "CUDA device" in err
-    assert _gpu.device_for("all", quick=True) == CPU
+@pytest.mark.parametrize("name", ["all", *everything.NAMES])
+def test_without_a_gpu_one_line_and_exit_code_2(name, capsys):
+    assert __main__.main(["bench", name, "--json"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert f"bench {name}" in err and "expected" in err and "CUDA device" in err
+    assert _gpu.device_for(name, quick=True) == CPU
 
 
 def test_the_record_says_what_it_was_made_with():

@@ -22,7 +22,7 @@ TAG = re.compile(r"(?:\(\d+\))+$")
 LAYERS = [
     {"attention", "moe"},
     {"kernels"},
-    {"config", "cross_entropy", "model", "tensor_files", "checkpoint", "cost"},
+    {"config", "cross_entropy", "kernel_choice", "model", "tensor_files", "checkpoint", "cost"},
     {"training", "inference"},
     {"alignment", "parallel", "bench", "paper", "figures", "jobs", "main_job", "copying",
      "exercises", "__init__", "__main__"},
@@ -137,7 +137,7 @@ def test_a_concept_file_stands_alone(file):
         known = {"torch", "dsv2_ref"} | ({"triton"} if file.startswith("kernels/") else set())
         assert top in sys.stdlib_module_names | known, f"{file} imports {name}"
     lines = sum(len(source(f).splitlines()) for f in [file, *own_files(file)])
-    assert lines <= 600
+    assert lines <= (800 if file.startswith("kernels/") else 600)
 
 
 def literal(value: ast.expr) -> object:

@@ -6,6 +6,7 @@ import gc
 import os
 from collections import Counter
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,7 @@ def _spy(monkeypatch, *names: str, module=assembly) -> list[str]:
     def recording(name: str) -> Callable[..., Tensor]:
         function = getattr(module, name)
 
+        @wraps(function)
         def call(*args) -> Tensor:
             called.append(name)
             return function(*args)

@@ -3,8 +3,8 @@
 
 style: colours, `Picture`, `save`; absorption: two orders of one attention; architecture: the whole
 model; attention: matrices in numbers, heads; balance: losses, load, dropping; cache: what is kept;
-experts: where tokens go; positions: RoPE; routing: what experts are for, and the limit on devices;
-training: runs.
+experts: where tokens go; kernels: tiles, rooflines; positions: RoPE; routing: what experts are for,
+and the limit on devices; training: runs.
 """
 
 from dsv2_ref.figures.absorption import absorption_crossover, absorption_flops, absorption_regions
@@ -35,6 +35,13 @@ from dsv2_ref.figures.cache import (
     saving_steps,
 )
 from dsv2_ref.figures.experts import expert_load, router_heat_map
+from dsv2_ref.figures.kernels import (
+    attention_tiles,
+    bytes_moved,
+    decode_floors,
+    decode_roofline,
+    softmax_in_pieces,
+)
 from dsv2_ref.figures.positions import (
     angle_errors,
     errors_by_position,
@@ -59,12 +66,14 @@ from dsv2_ref.figures.training import loss_curve, loss_floor
 __all__ = [
     "COLORS", "GIB", "INK", "LENGTHS", "MORE_COLORS", "Picture", "ablation_cost",
     "absorption_crossover", "absorption_flops", "absorption_regions", "angle_errors",
-    "architecture", "batch_bars", "batch_slider", "cache_against_context", "cache_bars",
-    "cache_growth", "cache_slider", "device_limit_slider", "device_messages", "device_traffic",
+    "architecture", "attention_tiles", "batch_bars", "batch_slider", "bytes_moved",
+    "cache_against_context", "cache_bars", "cache_growth", "cache_slider", "decode_floors",
+    "decode_roofline", "device_limit_slider", "device_messages", "device_traffic",
     "dropped_against_capacity", "dropped_over_training", "errors_by_position", "expert_lift",
     "expert_load", "flops_against_context", "group_slider", "grouped_heads", "groups_like_mla",
     "limit_quality", "load_animation", "load_over_training", "loss_arrows", "loss_curve",
     "loss_floor", "losses_by_position", "matrices", "mla_flow", "pair_clocks", "parameter_shares",
     "position_slider", "router_heat_map", "save", "saving_steps", "shared_heads",
-    "slots_by_device", "styled", "token_routing", "turned_pair", "yarn_pairs",
+    "slots_by_device", "softmax_in_pieces", "styled", "token_routing", "turned_pair",
+    "yarn_pairs",
 ]

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: MIT
+"""The whole model on its kernels: the same logits, gradients and decoding as on the naive twins.
+
+Without a GPU the kernels are forced onto the CPU, in Triton's interpreter.
+"""
+
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")       # before a kernel's module is imported
+
+from dsv2_ref import kernel_choice
+from dsv2_ref.attention.cache_quant import attend_packed
+from dsv2_ref.attention.mla import attend_absorbed, attend_expanded
+from dsv2_ref.config import TINY
+from dsv2_ref.kernel_choice import attention_form, experts_form
+from dsv2_ref.model import DeepSeekV2
+from dsv2_ref.moe.experts import experts_loop, experts_padded
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CONFIG = TINY.with_(
+    vocab=101, d=52, n_layers=2, n_h=3, d_h=10, d_r=6, d_v=14, d_c=20, d_cq=22, dense_width=58,
+    n_shared=1, n_routed=8, top_k=3, expert_width=18, yarn_factor=4.0, yarn_original_positions=16,
+    yarn_mscale=0.9, yarn_mscale_all_dim=0.5, max_positions=64, init_std=0.2,
+)
+KERNELS = ("attend_flash", "attend_latent", "attend_six_bit", "experts_fused")
+
+
+@pytest.fixture
+def ran(monkeypatch) -> Counter:
+    """How often each kernel was given to the model; for whoever asks, on any device."""
+    counts = Counter()
+
+    def counting(choose):
+        def chosen(*args, **more):
+            form = choose(*args, **more)
+            counts[form.__name__] += 1
+            return form
+        return chosen
+
+    import dsv2_ref.model as assembly
+    for name in ("attention_form", "experts_form"):
+        monkeypatch.setattr(assembly, name, counting(getattr(kernel_choice, name)))
+    return counts
+
+
+def use(monkeypatch, kernels: bool) -> None:
+    monkeypatch.setattr(kernel_choice, "kernels_serve", lambda x: kernels)
+
+
+def model() -> DeepSeekV2:
+    torch.manual_seed(0)
+    return DeepSeekV2(CONFIG).to(DEVICE).eval()
+
+
+def tokens(batch: int, length: int) -> Tensor:
+    generator = torch.Generator().manual_seed(batch * length)
+    return torch.randint(CONFIG.vocab, (batch, length), generator=generator).to(DEVICE)
+
+
+def close(got: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+    assert (got - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def test_logits(monkeypatch, ran):
+    m, x = model(), tokens(2, 13)
+    outputs = []
+    for kernels in (False, True):
+        use(monkeypatch, kernels)
+        outputs.append(m(x).detach())
+    close(outputs[1], outputs[0])
+    assert ran["attend_expanded"] == ran["attend_flash"] == 1 and ran["experts_fused"] == 1
+
+
+def test_losses_and_every_gradient_with_dropping(monkeypatch, ran):
+    m, x = model().train(), tokens(2, 12)
+    found = []
+    for kernels in (False, True):
+        use(monkeypatch, kernels)
+        m.zero_grad()
+        losses = m.losses(x, x.roll(-1, 1), with_load=True)
+        losses.total.backward()
+        assert losses.load[0].dropped > 0
+        found.append((losses.total.detach(), [p.grad for p in m.parameters()]))
+    close(found[1][0], found[0][0])
+    largest = max(g.abs().max() for g in found[0][1])
+    for got, expected in zip(found[1][1], found[0][1], strict=True):
+        assert expected.abs().max() > 0
+        assert (got - expected).abs().max() <= 1e-5 * largest
+    assert ran["attend_flash"] == 1 and ran["experts_fused"] == 1
+
+
+@pytest.mark.parametrize(("kind", "kernel"), [("latent", "attend_latent"),
+                                              ("six_bit", "attend_six_bit")])
+@torch.no_grad()
+def test_cached_decoding_of_ragged_sequences(monkeypatch, ran, kind, kernel):
+    m, prompt = model(), tokens(2, 11)
+    outputs = []
+    for kernels in (False, True):
+        use(monkeypatch, kernels)
+        cache = m.new_cache(2, 24, kind)
+        parts = [m.head(m.hidden(prompt, cache, lengths=[11, 7]))[:, :7]]     # the real ones
+        parts += [m(tokens(2, n), cache) for n in (1, 2, 1)]
+        outputs.append(torch.cat(parts, 1))
+    close(outputs[1], outputs[0])
+    assert ran[kernel] == 3 and ran["attend_flash"] == 1 and ran["experts_fused"] == 4
+
+
+def test_without_a_gpu_the_twins_run_and_the_model_says_so():
+    m = model().cpu()
+    words = m.describe()
+    assert all(name not in words for name in KERNELS)
+    assert "attend_expanded" in words and "attend_absorbed" in words
+    x = torch.zeros(1)
+    for twin in (attend_expanded, attend_absorbed, attend_packed):
+        assert attention_form(twin, x, cached=True) is twin
+    assert experts_form(experts_padded, x) is experts_padded
+
+
+def test_with_kernels_the_model_says_so(monkeypatch):
+    use(monkeypatch, True)
+    assert model().describe().endswith(
+        "prompt: attend_flash, experts_fused; decode: attend_latent, experts_fused")
+
+
+def test_which_tensors_kernels_serve(monkeypatch):
+    class Like:
+        def __init__(self, device: str, dtype: torch.dtype) -> None:
+            self.device, self.dtype = torch.device(device), dtype
+
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert kernel_choice.kernels_serve(Like("cuda:0", dtype))
+        assert not kernel_choice.kernels_serve(Like("cpu", dtype))
+    assert not kernel_choice.kernels_serve(Like("cuda", torch.float64))
+    monkeypatch.setattr(kernel_choice, "find_spec", lambda name: None)
+    assert not kernel_choice.kernels_serve(Like("cuda", torch.bfloat16))
+
+
+def test_where_a_twin_stays_though_there_is_a_kernel(monkeypatch):
+    use(monkeypatch, True)
+    x = torch.zeros(1, device=DEVICE)
+    for twin in (attend_absorbed, attend_packed):            # decoding that wants a gradient
+        assert attention_form(twin, x, cached=True) is twin
+    with torch.autocast(DEVICE, torch.float16), torch.no_grad():
+        for twin in (attend_expanded, attend_absorbed, attend_packed):
+            assert attention_form(twin, x, cached=True) is twin
+        assert attention_form(attend_expanded, x, cached=False).__name__ == "attend_flash"
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")         # of torch's norms under autocast
+def test_training_under_autocast(monkeypatch, ran):
+    """Half precision in the matrices only: near the fp32 losses, and a gradient for all."""
+    m, x = model().train(), tokens(2, 12)
+    use(monkeypatch, False)
+    expected = m.losses(x, x).total
+    use(monkeypatch, True)
+    with torch.autocast(DEVICE, torch.float16):
+        losses = m.losses(x, x).total
+    losses.backward()
+    close(losses, expected, 2e-2)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in m.parameters())
+    assert ran["experts_fused_autocast"] == 1 and ran["attend_flash"] == 1
+
+
+def test_experts_under_autocast_multiply_in_its_dtype(monkeypatch):
+    use(monkeypatch, True)
+    g = torch.Generator().manual_seed(0)
+    x, gate, up, down = (torch.randn(*shape, generator=g).to(DEVICE) for shape in
+                         ((5, 12), (3, 10, 12), (3, 10, 12), (3, 12, 10)))
+    indices = torch.tensor([[0, 2], [1, 2], [0, 1], [0, 2], [2, 1]], device=DEVICE)
+    gates = torch.rand(5, 2, generator=g).to(DEVICE)
+    with torch.autocast(DEVICE, torch.float16):
+        form = experts_form(experts_loop, x)
+        out = form(x, indices, gates, gate, up, down)
+    assert out.dtype == torch.float16
+    close(out.float(), experts_loop(x, indices, gates, gate, up, down), 5e-3)
+
+
+def test_the_package_works_where_triton_does_not_exist():
+    """And on a CPU nothing imports it where it does."""
+    program = """
+import sys
+sys.modules["triton"] = None
+import torch
+from dsv2_ref.config import TINY
+from dsv2_ref.inference.generate import generate
+from dsv2_ref.model import DeepSeekV2
+model = DeepSeekV2(TINY)
+generate(model, torch.zeros(1, 3, dtype=torch.int64), 2)
+model.losses(torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, 3, dtype=torch.int64))
+print(model.describe())
+assert not any(name.startswith("dsv2_ref.kernels.") and name != "dsv2_ref.kernels.fp8"
+               for name in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                          env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "attend_expanded" in done.stdout

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: MIT
+"""Selection and sort kernels against their twins in moe/, index by index.
+
+Without a CUDA device the kernels run in Triton's interpreter."""
+
+import os
+
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import triton  # noqa: E402
+from loops import normal  # noqa: E402
+from refusals import refused  # noqa: E402
+
+from dsv2_ref.kernels.route_tokens import (  # noqa: E402
+    select_device_limited_fused,
+    select_greedy_fused,
+    sort_slots_fused,
+)
+from dsv2_ref.moe.experts import sort_slots  # noqa: E402
+from dsv2_ref.moe.routing import select_device_limited, select_greedy  # noqa: E402
+
+
+def scores(seed: int, n: int, n_routed: int) -> torch.Tensor:
+    return normal(seed, n, n_routed).softmax(-1).float().to(DEVICE)
+
+
+@pytest.mark.parametrize("n", [0, 1, 31, 32, 33, 97])
+@pytest.mark.parametrize(("n_routed", "top_k"), [(64, 6), (13, 4), (8, 8), (1, 1)])
+def test_greedy_takes_the_twins_experts(n, n_routed, top_k):
+    s = scores(n_routed, n, n_routed)
+    chosen = select_greedy_fused(s, top_k)
+    assert chosen.dtype == torch.int64 and torch.equal(chosen, select_greedy(s, top_k))
+
+
+@pytest.mark.parametrize("n", [1, 97])
+@pytest.mark.parametrize(("n_routed", "top_k", "n_devices", "max_devices"),
+                         [(160, 6, 8, 3), (15, 4, 5, 2), (12, 3, 3, 1), (12, 3, 3, 3)])
+def test_device_limited_takes_the_twins_experts(n, n_routed, top_k, n_devices, max_devices):
+    s = scores(2, n, n_routed)
+    args = (top_k, n_devices, max_devices)
+    chosen = select_device_limited_fused(s, *args)
+    assert torch.equal(chosen, select_device_limited(s, *args))
+    if max_devices < n_devices and n > 1:
+        assert not torch.equal(chosen, select_greedy(s, top_k))
+
+
+def test_a_device_is_worth_its_best_expert_and_not_its_two_best():
+    s = torch.tensor([[0.40, 0.02, 0.25, 0.24, 0.05, 0.04]], device=DEVICE)
+    assert select_device_limited_fused(s, 2, 3, 1).tolist() == [[0, 1]]
+
+
+def test_an_underflowed_affinity_does_not_escape_its_device():
+    s = torch.tensor([[0, 0, 0, 0, 1, 0], [0, 0, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0]], device=DEVICE)
+    chosen = select_device_limited_fused(s.float(), 2, 3, 1)
+    assert chosen.sort(-1).values.tolist() == [[4, 5], [2, 3], [0, 1]]
+
+
+def test_equal_affinities_go_to_the_smaller_index_and_nan_is_the_largest():
+    s = torch.tensor([[0.25, 0.25, 0.25, 0.25], [0.1, torch.nan, 0.3, 0.2], [torch.nan] * 4],
+                     device=DEVICE)
+    assert select_greedy_fused(s, 3)[:2].tolist() == [[0, 1, 2], [1, 2, 3]]
+    assert select_greedy_fused(s, 3)[2].max() < 4
+
+
+def test_rows_need_not_be_contiguous_and_may_be_fp64():
+    s = scores(3, 12, 40).T.double()
+    assert not s.is_contiguous()
+    assert torch.equal(select_greedy_fused(s, 5), select_greedy(s, 5))
+
+
+def same_as_twin(indices: torch.Tensor, n_routed: int, keep: torch.Tensor | None = None) -> None:
+    order, offsets = sort_slots_fused(indices, n_routed, keep)
+    expected, counts = sort_slots(indices, n_routed, keep)
+    assert order.dtype == offsets.dtype == torch.int32
+    assert offsets[0] == 0 and torch.equal(offsets.diff().long(), counts)
+    assert torch.equal(order[: offsets[-1]].long(), expected)
+
+
+@pytest.mark.parametrize("dropping", [False, True])
+@pytest.mark.parametrize(("n", "top_k", "n_routed"),
+                         [(0, 3, 5), (1, 1, 1), (1, 6, 64), (42, 3, 7), (43, 3, 9), (64, 4, 160),
+                          (97, 6, 64)])
+def test_slots_are_sorted_as_the_twin_sorts_them(n, top_k, n_routed, dropping):
+    indices = scores(4, n, n_routed).topk(top_k, -1).indices
+    keep = (normal(5, n, top_k) > -0.4).to(DEVICE) if dropping else None
+    same_as_twin(indices, n_routed, keep)
+
+
+def test_one_expert_may_get_all_and_others_none():
+    indices = torch.full((150, 2), 3, device=DEVICE)
+    same_as_twin(indices, 6)
+    same_as_twin(indices, 6, torch.zeros(150, 2, dtype=torch.bool, device=DEVICE))
+    same_as_twin(indices.int().T[:1].T, 4)                         # strided, int32
+
+
+def test_what_is_not_asked_for_is_refused():
+    s, i = scores(6, 3, 12), torch.zeros(3, 2, dtype=torch.int64, device=DEVICE)
+    refused(lambda: select_greedy_fused(s, 13), "top_k", 13, "1 to 12")
+    refused(lambda: select_device_limited_fused(s, 5, 3, 1), "top_k", 5, "1 to 4")
+    refused(lambda: select_device_limited_fused(s, 2, 5, 1), "n_devices", "divisor of E = 12")
+    refused(lambda: select_device_limited_fused(s, 2, 3, 4), "max_devices", "n_devices = 3")
+    refused(lambda: select_greedy_fused(i, 1), "s", "int64")
+    refused(lambda: sort_slots_fused(s, 4), "indices", "float32")
+    refused(lambda: sort_slots_fused(i, 4, i), "keep", "int64", "bool")
+    refused(lambda: sort_slots_fused(i, 4, i[:1].bool()), "keep", "(3, 2)")
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="is about machines without one")
+def test_a_cpu_without_the_interpreter_is_refused(monkeypatch):
+    compiled = object.__new__(triton.JITFunction)
+    monkeypatch.setitem(sort_slots_fused.__globals__, "_select_kernel", compiled)
+    refused(lambda: select_greedy_fused(scores(7, 3, 4), 2), "s", "cpu", "TRITON_INTERPRET=1")
+    refused(lambda: sort_slots_fused(torch.zeros(3, 2).long(), 4), "indices", "CUDA device")
