@@ -44,9 +44,12 @@ def attention_form(twin: Form, x: Tensor, cached: bool) -> Form:
     return attend_latent
 
 
-def experts_form(twin: Form, x: Tensor) -> Form:
-    """The kernel in place of `twin`, one of the experts_ functions, for tokens such as x."""
-    if not kernels_serve(x):
+def experts_form(twin: Form, x: Tensor, weights: object) -> Form:
+    """The kernel in place of `twin`, one of the experts_ functions, for tokens such as x.
+
+    Weights that are no plain tensors (FP8, dequantised where they are used) keep the twin.
+    """
+    if not kernels_serve(x) or not isinstance(weights, Tensor):
         return twin
     if torch.is_autocast_enabled(x.device.type):
         return experts_fused_autocast

@@ -43,11 +43,7 @@ from dsv2_ref.moe.balance import (
     expert_balance_loss,
 )
 from dsv2_ref.moe.dropping import keep_within_budget
-from dsv2_ref.moe.experts import (
-    FeedForward,
-    MixtureOfExperts,
-    choose_experts,
-)
+from dsv2_ref.moe.experts import FeedForward, MixtureOfExperts, choose_experts
 from dsv2_ref.moe.routing import Router, Routing
 
 Cache = LatentCache | SixBitCache
@@ -118,9 +114,8 @@ class Block(nn.Module):
 
     def forward(self, h: Tensor, run: _Pass) -> Tensor:
         """h (B, T, d) -> (B, T, d)."""
-        h = h + self.attention(
-            self.norm_attention(h), run.cos, run.sin, run.attend, run.cache, self.layer
-        )
+        h = h + self.attention(self.norm_attention(h), run.cos, run.sin, run.attend, run.cache,
+                               self.layer)
         x = self.norm_ffn(h)
         if not self.config.is_moe(self.layer):
             return h + self.ffn(x)
@@ -133,7 +128,8 @@ class Block(nn.Module):
         if run.load is not None:
             run.load.append(self._load(routing, keep, B))
         c = self.config
-        form = experts_form(choose_experts(x, c.top_k, c.n_routed, c.expert_width), x)
+        twin = choose_experts(x, c.top_k, c.n_routed, c.expert_width)
+        form = experts_form(twin, x, self.experts.W_gate)
         h = self.experts(h.flatten(0, 1), x, routing.indices, routing.gates, form, keep)
         return h.unflatten(0, (B, T))
 
@@ -155,8 +151,7 @@ class Block(nn.Module):
             balance[1] = balance[1] + device_balance_loss(s, indices, c.alpha_device, c.n_devices)
         if c.alpha_comm:
             balance[2] = balance[2] + communication_balance_loss(
-                s, indices, c.alpha_comm, c.n_devices, c.reach
-            )
+                s, indices, c.alpha_comm, c.n_devices, c.reach)
 
     def _load(self, routing: Routing, keep: Tensor | None, B: int) -> Load:
         c = self.config
@@ -188,10 +183,8 @@ class DeepSeekV2(nn.Module):
         """tokens (B, T) int64 -> logits (B, T, vocab); appends to `cache` and advances it."""
         return self.head(self.hidden(tokens, cache))
 
-    def hidden(
-        self, tokens: Tensor, cache: Cache | None = None,
-        lengths: Sequence[int] | None = None,
-    ) -> Tensor:
+    def hidden(self, tokens: Tensor, cache: Cache | None = None,
+               lengths: Sequence[int] | None = None) -> Tensor:
         """tokens (B, T) -> what the head reads, (B, T, d).
 
         With a cache, `lengths` says how many of the T tokens of each sequence are real, the rest
@@ -248,9 +241,11 @@ class DeepSeekV2(nn.Module):
         """One line: size, device, dtype and which algorithms will run."""
         c, weight = self.config, self.embedding.weight
         n = sum(p.numel() for p in self.parameters())
+        W_gate = getattr(getattr(self.blocks[-1], "experts", None), "W_gate", weight)
         with torch.no_grad():
-            many, one = (experts_form(choose_experts(x, c.top_k, c.n_routed, c.expert_width), x)
-                         for x in (weight[:1].expand(rows, -1) for rows in (4096, 1)))
+            twins = (choose_experts(weight[:1].expand(rows, -1), c.top_k, c.n_routed,
+                                    c.expert_width) for rows in (4096, 1))
+            many, one = (experts_form(twin, weight, W_gate) for twin in twins)
             read, decode = (attention_form(attend, weight, cached=True)
                             for attend in (attend_expanded, attend_absorbed))
         return (f"{n / 1e6:.2f}M parameters on {weight.device} in {str(weight.dtype)[6:]}; "

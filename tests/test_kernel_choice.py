@@ -20,6 +20,7 @@ from dsv2_ref import kernel_choice
 from dsv2_ref.attention.cache_quant import attend_packed
 from dsv2_ref.attention.mla import attend_absorbed, attend_expanded
 from dsv2_ref.config import TINY
+from dsv2_ref.inference.fp8_model import quantise_model
 from dsv2_ref.kernel_choice import attention_form, experts_form
 from dsv2_ref.model import DeepSeekV2
 from dsv2_ref.moe.experts import experts_loop, experts_padded
@@ -121,13 +122,22 @@ def test_without_a_gpu_the_twins_run_and_the_model_says_so():
     x = torch.zeros(1)
     for twin in (attend_expanded, attend_absorbed, attend_packed):
         assert attention_form(twin, x, cached=True) is twin
-    assert experts_form(experts_padded, x) is experts_padded
+    assert experts_form(experts_padded, x, x) is experts_padded
 
 
 def test_with_kernels_the_model_says_so(monkeypatch):
     use(monkeypatch, True)
     assert model().describe().endswith(
         "prompt: attend_flash, experts_fused; decode: attend_latent, experts_fused")
+
+
+def test_fp8_experts_keep_the_twin(monkeypatch):
+    use(monkeypatch, True)
+    m = quantise_model(model())
+    assert m.describe().endswith(
+        "prompt: attend_flash, experts_padded; decode: attend_latent, experts_loop")
+    with torch.no_grad():
+        assert m(tokens(1, 5).to(DEVICE)).isfinite().all()
 
 
 def test_which_tensors_kernels_serve(monkeypatch):
@@ -177,7 +187,7 @@ def test_experts_under_autocast_multiply_in_its_dtype(monkeypatch):
     indices = torch.tensor([[0, 2], [1, 2], [0, 1], [0, 2], [2, 1]], device=DEVICE)
     gates = torch.rand(5, 2, generator=g).to(DEVICE)
     with torch.autocast(DEVICE, torch.float16):
-        form = experts_form(experts_loop, x)
+        form = experts_form(experts_loop, x, gate)
         out = form(x, indices, gates, gate, up, down)
     assert out.dtype == torch.float16
     close(out.float(), experts_loop(x, indices, gates, gate, up, down), 5e-3)
