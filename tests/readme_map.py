@@ -14,7 +14,7 @@ import dsv2_ref
 ROOT = Path(__file__).parent.parent
 MARKS = ("<!-- the map: made by `make map` -->\n", "<!-- end of the map -->\n")
 LINE = re.compile(
-    r"^  (?P<section>\d\S*(?: \S+)*)  +(?P<file>\w+/\w+\.py)  +(?P<notebooks>\d\d(?: \d\d)*)  +"
+    r"^  (?P<section>\d\S*(?: \S+)*)  +(?P<file>\w+/\w+\.py) +(?P<notebooks>\d\d(?: \d\d)*) +"
     r"(?P<what>\S+(?: \S+)*?)(?: +(?P<equations>\(\d+\)(?:[- ]\(\d+\))*))?$", re.M)
 
 
