@@ -37,7 +37,7 @@ DRAW = {
     "mla_flow, plain queries": lambda: figures.mla_flow(2048, 16, 128, 64, 128, 512),
     "turned_pair": lambda: figures.turned_pair((2, 1), math.pi / 6, range(5)),
     "pair_clocks": lambda: figures.pair_clocks(FREQUENCIES, [0, 1, 10, 1000], [0, 16, 31]),
-    "losses_by_position": lambda: figures.losses_by_position([4, 8, 256], CURVES),
+    "losses_by_position": lambda: figures.losses_by_position([1, 4, 8, 256], CURVES),
     "angle_errors": lambda: figures.angle_errors(
         [15, 1023, 131_071], {"fp32": [1e-7, 1e-5, 1.7e-3], "bf16": [0.01, 1.0, 57.4]}),
     "errors_by_position": lambda: figures.errors_by_position(
@@ -95,7 +95,7 @@ def test_texts_stay_in_the_figure_and_in_their_boxes(name):
     ("groups_like_mla", ("keys and values in a layer (groups of heads)", "numbers a token")),
     ("turned_pair", ("first number of the pair", "second number of the pair")),
     ("pair_clocks", ("pair of numbers", "position")),
-    ("losses_by_position", ("position in the text (tokens, up to)", "loss (nats a token)")),
+    ("losses_by_position", ("position in the text (tokens)", "mean loss (nats a token)")),
     ("angle_errors", ("position", "largest error of an angle (rad)")),
     ("errors_by_position", ("position (tokens)", "error relative to the output")),
     ("yarn_pairs", ("pair of numbers", "turns in 4,096 positions")),
@@ -116,7 +116,7 @@ def test_titles_state_the_message_from_the_data():
         "mla_flow, plain queries": "would be 5,120",
         "turned_pair": "turns the pair by 30°",
         "pair_clocks": "Pair 0 turns once in 6.28 positions, pair 31 in 47,117",
-        "losses_by_position": "wrong: +0.02 nats up to token 8, +1.70 up to token 256",
+        "losses_by_position": "wrong: +0.02 nats at tokens 4–7, +1.70 at 8–255",
         "angle_errors": "bf16: off by 57 rad at position 131,071",
         "errors_by_position": "A factor: error 0 at position 0, at least 0.1 after it",
         "yarn_pairs": "YaRN keeps 11 of 32 pairs, divides 9, mixes the 12 between",
@@ -179,6 +179,7 @@ def test_only_the_cached_row_is_solid_in_the_flow():
         assert kept == ["$k^R$   64", "$c^{KV}$   512"]
         assert any("c^Q" in t and latent in t for t in drawn)
     equations = "".join(texts(DRAW["mla_flow"]()))
+    assert r"q_{t,i}\cdot k_{j,i}" in equations and "v^C_{j,i}" in equations
     assert all(f"({n})" in equations for n in range(37, 48))
     assert "(37)" not in "".join(texts(DRAW["mla_flow, plain queries"]()))
 
@@ -200,6 +201,14 @@ def test_clocks_show_position_times_frequency():
             assert (x0, y0) == (j, i) and abs(off - round(off)) < 1e-9
 
 
+def test_losses_stand_over_the_positions_they_are_the_mean_of():
+    ax = DRAW["losses_by_position"]().axes[0]
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["1–3", "4–7", "8–255"]
+    assert ax.get_xticks().tolist() == ax.lines[0].get_xdata().tolist() == [0, 1, 2]
+    assert [line.get_ydata().tolist() for line in ax.lines] == list(CURVES.values())
+    assert ax.get_ylim()[0] == 0
+
+
 def test_turns_under_yarn():
     before, after, _ = (line.get_ydata() for line in DRAW["yarn_pairs"]().axes[0].lines)
     assert np.isclose(before[0], 4096 / (2 * math.pi)) and (before[:11] == after[:11]).all()
@@ -215,7 +224,8 @@ def test_turns_under_yarn():
     (lambda: figures.shared_heads(8, 8), "groups: 8, expected more than 1"),
     (lambda: figures.turned_pair((0, 0), 1.0, [0]), r"pair: \(0, 0\)"),
     (lambda: figures.pair_clocks(FREQUENCIES, [0], [32]), r"pairs: \[32\], expected .* to 31"),
-    (lambda: figures.losses_by_position([4, 8], CURVES), r"curves: lengths \[3, 3\]"),
+    (lambda: figures.losses_by_position([4, 8, 16], CURVES), r"curves: lengths \[3, 3\]"),
+    (lambda: figures.losses_by_position([4, 8], CURVES), r"edges: \[4, 8\], expected at least"),
 ])
 def test_bad_input_is_refused_in_one_line(call, message):
     with pytest.raises(ValueError, match=message):

@@ -248,8 +248,9 @@ _FLOW_ARROWS = (
 def mla_flow(
     d: int, n_h: int, d_h: int, d_r: int, d_v: int, d_c: int, d_cq: int | None = None
 ) -> Figure:
-    """What MLA makes of one token, with sizes and equations; what it keeps is solid and blue.
+    """What MLA makes of one token t, with sizes and equations; what it keeps is solid and blue.
 
+    Only (46) looks at other tokens, j = 1 to t; in every other box t is left out.
     d_cq = None: queries are not compressed, c^Q is h itself.
     """
     expanded = n_h * (d_h + d_r + d_v)
@@ -266,8 +267,8 @@ def mla_flow(
         "v_c": (f"$v^C_i$   {n_h}\u00d7{d_v}", 12.6, 4.2, 1.8),
         "q": (f"$q_i=[q^C_i;\\,q^R_i]$   {n_h}\u00d7{d_h + d_r}", 2.8, 6.0, 3.0),
         "k": (f"$k_i=[k^C_i;\\,k^R]$   {n_h}\u00d7{d_h + d_r}", 8.2, 6.0, 3.0),
-        "o": (r"$o_i=\sum_j\ \mathrm{softmax}_j\ (q_i\cdot k_j\,/\sqrt{d_h+d_h^R})\ v_j$"
-              f"   {n_h}\u00d7{d_v}", 6.8, 7.7, 6.4),
+        "o": (r"$o_{t,i}=\sum_{j\leq t}\,\mathrm{softmax}_j\,(q_{t,i}\cdot k_{j,i}\,/"
+              r"\sqrt{d_h+d_h^R})\ v^C_{j,i}$" f"   {n_h}\u00d7{d_v}", 6.8, 7.7, 7.4),
         "u": (f"$u$   {d}", 6.8, 9.35, 1.7),
     }
     for start, end, text, shift in _FLOW_ARROWS:

@@ -107,18 +107,24 @@ def _lines(x: Any, curves: Mapping[str, Any], title: str, xlabel: str, ylabel: s
 
 
 @styled
-def losses_by_position(positions: Sequence[int], curves: Mapping[str, Any]) -> Figure:
-    """Loss in nats a token at growing positions; the first curve is right, the second is wrong."""
+def losses_by_position(edges: Sequence[int], curves: Mapping[str, Any]) -> Figure:
+    """Mean loss, nats a token, of groups of positions; the first curve is right, the second wrong.
+
+    edges: group i is positions edges[i] to edges[i + 1] - 1, so there is one edge more than groups.
+    """
+    if len(edges) < 3:
+        raise ValueError(f"edges: {list(edges)}, expected at least three, for two groups")
+    groups = [f"{a}\u2013{b - 1}" for a, b in zip(edges, edges[1:])]
     (_, right), (name, wrong) = list(curves.items())[:2]
-    figure = _lines(positions, curves,
-                    f"{name}: {wrong[1] - right[1]:+.2f} nats up to token {positions[1]}, "
-                    f"{wrong[-1] - right[-1]:+.2f} up to token {positions[-1]}",
-                    "position in the text (tokens, up to)", "loss (nats a token)")
+    figure = _lines(range(len(groups)), curves,
+                    f"{name}: {wrong[1] - right[1]:+.2f} nats at tokens {groups[1]}, "
+                    f"{wrong[-1] - right[-1]:+.2f} at {groups[-1]}",
+                    "position in the text (tokens)", "mean loss (nats a token)")
     ax = figure.axes[0]
-    ax.set_xscale("log", base=2)
-    ax.set_xticks(positions, [str(n) for n in positions])
-    ax.set_ylim(bottom=0)
-    ax.minorticks_off()
+    for line in ax.lines:
+        line.set(marker="o", markersize=5)
+    ax.set_xticks(range(len(groups)), groups)
+    ax.set(xlim=(-0.4, len(groups) - 0.6), ylim=(0, None))
     return figure
 
 
