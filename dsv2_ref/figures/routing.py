@@ -57,15 +57,15 @@ def _table(values: np.ndarray, rows: Sequence[str], form: str, label: str, title
 
 @styled
 def expert_lift(lift: Any, kinds: Sequence[str]) -> Figure:
-    """How often tokens of a kind choose an expert, relative to all tokens.
+    """What weight an expert has for tokens of a kind, relative to all tokens.
 
-    lift (kinds, experts): share of a kind's slots that the expert gets, over its share of all.
+    lift (kinds, experts): the expert's share of a kind's gates, over its share of all gates.
     """
     lift = _matrix("lift", lift, len(kinds))
     kind, expert = np.unravel_index(lift.argmax(), lift.shape)
-    return _table(lift, kinds, ".1f", "chosen (all tokens = 1)",
-                  f"“{kinds[kind]}” chooses expert {expert} {lift.max():.1f} times as often "
-                  "as all tokens do", 0, 2, "PuOr_r")
+    return _table(lift, kinds, ".1f", "share of the gates (all tokens = 1)",
+                  f"“{kinds[kind]}”: expert {expert} gets {lift.max():.1f} times its usual share "
+                  "of the gates", 0, 2, "PuOr_r")
 
 
 @styled
@@ -189,28 +189,30 @@ def device_limit_slider(scores: Any, top_k: int, n_devices: int) -> Any:
 
 @styled
 def limit_quality(runs: Sequence[Mapping[str, float]]) -> Figure:
-    """Held-out bits a byte of models trained with each limit M, one dot a seed.
+    """What each limit M changes against the largest, which is none, within each seed.
 
     runs: records with `max_devices`, `seed` and `bits_per_byte`, every seed with every M.
     """
     limits = sorted({run["max_devices"] for run in runs})
     seeds = sorted({run["seed"] for run in runs})
     table = {(run["max_devices"], run["seed"]): run["bits_per_byte"] for run in runs}
-    if not runs or len(table) != len(limits) * len(seeds):
+    if len(limits) < 2 or len(table) != len(limits) * len(seeds):
         raise ValueError(f"runs: {len(table)} for {len(limits)} limits and {len(seeds)} seeds, "
-                         "expected each seed with each limit")
+                         "expected each seed with each of at least two limits")
     bits = np.array([[table[m, seed] for m in limits] for seed in seeds])        # (seeds, limits)
-    mean = bits.mean(0)
-    between, within = np.ptp(mean) / mean.mean(), np.ptp(bits, 0).max() / mean.mean()
+    change = 100 * (bits[:, :-1] / bits[:, -1:] - 1)
     figure = Picture(7.6, 4.0)
     ax = figure.subplots()
-    for marker, seed, row in zip("o^sDv", seeds, bits):
-        ax.plot(limits, row, marker, color="#777777", ms=6, label=f"seed {seed}")
-    ax.plot(limits, mean, color=CHOSEN, marker="_", ms=16, mew=2.5, label="mean")
-    ax.set_xticks(limits)
+    ax.axhline(0, color=INK, lw=1.0, label="no limit")
+    for marker, seed, row, aside in zip("o^sDv", seeds, change, np.arange(len(seeds)) / 12):
+        ax.plot(np.add(limits[:-1], aside - (len(seeds) - 1) / 24), row, marker, color="#777777",
+                ms=6, label=f"seed {seed}")
+    ax.plot(limits[:-1], change.mean(0), "_", color=CHOSEN, ms=16, mew=2.5, label="mean")
+    ax.set_xticks(limits[:-1])
+    ax.margins(x=0.2, y=0.15)
     ax.grid(True, axis="y")
-    ax.set(xlabel="limit M (devices a token may reach)", ylabel="held-out text (bits a byte)",
-           title=f"Means differ by {100 * between:.1f} % between limits, "
-                 f"one limit's seeds by up to {100 * within:.1f} %")
+    ax.set(xlabel="limit M (devices a token may reach)", ylabel="bits a byte against no limit (%)",
+           title=f"Within one seed a limit changes bits a byte by {change.min():+.1f} to "
+                 f"{change.max():+.1f} %")
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
