@@ -10,8 +10,9 @@ Ours (kernels/latent_decode.py, kernel and combining) against
 16 heads (V2-Lite) are bound by reading the cache, 128 (V2) by the matrix units. Queries are in the
 latent already: W_UK and W_UV are the same products for everyone, and in nobody's time.
 
-`candidates` has the times of all the tiles that could be the default, on contiguous rows and on pages in random order. Every form that is timed is compared with
-fp32 first; one that is wrong or does not launch has the reason in place of a time.
+`candidates` has the times of all the tiles that could be the default, on contiguous rows and on
+pages in random order. Every form that is timed is compared with fp32 first; one that is wrong or
+does not launch has the reason in place of a time.
 """
 
 import os
