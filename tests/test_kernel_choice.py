@@ -25,6 +25,8 @@ from dsv2_ref.kernel_choice import attention_form, experts_form
 from dsv2_ref.model import DeepSeekV2
 from dsv2_ref.moe.experts import experts_loop, experts_padded
 
+# Triton 3.6's interpreter with numpy 2.3
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CONFIG = TINY.with_(
     vocab=101, d=52, n_layers=2, n_h=3, d_h=10, d_r=6, d_v=14, d_c=20, d_cq=22, dense_width=58,
