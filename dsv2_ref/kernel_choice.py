@@ -44,6 +44,15 @@ def attention_form(twin: Form, x: Tensor, cached: bool) -> Form:
     return attend_latent
 
 
+def selection_form(twin: Form, x: Tensor) -> Form:
+    """The kernel in place of `twin`, select_device_limited, for affinities of tokens such as x."""
+    if not kernels_serve(x):
+        return twin
+    from dsv2_ref.kernels.route_tokens import select_device_limited_fused
+
+    return select_device_limited_fused
+
+
 def experts_form(twin: Form, x: Tensor, weights: object) -> Form:
     """The kernel in place of `twin`, one of the experts_ functions, for tokens such as x.
 

@@ -35,7 +35,7 @@ from dsv2_ref.attention.rope import (
 )
 from dsv2_ref.config import Config
 from dsv2_ref.cross_entropy import IGNORED, linear_cross_entropy
-from dsv2_ref.kernel_choice import attention_form, experts_form
+from dsv2_ref.kernel_choice import attention_form, experts_form, selection_form
 from dsv2_ref.moe.balance import (
     communication_balance_loss,
     device_balance_loss,
@@ -44,7 +44,7 @@ from dsv2_ref.moe.balance import (
 )
 from dsv2_ref.moe.dropping import keep_within_budget
 from dsv2_ref.moe.experts import FeedForward, MixtureOfExperts, choose_experts
-from dsv2_ref.moe.routing import Router, Routing
+from dsv2_ref.moe.routing import Router, Routing, select_device_limited
 
 Cache = LatentCache | SixBitCache
 
@@ -121,7 +121,7 @@ class Block(nn.Module):
             return h + self.ffn(x)
         B, T, _ = h.shape
         x = x.flatten(0, 1)                                              # (N, d)
-        routing = self.router(x)
+        routing = self.router(x, selection_form(select_device_limited, x))
         keep = self._keep(routing, run, T)
         if run.balance is not None:
             self._add_balance(routing, run.balance, B)

@@ -21,9 +21,10 @@ from dsv2_ref.attention.cache_quant import attend_packed
 from dsv2_ref.attention.mla import attend_absorbed, attend_expanded
 from dsv2_ref.config import TINY
 from dsv2_ref.inference.fp8_model import quantise_model
-from dsv2_ref.kernel_choice import attention_form, experts_form
+from dsv2_ref.kernel_choice import attention_form, experts_form, selection_form
 from dsv2_ref.model import DeepSeekV2
 from dsv2_ref.moe.experts import experts_loop, experts_padded
+from dsv2_ref.moe.routing import select_device_limited
 
 # Triton 3.6's interpreter with numpy 2.3
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
@@ -49,7 +50,7 @@ def ran(monkeypatch) -> Counter:
         return chosen
 
     import dsv2_ref.model as assembly
-    for name in ("attention_form", "experts_form"):
+    for name in ("attention_form", "experts_form", "selection_form"):
         monkeypatch.setattr(assembly, name, counting(getattr(kernel_choice, name)))
     return counts
 
@@ -80,6 +81,7 @@ def test_logits(monkeypatch, ran):
         outputs.append(m(x).detach())
     close(outputs[1], outputs[0])
     assert ran["attend_expanded"] == ran["attend_flash"] == 1 and ran["experts_fused"] == 1
+    assert ran["select_device_limited_fused"] == 1
 
 
 def test_losses_and_every_gradient_with_dropping(monkeypatch, ran):
@@ -125,6 +127,7 @@ def test_without_a_gpu_the_twins_run_and_the_model_says_so():
     for twin in (attend_expanded, attend_absorbed, attend_packed):
         assert attention_form(twin, x, cached=True) is twin
     assert experts_form(experts_padded, x, x) is experts_padded
+    assert selection_form(select_device_limited, x) is select_device_limited
 
 
 def test_with_kernels_the_model_says_so(monkeypatch):

@@ -24,6 +24,7 @@ a token.
 Copy with: nothing.  Needs: torch.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -85,14 +86,14 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(n_routed, d))
         nn.init.normal_(self.weight, std=0.02)
 
-    def forward(self, u: Tensor) -> Routing:
-        """u (N, d) -> Routing."""
+    def forward(
+        self, u: Tensor, limited: Callable[..., Tensor] = select_device_limited
+    ) -> Routing:
+        """u (N, d) -> Routing; `limited` is `select_device_limited` or a function equal to it."""
         s = affinities(u, self.weight)                                       # (N, E)
         if self.max_devices is None:
             indices = select_greedy(s.detach(), self.top_k)                  # (N, K)
         else:
-            indices = select_device_limited(
-                s.detach(), self.top_k, self.n_devices, self.max_devices
-            )
+            indices = limited(s.detach(), self.top_k, self.n_devices, self.max_devices)
         g = s.gather(-1, indices) * self.scaling_factor                      # (N, K)           (21)
         return Routing(indices, g, s)
