@@ -78,6 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     names = [m.name for m in pkgutil.iter_modules(benches.__path__) if m.name[0] != "_"]
     p.add_argument("name", choices=names)
     p.add_argument("--quick", action="store_true", help="tiny sizes: does it run at all?")
+    p.add_argument("--only", metavar="STUDY", help="one study of ablations, as attention")
     p.add_argument("--json", action="store_true", help="on one line")
     return parser
 
@@ -92,7 +93,11 @@ def dispatch(args: dict) -> None:
         return
     if command == "bench":
         measure = importlib.import_module(f"dsv2_ref.bench.{args['name']}").run
-        print(json.dumps(measure(quick=args["quick"]), indent=None if args["json"] else 2))
+        if args["only"] is not None and args["name"] != "ablations":
+            raise ValueError(f"--only: {args['only']!r}, expected with ablations alone")
+        options = {} if args["only"] is None else {"only": args["only"]}
+        record = measure(quick=args["quick"], **options)
+        print(json.dumps(record, indent=None if args["json"] else 2))
         return
     if command == "copy":
         print(json.dumps(_copy(**args), indent=1))

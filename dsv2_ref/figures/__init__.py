@@ -2,8 +2,8 @@
 """Every plot and widget, in one style: `figures.cache_bars(...)`, `figures.save(...)`.
 
 style: colours, `Picture`, `save`; absorption: two orders of one attention; architecture: the whole
-model; cache: what is kept; experts: where tokens go; routing: what experts are for, and the limit on
-devices; training: runs.
+model; cache: what is kept; experts: where tokens go; routing: what experts are for, and the limit
+on devices; training: runs, and what one change does to them.
 """
 
 from dsv2_ref.figures.absorption import absorption_crossover, absorption_flops, absorption_regions
