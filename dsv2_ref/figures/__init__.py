@@ -3,7 +3,7 @@
 
 style: colours, `Picture`, `save`; absorption: two orders of one attention; architecture: the whole
 model; cache: what is kept; experts: where tokens go; routing: what experts are for, and the limit
-on devices; training: runs, and what one change does to them.
+on devices; studies: what one change does; training: runs.
 """
 
 from dsv2_ref.figures.absorption import absorption_crossover, absorption_flops, absorption_regions
@@ -27,6 +27,7 @@ from dsv2_ref.figures.routing import (
     limit_quality,
     token_routing,
 )
+from dsv2_ref.figures.studies import study_changes
 from dsv2_ref.figures.style import COLORS, GIB, INK, LENGTHS, MORE_COLORS, Picture, save, styled
 from dsv2_ref.figures.training import loss_curve
 
@@ -36,5 +37,5 @@ __all__ = [
     "batch_bars", "batch_slider", "cache_against_context", "cache_bars", "cache_growth",
     "cache_slider", "device_limit_slider", "device_messages", "device_traffic", "expert_lift",
     "expert_load", "flops_against_context", "limit_quality", "loss_curve", "parameter_shares",
-    "router_heat_map", "save", "saving_steps", "styled", "token_routing",
+    "router_heat_map", "save", "saving_steps", "study_changes", "styled", "token_routing",
 ]
