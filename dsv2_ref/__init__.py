@@ -17,14 +17,14 @@ table is made from it (`make map`), and a test compares it with the files and th
   3.2.3         kernels/fp8.py             12     FP8 weights in blocks of 128×128
 
   model.py          embedding, blocks, head; which of the equal algorithms runs
-  config.py         sizes; V2, LITE and three small presets; published config.json <-> ours
+  config.py         sizes; V2, LITE, a ladder and small presets; published config.json <-> ours
   checkpoint.py     published tensor names <-> ours; training states
   tensor_files.py   safetensors files of others, whatever is wrong with them told in one line
   cross_entropy.py  the loss without holding all logits
   cost.py           parameters, FLOPs, cache bytes, GPU hours
   paper.py          the paper's claims beside ours
   training/         tokenizer, corpora (stories: a grammar with a known entropy), data, recipe,
-                    optim, adamw8, memory, machine,
+                    ladder, optim, adamw8, memory, machine,
                     pretrain, run_folder (what survives a kill)
   inference/        generate, evaluate, fp8_model
   figures/          every plot and widget, in one style
