@@ -271,8 +271,8 @@ SMALL = TINY.with_(     # the main job
     n_routed=16, top_k=4, expert_width=64, max_positions=2048,
 )
 # The ladder, by activated parameters as `cost` counts them, the tied head among them. In V2's
-# proportions: d_c = 4 d_h, d_r = d_h / 2, 2 + 6 experts a token, a dense FFN as wide as those, M = 3
-# of D = 8; the gates of an even router sum to 0.6, as 16·6/160 is.
+# proportions: d_c = 4 d_h, d_r = d_h / 2, 2 + 6 experts a token, a dense FFN as wide as those,
+# M = 3 of D = 8; the gates of an even router sum to 0.6, as 16·6/160 is.
 M10 = TINY.with_(
     vocab=16384, d=256, n_layers=7, n_h=8, d_h=32, d_r=16, d_v=32, d_c=128, d_cq=192,
     dense_width=768, n_shared=2, n_routed=32, top_k=6, expert_width=96, n_devices=8, max_devices=3,

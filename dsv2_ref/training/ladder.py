@@ -20,8 +20,8 @@ Activated is `cost.activated_parameters`: what one token passes through, the hea
 Minutes are an estimate, not a measurement: the FLOPs of the steps (`cost.causal_training_flops`) at
 40 % of the 775 TFLOP/s that such a card's bf16 matmuls reach. The tokenizer and the encoding of the
 corpus, on the CPU, come on top; the tokens leave two of eight minutes for them. No GPU has run this
-yet: GPU numbers pending. At 20 tokens an activated parameter 10m would have read enough for a dense model of its size; the
-others would not.
+yet: GPU numbers pending. 10m reads 20 tokens an activated parameter, enough for a dense model of
+its size; the others read less.
 
 Rate and batch scale with the compute C of the run, as DeepSeek's dense models found them best
 (arXiv 2401.02954, equation 1): rate 0.3118·C^-0.1250 and batch 0.2920·C^0.3271 tokens. Deviations:
