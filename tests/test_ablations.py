@@ -67,7 +67,9 @@ def test_finer_experts_keep_total_and_activated_parameters(record):
     centroids = [8 * m * bench.ONE_DEVICE.d * 2 for m in (1, 2, 4)]          # of two MoE layers
     assert len({r["parameters"] - n for r, n in zip(runs, centroids, strict=True)}) == 1
     assert len({r["activated"] - n for r, n in zip(runs, centroids, strict=True)}) == 1
-    for config, _ in bench.settings("experts").values():
+    for run, (config, _) in zip(runs, bench.settings("experts").values(), strict=True):
+        idle = run["parameters"] - run["activated"]
+        assert idle == 2 * (config.n_routed - config.top_k) * 3 * config.d * config.expert_width
         assert config.reach == 1 and config.drop_capacity is None
 
 
@@ -103,10 +105,10 @@ def test_load_is_counted_in_fair_shares(monkeypatch):
         def __init__(self, *experts):
             self.experts = torch.tensor(experts)
 
-    layers = [Layer(0, 4, 4, 8), Layer(1, 1, 1, 1)]
+    layers = [Layer(0, 4, 4, 8), Layer(2, 98, 100, 200)]
     monkeypatch.setattr(bench, "held_out_load", lambda setup: layers)
-    assert bench.load_shares(None) == {"fullest": 1.5, "emptiest": 0.5, "dead": 1 / 8,
-                                       "gate_entropy": 1.5}
+    assert bench.load_shares(None) == {
+        "fullest": 2.0, "emptiest": pytest.approx(0.01), "dead": 1 / 8, "gate_entropy": 1.5}
 
 
 def test_summary_compares_seed_by_seed():

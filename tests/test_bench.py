@@ -135,9 +135,13 @@ def test_an_update_takes_the_mean_of_its_losses_and_clips() -> None:
     losses = [lambda row=row: layer(row).sum() for row in rows]
     _peer.update(layer, losses, torch.optim.SGD(layer.parameters(), lr=1.0))()
     assert torch.allclose(layer.weight, torch.tensor([[0.4, 0.2, 1.0]]))    # (15, 20, 0) / 25
+    layer.weight.data.fill_(1.0)
+    gentle = [lambda loss=loss: 0.02 * loss() for loss in losses]               # no clipping
+    _peer.update(layer, gentle, torch.optim.SGD(layer.parameters(), lr=1.0))()
+    assert torch.allclose(layer.weight, torch.tensor([[0.7, 0.6, 1.0]]))
     assert layer.weight.grad is None
     _peer.update(layer, losses, None)()
-    assert torch.allclose(layer.weight, torch.tensor([[0.4, 0.2, 1.0]]))
+    assert torch.allclose(layer.weight, torch.tensor([[0.7, 0.6, 1.0]]))
 
 
 def test_without_transformers_it_says_what_to_install(monkeypatch) -> None:
