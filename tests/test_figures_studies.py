@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: MIT
 """The figure of the studies: changes seed by seed, their bars, and a title that counts them."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from dsv2_ref import figures
+
+RESULTS = Path(__file__).parents[1] / "data" / "results"
 
 
 def runs(**changes):
@@ -39,8 +44,20 @@ def test_the_title_counts_what_stands_out_from_the_seeds():
 
     assert title(STUDIES).startswith("2 of 4 changes exceed two deviations")
     assert title({"balance": STUDIES["balance"]}).startswith("0 of 1")
+    assert title({"experts": STUDIES["experts"]}).startswith("1 of 1 changes exceeds two")
     one_seed = {"one": [run for run in STUDIES["experts"] if run["seed"] == 0]}
     assert title(one_seed).startswith("0 of 1")                  # nothing to tell chance by
+
+
+def test_the_committed_records_are_one_figure():
+    names = ("attention", "experts", "balance", "dropping")
+    records = [json.loads((RESULTS / f"ablations-{n}-2026-11-24.json").read_text()) for n in names]
+    assert len({json.dumps(r["training"]) for r in records}) == 1         # all trained alike
+    studies = {n: r["studies"][n]["runs"] for n, r in zip(names, records, strict=True)}
+    assert all(len({run["seed"] for run in runs}) == 3 for runs in studies.values())
+    axes = figures.study_changes(studies).axes
+    assert [ax.get_xlabel() for ax in axes] == list(names)
+    assert " of 9 changes " in axes[0].get_title(loc="left")
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4])

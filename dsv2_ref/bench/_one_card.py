@@ -3,7 +3,6 @@
 
 import gc
 import itertools
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,11 @@ WAYS = tuple(itertools.product(("sdpa", "eager"), ("grouped_mm", "eager"), ("aga
 
 
 def in_turns_as_wholes(
-    transformers: Any, config: Config, recipe: Recipe, updates: int, device: str, flops: float,
-    folder: Path,
-) -> dict[str, Any]:
+    transformers: Any, config: Config, recipe: Recipe, updates: int, device: str, folder: Path,
+) -> tuple[Config, dict[str, Any]]:
     """One side's model, its updates, nothing left of it, then the other's; twice each.
 
-    flops: the rate that MFU is a share of.
+    The config that fits, and its record.
     """
     difference = _two_layers_agree(transformers, config, recipe, device, folder)
     there = torch.cuda.mem_get_info()[1] if device == "cuda" else 2**34
@@ -44,9 +42,8 @@ def in_turns_as_wholes(
         taken, their_peak = _theirs(transformers, config, recipe, updates, device, tried)
         theirs += taken
     tokens = recipe.batch * recipe.sequence
-    work = tokens * cost.causal_training_flops(config, recipe.sequence) / flops
     torchao = _torchao() is not None
-    return {
+    return config, {
         "batch": recipe.batch, "length": recipe.sequence, **sizes(config),
         "parameters": cost.parameters(config).total, "optimizer": "AdamW8",
         "their_optimizer": "torchao AdamW8bit" if torchao else None,
@@ -54,7 +51,6 @@ def in_turns_as_wholes(
         "best": _best(tried),
         "tried_ms": milliseconds({n: t for n, t in tried.items() if t is not None}),
         "out_of_memory": [n for n, t in tried.items() if t is None], "difference": difference,
-        "ours_mfu": work / statistics.median(ours), "theirs_mfu": work / statistics.median(theirs),
         **memory, "their_peak_bytes": their_peak,
     }
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv2_ref import checkpoint
+from dsv2_ref import checkpoint, cost
 from dsv2_ref.bench._timing import Step, agree
 from dsv2_ref.config import Config
 from dsv2_ref.model import DeepSeekV2
@@ -60,6 +60,13 @@ def agreement(
         norms.append(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]))
         model.zero_grad()
     return max(agree(*values, "training loss"), agree(*norms, "gradient norm")), losses
+
+
+def add_mfu(record: dict[str, Any], config: Config, flops: float) -> None:
+    """Both sides' share of `flops` a second, from the tokens a second of sequences of `length`."""
+    work = cost.causal_training_flops(config, record["length"]) / flops
+    for side in ("ours", "theirs"):
+        record[f"{side}_mfu"] = work * record[f"{side}_tokens_per_s"]
 
 
 def update(

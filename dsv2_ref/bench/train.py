@@ -21,21 +21,30 @@ torchao's AdamW8bit; without torchao it has no optimiser at all, which the recor
 ratio is then a lower bound.
 
 MFU is the arithmetic of `cost.causal_training_flops`, 6·N_active and the causal attention scores,
-over time and the rate of a square matmul in the same run and dtype. Times on a shared machine are
-noise: read the ratios. GPU numbers pending.
+over time and the rate of a square matmul of the same dtype in the same run, the better of one
+before and one after. Times on a shared machine are noise: read the ratios. GPU numbers pending.
 """
 
 import itertools
-import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dsv2_ref import cost
 from dsv2_ref.bench._one_card import LITTLE, in_turns_as_wholes
-from dsv2_ref.bench._peer import ATTENTION, MODEL, agreement, both, peer, quiet, sizes, update, use
+from dsv2_ref.bench._peer import (
+    ATTENTION,
+    MODEL,
+    add_mfu,
+    agreement,
+    both,
+    peer,
+    quiet,
+    sizes,
+    update,
+    use,
+)
 from dsv2_ref.bench._timing import in_turns, machine, matmul_rate, milliseconds, result, times
 from dsv2_ref.config import LITE, SMALL, Config
 from dsv2_ref.model import DeepSeekV2
@@ -53,8 +62,9 @@ def run(quick: bool = False) -> dict[str, Any]:
     transformers = peer("train")
     gpu = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
-    flops = matmul_rate(device, dtype, 256 if quick else 8192 if gpu else 2048)
-    record = {"name": "train", "quick": quick, **machine(), "matmul_tflops": flops / 1e12,
+    size, made = 256 if quick else 8192 if gpu else 2048, []
+    flops = matmul_rate(device, dtype, size)
+    record = {"name": "train", "quick": quick, **machine(), "matmul_tflops": 0.0,
               "transformers": transformers.__version__, "training": [], "lite": None}
     with quiet(transformers), tempfile.TemporaryDirectory() as folder:
         if quick or not gpu:
@@ -64,14 +74,21 @@ def run(quick: bool = False) -> dict[str, Any]:
             for name, config in models.items():
                 pair = both(transformers, config, Path(folder) / name)
                 record["training"] += [{"model": name, **sizes(config),
-                                        **_side_by_side(*pair, shape, updates, flops)}
+                                        **_side_by_side(*pair, shape, updates)}
                                        for shape in shapes]
+                made += [config] * len(shapes)
         if quick or gpu:
             config, recipe, updates = LITE.with_(**EQUAL), LITTLE, 5
             if quick:
                 config, recipe, updates = _tiny(config), LITTLE.with_(sequence=32, batch=2), 2
-            record["lite"] = in_turns_as_wholes(transformers, config, recipe, updates, device,
-                                                flops, Path(folder) / "lite")
+            config, record["lite"] = in_turns_as_wholes(transformers, config, recipe, updates,
+                                                        device, Path(folder) / "lite")
+            made.append(config)
+    flops = max(flops, matmul_rate(device, dtype, size))
+    record["matmul_tflops"] = flops / 1e12
+    results = record["training"] + [record["lite"]] * (record["lite"] is not None)
+    for row, config in zip(results, made, strict=True):
+        add_mfu(row, config, flops)
     return record
 
 
@@ -81,7 +98,7 @@ def _tiny(config: Config) -> Config:
 
 
 def _side_by_side(
-    ours: DeepSeekV2, theirs: Any, shape: tuple[int, int], updates: int, flops: float
+    ours: DeepSeekV2, theirs: Any, shape: tuple[int, int], updates: int
 ) -> dict[str, Any]:
     """The same batch again and again, in turns; both sides start from the same weights."""
     difference, losses = agreement(ours, theirs, shape)
@@ -96,8 +113,5 @@ def _side_by_side(
     use(theirs, *best.split("+"))
     pair = in_turns(our_step, their_step, updates, lambda: None, turn=1)
     tokens = shape[0] * shape[1]
-    work = tokens * cost.causal_training_flops(ours.config, shape[1]) / flops
     return {"batch": shape[0], "length": shape[1], **result(pair, tokens), "best": best,
-            "tried_ms": milliseconds(tried), "difference": difference,
-            "ours_mfu": work / statistics.median(pair[0]),
-            "theirs_mfu": work / statistics.median(pair[1])}
+            "tried_ms": milliseconds(tried), "difference": difference}

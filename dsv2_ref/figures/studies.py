@@ -41,7 +41,8 @@ def study_changes(studies: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
         ax.grid(True, axis="y")
     for ax in axes[len(studies):]:
         ax.remove()
-    axes[0].set_title(f"{found} of {n_changes} changes exceed two deviations of the seeds")
+    verb = "exceeds" if found == 1 else "exceed"
+    axes[0].set_title(f"{found} of {n_changes} changes {verb} two deviations of the seeds")
     return figure
 
 
