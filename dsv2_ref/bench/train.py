@@ -9,12 +9,14 @@
                beside the training state (all on 141 GB), 4 sequences of 4096. Two such models do
                not fit beside each other, so the sides take turns as wholes: ours, theirs, ours,
                theirs, the memory emptied between them; their weights are random and their own.
-               Agreement is asserted before, in fp32, on two layers of full width.
+               Agreement is asserted before, in fp32, on two layers of full width and few tokens
+               to choose from.
 
 Equal work: balance losses and dropping are off, transformers has neither. transformers gets each of
-its attention and expert backends for a few steps (and, on a GPU, its gradient checkpointing or
-single sequences), and is measured with the best; what runs out of memory is recorded as null.
-`batched_mm` is left out, since it would copy the weights of every slot. Ours on a GPU is
+its attention and expert backends for a few steps and is measured with the best; on a GPU the choice
+is between its expert backends, with its activation checkpointing or single sequences, and what runs
+out of memory is named. Left out are `batched_mm`, which would copy the weights of every slot, and
+on a GPU eager attention, which would hold all scores. Ours on a GPU is
 `Trainer.step`, the loop that `train` runs: bf16 weights rounded stochastically, AdamW8, as little
 recomputed as the memory plan allows; the record has the plan beside the measured peak. Theirs has
 torchao's AdamW8bit; without torchao it has no optimiser at all, which the record says, and the
@@ -62,10 +64,10 @@ def run(quick: bool = False) -> dict[str, Any]:
     transformers = peer("train")
     gpu = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
-    size, made = 256 if quick else 8192 if gpu else 2048, []
+    size = 256 if quick else 8192 if gpu else 2048
     flops = matmul_rate(device, dtype, size)
-    record = {"name": "train", "quick": quick, **machine(), "matmul_tflops": 0.0,
-              "transformers": transformers.__version__, "training": [], "lite": None}
+    training: list[tuple[Config, dict[str, Any]]] = []
+    lite: list[tuple[Config, dict[str, Any]]] = []
     with quiet(transformers), tempfile.TemporaryDirectory() as folder:
         if quick or not gpu:
             models, shapes, updates = MODELS, ((4, 256), (1, 1024)), 5
@@ -73,23 +75,21 @@ def run(quick: bool = False) -> dict[str, Any]:
                 models, shapes, updates = {"tiny": _tiny(MODEL)}, ((2, 16), (1, 32)), 2
             for name, config in models.items():
                 pair = both(transformers, config, Path(folder) / name)
-                record["training"] += [{"model": name, **sizes(config),
-                                        **_side_by_side(*pair, shape, updates)}
-                                       for shape in shapes]
-                made += [config] * len(shapes)
+                training += [(config, {"model": name, **sizes(config),
+                                       **_side_by_side(*pair, shape, updates)})
+                             for shape in shapes]
         if quick or gpu:
             config, recipe, updates = LITE.with_(**EQUAL), LITTLE, 5
             if quick:
                 config, recipe, updates = _tiny(config), LITTLE.with_(sequence=32, batch=2), 2
-            config, record["lite"] = in_turns_as_wholes(transformers, config, recipe, updates,
-                                                        device, Path(folder) / "lite")
-            made.append(config)
+            lite = [in_turns_as_wholes(transformers, config, recipe, updates, device,
+                                       Path(folder) / "lite")]
     flops = max(flops, matmul_rate(device, dtype, size))
-    record["matmul_tflops"] = flops / 1e12
-    results = record["training"] + [record["lite"]] * (record["lite"] is not None)
-    for row, config in zip(results, made, strict=True):
+    for config, row in training + lite:
         add_mfu(row, config, flops)
-    return record
+    return {"name": "train", "quick": quick, **machine(), "matmul_tflops": flops / 1e12,
+            "transformers": transformers.__version__, "training": [row for _, row in training],
+            "lite": lite[0][1] if lite else None}
 
 
 def _tiny(config: Config) -> Config:
