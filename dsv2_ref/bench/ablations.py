@@ -20,10 +20,10 @@
               shares, mean over layers; share of experts that get under a hundredth of theirs
   cached      numbers that attention caches a token and layer
 
-Each study is run alone by `--only NAME`. Without a GPU the models have about 0.2 to 0.3M
-parameters and read 0.3M tokens of stories, three seeds, a few minutes of one core for a study. On
-a GPU they are four times as wide and read 16M tokens of Python source. The device limit M has a
-bench of its own, device_limit. GPU numbers pending.
+Each study is run alone by `--only NAME`. Without a GPU the models have 0.2 to 0.3M activated
+parameters and read 0.3M tokens of stories, three seeds, about five minutes of one core for a study;
+data/README.md says what came out. On a GPU they are four times as wide and read 16M tokens of
+Python source: GPU numbers pending. The device limit M has a bench of its own, device_limit.
 """
 
 import os
