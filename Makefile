@@ -38,6 +38,7 @@ kill: .venv/ready
 # slower: the speed against transformers, on a quiet machine
 bench: .venv/ready
 	$(BIN)/python -m dsv2_ref bench cpu_decode
+	$(BIN)/python -m dsv2_ref bench train
 
 # README's table of the files, from the one in dsv2_ref/__init__.py
 map: .venv/ready

@@ -23,14 +23,14 @@ table is made from it (`make map`), and a test compares it with the files and th
 
   model.py          embedding, blocks, head; which of the equal algorithms runs
   kernel_choice.py  where a kernel takes the place of its naive twin
-  config.py         sizes; V2, LITE and three small presets; published config.json <-> ours
+  config.py         sizes; V2, LITE, a ladder and small presets; published config.json <-> ours
   checkpoint.py     published tensor names <-> ours; training states
   tensor_files.py   safetensors files of others, whatever is wrong with them told in one line
   cross_entropy.py  the loss without holding all logits
   cost.py           parameters, FLOPs, cache bytes, GPU hours
   paper.py          the paper's claims beside ours
   training/         tokenizer, corpora (stories: a grammar with a known entropy), data, recipe,
-                    optim, adamw8, memory, machine,
+                    ladder, optim, adamw8, memory, machine,
                     pretrain, run_folder (what survives a kill)
   inference/        generate, evaluate, fp8_model
   figures/          every plot and widget, in one style

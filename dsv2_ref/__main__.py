@@ -22,14 +22,16 @@ class _Parser(argparse.ArgumentParser):
 
 def _add_train(commands: argparse._SubParsersAction) -> None:
     p = commands.add_parser("train", help="train a preset")
-    p.add_argument("--preset", default="small", help="small, mini, tiny, lite or v2")
-    p.add_argument("--recipe", default="minutes", choices=("minutes", "v2", "lite"),
-                   help="ours, or the paper's; the options below change it")
+    p.add_argument("--preset", default="small",
+                   help="small, mini, tiny, the ladder's 10m, 50m, 150m, lite or v2")
+    p.add_argument("--recipe", choices=("minutes", "10m", "50m", "150m", "lite", "v2"),
+                   help="ours, the ladder's, or the paper's; the options below change it; default: "
+                        "the preset's own on the ladder, else minutes")
     p.add_argument("--corpus", default="python", help=CORPORA)
     p.add_argument("--out", default="build/train")
     p.add_argument("--resume", action="store_true", help="go on from the state in --out")
     length = p.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, help="default 300")
+    length.add_argument("--steps", type=int, help="default 300, or the ladder's")
     length.add_argument("--seconds", type=float)
     length.add_argument("--tokens", type=float, help="as 5e6; in whole steps of batch x sequence")
     p.add_argument("--optimizer", choices=("muon", "adamw", "adamw8"))
@@ -78,6 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     names = [m.name for m in pkgutil.iter_modules(benches.__path__) if m.name[0] != "_"]
     p.add_argument("name", choices=names)
     p.add_argument("--quick", action="store_true", help="tiny sizes: does it run at all?")
+    p.add_argument("--only", metavar="STUDY", help="one study of ablations, as attention")
     p.add_argument("--json", action="store_true", help="on one line")
     return parser
 
@@ -92,7 +95,11 @@ def dispatch(args: dict) -> None:
         return
     if command == "bench":
         measure = importlib.import_module(f"dsv2_ref.bench.{args['name']}").run
-        print(json.dumps(measure(quick=args["quick"]), indent=None if args["json"] else 2))
+        if args["only"] is not None and args["name"] != "ablations":
+            raise ValueError(f"--only: {args['only']!r}, expected with ablations alone")
+        options = {} if args["only"] is None else {"only": args["only"]}
+        record = measure(quick=args["quick"], **options)
+        print(json.dumps(record, indent=None if args["json"] else 2))
         return
     if command == "copy":
         print(json.dumps(_copy(**args), indent=1))

@@ -270,4 +270,18 @@ SMALL = TINY.with_(     # the main job
     vocab=4096, d=128, d_h=32, d_r=16, d_v=32, d_c=128, d_cq=96, dense_width=384, n_shared=2,
     n_routed=16, top_k=4, expert_width=64, max_positions=2048,
 )
-PRESETS = {"v2": V2, "lite": LITE, "small": SMALL, "mini": MINI, "tiny": TINY}
+# The ladder, by activated parameters as `cost` counts them, the tied head among them. In V2's
+# proportions: d_c = 4 d_h, d_r = d_h / 2, 2 + 6 experts a token, a dense FFN as wide as those,
+# M = 3 of D = 8; the gates of an even router sum to 0.6, as 16·6/160 is.
+M10 = TINY.with_(
+    vocab=16384, d=256, n_layers=7, n_h=8, d_h=32, d_r=16, d_v=32, d_c=128, d_cq=192,
+    dense_width=768, n_shared=2, n_routed=32, top_k=6, expert_width=96, n_devices=8, max_devices=3,
+    routed_scaling_factor=3.2, max_positions=4096,
+)
+M50 = M10.with_(
+    d=512, n_layers=12, d_h=64, d_r=32, d_v=64, d_c=256, d_cq=384, dense_width=1536, n_routed=64,
+    expert_width=192, routed_scaling_factor=6.4,
+)
+M150 = M50.with_(d=768, n_layers=18, n_h=12, d_cq=512, dense_width=2304, expert_width=288)
+PRESETS = {"v2": V2, "lite": LITE, "150m": M150, "50m": M50, "10m": M10, "small": SMALL,
+           "mini": MINI, "tiny": TINY}

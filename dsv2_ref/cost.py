@@ -222,6 +222,15 @@ def training_flops(n_active: int, tokens: float) -> float:
     return 6.0 * n_active * tokens
 
 
+def causal_training_flops(config: Config, sequence: int) -> int:
+    """FLOPs of training on one token in causal sequences, attention scores included.
+
+    Three forward passes' worth; a token attends to (sequence + 1) / 2 tokens on average.
+    """
+    pairs = pair_flops_expanded(config) * (sequence + 1) // 2
+    return 3 * (forward_flops_per_token(config) + pairs)
+
+
 def gpu_hours(flops: float, tflops_per_gpu: float) -> float:
     """GPU-hours that `flops` take at a sustained rate of TFLOP/s for each GPU."""
     return flops / (tflops_per_gpu * 1e12 * 3600)

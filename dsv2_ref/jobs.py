@@ -19,6 +19,7 @@ from dsv2_ref.inference.generate import TextStream, generate
 from dsv2_ref.model import DeepSeekV2
 from dsv2_ref.training.corpora import Corpus, Document, byte_count, open_corpus
 from dsv2_ref.training.data import encode
+from dsv2_ref.training.ladder import LADDER
 from dsv2_ref.training.machine import autocast, keep_freed_memory
 from dsv2_ref.training.memory import plan, state_bytes
 from dsv2_ref.training.pretrain import Trainer, train
@@ -123,19 +124,21 @@ def write_sample(
 
 
 def train_command(
-    preset: str, recipe: str, corpus: str, out: str, resume: bool, save_every: int,
+    preset: str, recipe: str | None, corpus: str, out: str, resume: bool, save_every: int,
     evaluate_every: int, progress: bool, tokens: float | None = None, save: bool = True,
     **changes: Any,
 ) -> dict[str, Any]:
     """Train a preset into `out`: log.jsonl, tokenizer.json and, with `save`, states and model/."""
     if preset not in PRESETS:
         raise ValueError(f"preset: {preset!r}, expected one of {', '.join(sorted(PRESETS))}")
-    if tokens is None and changes.get("steps") is None and changes.get("seconds") is None:
+    recipe = recipe or (preset if preset in LADDER else "minutes")
+    lengths = (tokens, changes.get("steps"), changes.get("seconds"))
+    if recipe not in LADDER and all(length is None for length in lengths):
         changes["steps"] = 300
     if min(save_every, evaluate_every) < 0:
         raise ValueError(f"save_every: {save_every}, evaluate_every: {evaluate_every}, expected "
                          "numbers of steps, 0 for never")
-    chosen = ({"minutes": Recipe(steps=1)} | PAPER)[recipe].with_(**changes)
+    chosen = ({"minutes": Recipe(steps=1)} | PAPER | LADDER)[recipe].with_(**changes)
     if tokens is not None:
         chosen = chosen.lasting(tokens)
     folder = output_folder(out)

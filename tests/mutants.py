@@ -484,7 +484,7 @@ _model = [
            "positions = cache.positions(h.shape[1])", "positions = None",
            "test_wiring.py::test_padding_is_never_attended_to"),
     Mutant("router_reads_the_residual", "(22)", MODEL,
-           "self.router(x)", "self.router(h.flatten(0, 1))", _loops),
+           "self.router(x, ", "self.router(h.flatten(0, 1), ", _loops),
     Mutant("model_normed_residual", "(20)", MODEL,
            "self.experts(h.flatten(0, 1), x,", "self.experts(x, x,", _loops),
     Mutant("one_more_dense_layer", "lite", CONFIG,
@@ -516,7 +516,7 @@ _model = [
            "self._add_balance(Routing(routing.indices.where(keep, routing.indices[:, :1]), "
            "routing.gates, routing.scores), run.balance, B)", _summed),
     Mutant("reach_is_every_device", "messages", MODEL,
-           "c.n_devices, c.reach\n", "c.n_devices, c.n_devices\n", _summed),
+           "c.n_devices, c.reach)\n", "c.n_devices, c.n_devices)\n", _summed),
     Mutant("communication_for_device_loss", "messages", MODEL,
            "device_balance_loss(s, indices, c.alpha_device, c.n_devices)",
            "communication_balance_loss(s, indices, c.alpha_device, c.n_devices, c.reach)", _summed),

@@ -226,6 +226,19 @@ def test_forward_flops_grow_with_the_context():
     assert absorbed - flops(V2) == 4096 * 2 * 60 * 128 * 1088
 
 
+def test_training_flops_count_each_causal_pair_three_times():
+    flops = cost.causal_training_flops
+    assert flops(V2, 1) == 3 * cost.forward_flops_per_token(V2, 1)
+    of_sequence = sum(3 * cost.forward_flops_per_token(EVEN, context) for context in range(1, 8))
+    assert 7 * flops(EVEN, 7) == of_sequence
+    model = DeepSeekV2(EVEN.with_(drop_capacity=None)).train()
+    tokens = torch.tensor([[5]])
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model.losses(tokens, tokens).total.backward()
+    norms = cost.parameters(EVEN).norms
+    assert counter.get_total_flops() == flops(EVEN, 1) - 6 * norms
+
+
 def test_gpu_hours_and_tflops_are_inverse():
     flops = cost.training_flops(cost.activated_parameters(V2), 1e12)
     assert flops == 6 * 20_851_512_320 * 1e12

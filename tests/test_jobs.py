@@ -5,9 +5,10 @@ import json
 
 import pytest
 
-from dsv2_ref import checkpoint, main_job
+from dsv2_ref import checkpoint, jobs, main_job
 from dsv2_ref.__main__ import main
 from dsv2_ref.config import TINY
+from dsv2_ref.training.ladder import LADDER
 from dsv2_ref.training.pretrain import Trainer, TrainingDiverged
 from dsv2_ref.training.tokenizer import load_tokenizer
 
@@ -51,6 +52,32 @@ def test_train_writes_everything(trained):
     assert model.config.vocab == tokenizer.vocab < 512          # too little text for more merges
     assert (model.config.bos, model.config.eos) == (tokenizer.bos, tokenizer.eos)
     assert len((trained / "log.jsonl").read_text().splitlines()) == 6
+
+
+def test_a_preset_of_the_ladder_comes_with_its_recipe(texts, tmp_path, capsys):
+    code, _, err = call(capsys, "train", "--preset", "10m", "--corpus", texts, "--steps", 1,
+                        "--sequence", 16, "--batch", 1, "--no-save", "--quiet", "--out", tmp_path)
+    assert code == 0, err
+    entry = json.loads((tmp_path / "log.jsonl").read_text())
+    assert entry["lr"] == pytest.approx(LADDER["10m"].lr * 0.316**2)    # at the end of the decay
+    assert [len(layer) for layer in entry["expert_load"]] == [32] * 6
+
+
+@pytest.mark.parametrize(("args", "steps"), [
+    ((), LADDER["50m"].steps), (("--recipe", "minutes"), 300), (("--recipe", "10m"), 3255),
+    (("--recipe", "lite"), 300), (("--steps", "7"), 7), (("--tokens", "1e6"), 9),
+])
+def test_the_length_of_a_run_on_the_ladder(args, steps, capsys, monkeypatch, tmp_path):
+    seen = []
+
+    def stop(config, recipe, *_):
+        seen.append(recipe.steps)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(jobs, "set_up", stop)
+    monkeypatch.setattr(jobs, "open_corpus", lambda name: None)
+    assert call(capsys, "train", "--preset", "50m", "--out", tmp_path, *args)[0] == 2
+    assert seen == [steps]
 
 
 def test_in_little_memory_and_without_saving(texts, tmp_path, capsys):

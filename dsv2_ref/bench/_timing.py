@@ -19,9 +19,12 @@ Step = Callable[[], object]
 
 def machine() -> dict[str, Any]:
     """What a dated record has to name."""
+    gpu = {}
+    if torch.cuda.is_available():
+        gpu = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     return {
         "date": date.today().isoformat(), "cpu": cpu_name(), "threads": torch.get_num_threads(),
-        "python": platform.python_version(), "torch": torch.__version__,
+        "python": platform.python_version(), "torch": torch.__version__, **gpu,
     }
 
 
@@ -38,6 +41,8 @@ def times(step: Step, n: int) -> list[float]:
     for _ in range(n):
         start = time.perf_counter()
         step()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return times
 
@@ -68,6 +73,13 @@ def result(pair: tuple[list[float], list[float]], tokens: int) -> dict[str, Any]
 
 def milliseconds(tried: dict[str, float]) -> dict[str, float]:
     return {name: seconds * 1e3 for name, seconds in tried.items()}
+
+
+def matmul_rate(device: torch.device | str, dtype: torch.dtype, size: int) -> float:
+    """FLOP/s of a square matmul of random numbers, here and now: what MFU is a share of."""
+    g = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(size, size, generator=g, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / statistics.median(times(lambda: a @ b, 12)[2:])
 
 
 def cpu_name() -> str:

@@ -18,46 +18,24 @@ experts, eight a device, and K = 4; all else is TINY's.
 import os
 from typing import Any
 
-import torch
-
+from dsv2_ref.bench._study import HELD_OUT, held_out_load, trained
 from dsv2_ref.bench._timing import machine
 from dsv2_ref.config import TINY
-from dsv2_ref.jobs import Setup, set_up
+from dsv2_ref.jobs import Setup
 from dsv2_ref.training import stories
-from dsv2_ref.training.corpora import Corpus, stories_corpus
-from dsv2_ref.training.pretrain import train
+from dsv2_ref.training.corpora import stories_corpus
 from dsv2_ref.training.recipe import Recipe
-from dsv2_ref.training.tokenizer import TextTokenizer, train_tokenizer
+from dsv2_ref.training.tokenizer import train_tokenizer
 
 CONFIG = TINY.with_(n_routed=32, expert_width=32, top_k=4)
 LIMITS = range(1, CONFIG.n_devices + 1)                                  # M
-HELD_OUT = 300                                                           # stories
 
 
-@torch.no_grad()
 def devices_reached(setup: Setup, n_stories: int = 40) -> float:
     """Devices a token is sent to, on the first tokens of held-out stories."""
-    ids = setup.tokenizer.encode_batch([d.text for d in setup.corpus.test[:n_stories]])
-    length = min(map(len, ids))
-    tokens = torch.tensor([row[:length] for row in ids])                 # (B, T)
-    setup.model.eval()
-    load = setup.model.losses(tokens, tokens, with_load=True).load
-    return sum(layer.devices.sum().item() for layer in load) / (tokens.numel() * len(load))
-
-
-def trained(
-    limit: int, recipe: Recipe, corpus: Corpus, tokenizer: TextTokenizer
-) -> dict[str, Any]:
-    """One model, trained and judged with M = limit."""
-    setup = set_up(CONFIG.with_(max_devices=limit), recipe, corpus, tokenizer)
-    log = train(setup.trainer, load_every=1, progress=False)
-    last = log[-max(len(log) // 10, 1):]
-    dropped = [share for entry in last for share in entry["dropped"]]
-    return {
-        "max_devices": limit, "seed": recipe.seed,
-        "bits_per_byte": setup.held_out(corpus.test[:HELD_OUT]),
-        "devices": devices_reached(setup), "dropped": sum(dropped) / len(dropped),
-    }
+    load = held_out_load(setup, n_stories)
+    sent = sum(layer.devices.sum().item() for layer in load)
+    return sent / sum(len(layer.routing.indices) for layer in load)
 
 
 def run(quick: bool = False) -> dict[str, Any]:
@@ -67,7 +45,11 @@ def run(quick: bool = False) -> dict[str, Any]:
     tokenizer = train_tokenizer((d.text for d in corpus.train), 1024)
     recipes = [Recipe(steps=steps, batch=8, sequence=128, precision="fp32", seed=seed)
                for seed in seeds]
-    runs = [trained(limit, recipe, corpus, tokenizer) for recipe in recipes for limit in LIMITS]
+    runs = []
+    for recipe in recipes:
+        for limit in LIMITS:
+            setup, record = trained(CONFIG.with_(max_devices=limit), recipe, corpus, tokenizer)
+            runs.append({"max_devices": limit, **record, "devices": devices_reached(setup)})
     c, recipe = CONFIG, recipes[0]
     return {
         "name": "device_limit", "quick": quick, **machine(), "cores": os.cpu_count(),

@@ -4,7 +4,7 @@
 style: colours, `Picture`, `save`; absorption: two orders of one attention; architecture: the whole
 model; attention: matrices in numbers, heads; balance: losses, load, dropping; cache: what is kept;
 experts: where tokens go; kernels: tiles, rooflines; positions: RoPE; routing: what experts are for,
-and the limit on devices; training: runs.
+and the limit on devices; studies: ablations; training, run: how a run went.
 """
 
 from dsv2_ref.figures.absorption import absorption_crossover, absorption_flops, absorption_regions
@@ -60,6 +60,7 @@ from dsv2_ref.figures.routing import (
     limit_quality,
     token_routing,
 )
+from dsv2_ref.figures.studies import study_changes
 from dsv2_ref.figures.style import COLORS, GIB, INK, LENGTHS, MORE_COLORS, Picture, save, styled
 from dsv2_ref.figures.training import loss_curve, loss_floor
 
@@ -74,6 +75,6 @@ __all__ = [
     "limit_quality", "load_animation", "load_over_training", "loss_arrows", "loss_curve",
     "loss_floor", "losses_by_position", "matrices", "mla_flow", "pair_clocks", "parameter_shares",
     "position_slider", "router_heat_map", "save", "saving_steps", "shared_heads",
-    "slots_by_device", "softmax_in_pieces", "styled", "token_routing", "turned_pair",
-    "yarn_pairs",
+    "slots_by_device", "softmax_in_pieces", "study_changes", "styled", "token_routing",
+    "turned_pair", "yarn_pairs",
 ]
