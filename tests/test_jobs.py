@@ -44,6 +44,7 @@ def call(capsys, *args):
 def test_train_writes_everything(trained):
     names = {p.name for p in trained.iterdir()}
     assert names == {"state-000000004.safetensors", "state-000000006.safetensors", "log.jsonl",
+                     "config.json",
                      "tokenizer.json", "model"}
     model = checkpoint.load(trained / "model")
     assert str(model.embedding.weight.dtype) == "torch.bfloat16"
@@ -59,7 +60,8 @@ def test_in_little_memory_and_without_saving(texts, tmp_path, capsys):
                           "--optimizer", "adamw8", "--weights", "bf16", "--lr", 1e-3, "--no-save",
                           "--quiet", "--out", tmp_path / "out")
     assert code == 0 and json.loads(out)["steps"] == 4 and "memory planned: weights" in err
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"log.jsonl", "tokenizer.json"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "log.jsonl", "tokenizer.json", "config.json"}
 
 
 def test_train_refuses_to_overwrite_and_resumes(trained, texts, capsys):

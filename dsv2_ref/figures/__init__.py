@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Every plot and widget, in one style: `figures.cache_bars(...)`, `figures.save(...)`.
 
-style: colours, `Picture`, `save`; absorption: two orders of one attention; architecture: the whole
-model; cache: what is kept; experts: where tokens go; routing: what experts are for, and the limit on
-devices; training: runs.
+style: colours, `Picture`, `save`; absorption: two orders of one attention; architecture: the
+whole model; cache: what is kept; experts: where tokens go; routing: what experts are for, and the
+limit on devices; run: a run from its log; training: losses.
 """
 
 from dsv2_ref.figures.absorption import absorption_crossover, absorption_flops, absorption_regions
@@ -27,14 +27,16 @@ from dsv2_ref.figures.routing import (
     limit_quality,
     token_routing,
 )
+from dsv2_ref.figures.run import balance_curves, gradient_norm, rate_curve, run_figures
 from dsv2_ref.figures.style import COLORS, GIB, INK, LENGTHS, MORE_COLORS, Picture, save, styled
 from dsv2_ref.figures.training import loss_curve
 
 __all__ = [
     "COLORS", "GIB", "INK", "LENGTHS", "MORE_COLORS", "Picture", "ablation_cost",
     "absorption_crossover", "absorption_flops", "absorption_regions", "architecture",
-    "batch_bars", "batch_slider", "cache_against_context", "cache_bars", "cache_growth",
-    "cache_slider", "device_limit_slider", "device_messages", "device_traffic", "expert_lift",
-    "expert_load", "flops_against_context", "limit_quality", "loss_curve", "parameter_shares",
-    "router_heat_map", "save", "saving_steps", "styled", "token_routing",
+    "balance_curves", "batch_bars", "batch_slider", "cache_against_context", "cache_bars",
+    "cache_growth", "cache_slider", "device_limit_slider", "device_messages", "device_traffic",
+    "expert_lift", "expert_load", "flops_against_context", "gradient_norm", "limit_quality",
+    "loss_curve", "parameter_shares", "rate_curve", "router_heat_map", "run_figures", "save",
+    "saving_steps", "styled", "token_routing",
 ]
