@@ -26,6 +26,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--recipe", default="minutes", choices=("minutes", "v2", "lite"),
                    help="ours, or the paper's; the options below change it")
     p.add_argument("--corpus", default="python", help=CORPORA)
+    p.add_argument("--text-bytes", type=float, help="as 40e6; so much of it to train on, not all")
     p.add_argument("--out", default="build/train")
     p.add_argument("--resume", action="store_true", help="go on from the state in --out")
     length = p.add_mutually_exclusive_group()

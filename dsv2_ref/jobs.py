@@ -20,7 +20,7 @@ from dsv2_ref.inference.evaluate import bits_per_byte
 from dsv2_ref.inference.generate import TextStream, generate
 from dsv2_ref.model import DeepSeekV2
 from dsv2_ref.training.corpora import Corpus, Document, byte_count, open_corpus
-from dsv2_ref.training.data import encode
+from dsv2_ref.training.data import encode, some_of
 from dsv2_ref.training.machine import autocast, keep_freed_memory
 from dsv2_ref.training.memory import plan, state_bytes
 from dsv2_ref.training.pretrain import Trainer, train
@@ -86,7 +86,8 @@ def set_up(
     config = config.with_(vocab=tokenizer.vocab, bos=tokenizer.bos, eos=tokenizer.eos,
                           max_positions=max(config.max_positions, recipe.sequence))
     torch.manual_seed(recipe.seed)
-    model = DeepSeekV2(config).to(default_device())
+    with torch.device(default_device()):        # 15.7B random numbers take minutes on a CPU
+        model = DeepSeekV2(config)
     return Setup(corpus, tokenizer, Trainer(model, recipe, encode(corpus.train, tokenizer)))
 
 
@@ -128,7 +129,7 @@ def write_sample(
 def train_command(
     preset: str, recipe: str, corpus: str, out: str, resume: bool, save_every: int,
     evaluate_every: int, progress: bool, tokens: float | None = None, save: bool = True,
-    watch: str | None = None, **changes: Any,
+    watch: str | None = None, text_bytes: float | None = None, **changes: Any,
 ) -> dict[str, Any]:
     """Train a preset into `out`: log.jsonl, tokenizer.json, config.json and, with `save`, states
     and model/."""
@@ -152,7 +153,10 @@ def train_command(
     with closing(watching) if watching else nullcontext():
         keep_freed_memory()
         tokenizer = load_tokenizer(folder / "tokenizer.json") if resume else None
-        setup = set_up(PRESETS[preset], chosen, open_corpus(corpus), tokenizer)
+        text = open_corpus(corpus)
+        if text_bytes is not None:
+            text = some_of(text, text_bytes)
+        setup = set_up(PRESETS[preset], chosen, text, tokenizer)
         if state:
             setup.trainer.restore(*state)
             say(f"resumed after step {setup.trainer.steps}")

@@ -54,12 +54,14 @@ def test_train_writes_everything(trained):
     assert len((trained / "log.jsonl").read_text().splitlines()) == 6
 
 
-def test_in_little_memory_and_without_saving(texts, tmp_path, capsys):
+def test_in_little_memory_and_without_saving(trained, texts, tmp_path, capsys):
     code, out, err = call(capsys, "train", "--preset", "tiny", "--corpus", texts, "--tokens", 500,
                           "--sequence", 32, "--batch", 4, "--micro-batch", 2, "--recompute", 1,
-                          "--optimizer", "adamw8", "--weights", "bf16", "--lr", 1e-3, "--no-save",
-                          "--quiet", "--out", tmp_path / "out")
+                          "--text-bytes", 5e3, "--optimizer", "adamw8", "--weights", "bf16",
+                          "--lr", 1e-3, "--no-save", "--quiet", "--out", tmp_path / "out")
     assert code == 0 and json.loads(out)["steps"] == 4 and "memory planned: weights" in err
+    assert load_tokenizer(tmp_path / "out" / "tokenizer.json").vocab < load_tokenizer(
+        trained / "tokenizer.json").vocab                            # of less text
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         "log.jsonl", "tokenizer.json", "config.json"}
 
@@ -116,6 +118,7 @@ def test_paper(capsys):
     (["train", "--corpus", "/no/such/place", "--steps", "1"], "'/no/such/place'"),
     (["train", "--resume"], "expected a saved state to resume from"),
     (["train", "--preset", "v2", "--steps", "1"], "training state takes 3,5"),
+    (["train", "--text-bytes", "-1", "--corpus", "stories"], "text_bytes: -1.0, expected"),
     (["train", "--seed", "-1", "--steps", "1"], "seed: -1, expected 0 to"),
     (["train", "--save-every", "-1", "--steps", "1"], "save_every: -1, evaluate_every: 0,"),
     (["train", "--recipe", "ours"], "invalid choice: 'ours'"),

@@ -2,8 +2,8 @@
 """Every plot and widget, in one style: `figures.cache_bars(...)`, `figures.save(...)`.
 
 style: colours, `Picture`, `save`; absorption: two orders of one attention; architecture: the
-whole model; cache: what is kept; experts: where tokens go; routing: what experts are for, and the
-limit on devices; run: a run from its log; training: losses.
+whole model; cache: what is kept; experts: where tokens go; pretraining: how a run works; routing:
+what experts are for, and the limit on devices; run: a run from its log; training: losses.
 """
 
 from dsv2_ref.figures.absorption import absorption_crossover, absorption_flops, absorption_regions
@@ -18,6 +18,13 @@ from dsv2_ref.figures.cache import (
     saving_steps,
 )
 from dsv2_ref.figures.experts import expert_load, router_heat_map
+from dsv2_ref.figures.pretraining import (
+    code_steps,
+    live_picture,
+    memory_bars,
+    rounding_paths,
+    schedule_curves,
+)
 from dsv2_ref.figures.routing import (
     ablation_cost,
     device_limit_slider,
@@ -35,8 +42,9 @@ __all__ = [
     "COLORS", "GIB", "INK", "LENGTHS", "MORE_COLORS", "Picture", "ablation_cost",
     "absorption_crossover", "absorption_flops", "absorption_regions", "architecture",
     "balance_curves", "batch_bars", "batch_slider", "cache_against_context", "cache_bars",
-    "cache_growth", "cache_slider", "device_limit_slider", "device_messages", "device_traffic",
-    "expert_lift", "expert_load", "flops_against_context", "gradient_norm", "limit_quality",
-    "loss_curve", "parameter_shares", "rate_curve", "router_heat_map", "run_figures", "save",
-    "saving_steps", "styled", "token_routing",
+    "cache_growth", "cache_slider", "code_steps", "device_limit_slider", "device_messages",
+    "device_traffic", "expert_lift", "expert_load", "flops_against_context", "gradient_norm",
+    "limit_quality", "live_picture", "loss_curve", "memory_bars", "parameter_shares", "rate_curve",
+    "rounding_paths", "router_heat_map", "run_figures", "save", "saving_steps", "schedule_curves",
+    "styled", "token_routing",
 ]
