@@ -22,6 +22,8 @@ DRAW = {
     "live_picture, one entry": lambda: figures.live_picture(LOG[:1], 40),
     "rounding_paths": lambda: figures.rounding_paths(
         {"exact": [1.0, 1.1, 1.2], "nearest": [1.0, 1.0, 1.0]}),
+    "rounding_paths, three long ones": lambda: figures.rounding_paths(
+        {"fp32": [1, 1.2] * 999, "nearest": [1, 1.0], "stochastic": [1, 1.25] * 999}),
     "code_steps": lambda: figures.code_steps(
         SIZES, {"linear": np.where(SIZES < 1e-3, 0, SIZES), "logarithmic": SIZES}),
     "memory_bars": lambda: figures.memory_bars(PARTS, 141e9),
@@ -31,7 +33,7 @@ DRAW = {
 TITLES = {
     "schedule_curves": ["Rates end at: V2 10 %, ours 2 %"],
     "live_picture": ["Step 20 of 40: 3.10 nats a token", "Fullest expert: 2.0 times its share"],
-    "rounding_paths": ["Moved by 2 updates: exact +0.200, nearest +0.000"],
+    "rounding_paths": ["2 updates: exact +0.200, nearest +0.000"],
     "code_steps": ["Become 0: linear 50 %, logarithmic 0 % of these sizes"],
     "memory_bars": ["In 141 GB fits: small"],
     "memory_bars, none fits": ["In 80 GB fits: none"],

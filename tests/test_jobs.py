@@ -57,7 +57,7 @@ def test_train_writes_everything(trained):
 def test_in_little_memory_and_without_saving(trained, texts, tmp_path, capsys):
     code, out, err = call(capsys, "train", "--preset", "tiny", "--corpus", texts, "--tokens", 500,
                           "--sequence", 32, "--batch", 4, "--micro-batch", 2, "--recompute", 1,
-                          "--text-bytes", 5e3, "--optimizer", "adamw8", "--weights", "bf16",
+                          "--text-bytes", 1e3, "--optimizer", "adamw8", "--weights", "bf16",
                           "--lr", 1e-3, "--no-save", "--quiet", "--out", tmp_path / "out")
     assert code == 0 and json.loads(out)["steps"] == 4 and "memory planned: weights" in err
     assert load_tokenizer(tmp_path / "out" / "tokenizer.json").vocab < load_tokenizer(

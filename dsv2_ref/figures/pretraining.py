@@ -71,7 +71,7 @@ def rounding_paths(paths: Mapping[str, Sequence[float]]) -> Figure:
         ax.plot(values, color=_LINES[i], ls="-" if i else "--", lw=1.6, label=name)
     n = max(len(values) for values in paths.values()) - 1
     moved = ", ".join(f"{name} {values[-1] - values[0]:+.3f}" for name, values in paths.items())
-    ax.set(xlabel="update", ylabel="weight", title=f"Moved by {n:,} updates: {moved}")
+    ax.set(xlabel="update", ylabel="weight", title=f"{n:,} updates: {moved}")
     ax.grid(True, axis="y")
     ax.legend(loc="best")
     return figure
