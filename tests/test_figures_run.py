@@ -45,7 +45,8 @@ TITLES = {
     "gradient_norm, skipped": ["Gradient norm: 2.5 in the median, 2 of 60 steps skipped"],
     "rate_curve": ["Rate: 0.001 at step 1, 1.7e-05 at the end", "Batch: 4 to 59 sequences"],
     "rate_curve, one batch": ["Rate: 0.001 at step 1, 1.7e-05 at the end"],
-    "balance_curves": ["Fullest: up to 3.7 shares, 3.7 at the end", "Entropy: 0.80 of at most 1.39 nats"],
+    "balance_curves": ["Fullest: up to 3.7 shares, 3.7 at the end",
+                       "Entropy: 0.80 of at most 1.39 nats"],
 }
 LABELS = {
     "gradient_norm": [("step", "gradient norm before clipping")],

@@ -114,8 +114,8 @@ def balance_curves(log: Log, first_layer: int = 0) -> Figure:
         for ax, values in zip(axes, (fullest, entropy)):
             ax.plot(steps, values[:, i], "o-", ms=3, color=colors[i % len(colors)], label=label)
     axes[0].axhline(1, color=INK, lw=1.2, ls="--")
-    axes[0].set(ylabel="fullest expert (fair share = 1)", ylim=(0, None),
-                title=f"Fullest: up to {fullest.max():.1f} shares, {fullest[-1].max():.1f} at the end")
+    title = f"Fullest: up to {fullest.max():.1f} shares, {fullest[-1].max():.1f} at the end"
+    axes[0].set(ylabel="fullest expert (fair share = 1)", ylim=(0, None), title=title)
     axes[1].axhline(most, color=INK, lw=1.2, ls="--")
     axes[1].set(ylabel="entropy of affinities (nats)", ylim=(0, most * 1.1),
                 title=f"Entropy: {entropy[-1].mean():.2f} of at most {most:.2f} nats")
