@@ -36,7 +36,7 @@ TITLES = {
     "rounding_paths": ["2 updates: exact +0.200, nearest +0.000"],
     "code_steps": ["Become 0: linear 50 %, logarithmic 0 % of these sizes"],
     "memory_bars": ["In 141 GB fits: small"],
-    "memory_bars, none fits": ["In 80 GB fits: none"],
+    "memory_bars, none fits": ["In 80 GB fit 0 of these 2"],
     "memory_bars, no limit": ["From 3 to 3 MB"],
 }
 LABELS = {

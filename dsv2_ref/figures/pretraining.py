@@ -130,7 +130,9 @@ def memory_bars(
     if limit is not None:
         ax.axvline(limit / scale, color=INK, lw=1.4, ls="--")
         fitting = [way for way, total in totals.items() if total <= limit]
-        title = f"In {limit / scale:,.3g} {unit} fits: {', '.join(fitting) or 'none'}"
+        told = f"fits: {fitting[0]}" if len(fitting) == 1 else (
+            f"fit {len(fitting)} of these {len(parts)}")
+        title = f"In {limit / scale:,.3g} {unit} {told}"
     ax.invert_yaxis()
     ax.tick_params(axis="y", length=0)
     ax.grid(True, axis="x")
