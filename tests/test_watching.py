@@ -13,7 +13,7 @@ from dsv2_ref.training.watching import Watch, scalars
 
 ENTRY = {"step": 7, "tokens": 700, "seconds": 3.5, "language": 2.0, "expert": 0.1, "device": 0.2,
          "communication": 0.3, "gradient_norm": 1.5, "lr": 1e-3, "batch": 4}
-LOADED = ENTRY | {"expert_load": [[4, 1, 1, 2], [0, 1, 1, 1]], "gate_entropy": [1.0, 0.5],
+LOADED = ENTRY | {"expert_load": [[4, 1, 1, 2], [1, 1, 1, 1]], "gate_entropy": [1.0, 0.5],
                   "dropped": [0.1, 0.3], "bits_per_byte": 1.25, "skipped": True}
 
 
@@ -75,7 +75,7 @@ def test_scalars_of_an_entry():
     assert more["tokens_per_second"] == 400.0 and more["skipped"] == 1.0
     assert more["bits_per_byte"] == 1.25
     assert {k: v for k, v in more.items() if k.startswith("load/")} == pytest.approx(
-        {"load/fullest": 2.0, "load/emptiest": 0.0, "load/gate_entropy": 0.75,
+        {"load/fullest": 2.0, "load/emptiest": 0.5, "load/gate_entropy": 0.75,
          "load/dropped": 0.2})
     assert "tokens_per_second" not in scalars(ENTRY, ENTRY)          # no time went by
 
