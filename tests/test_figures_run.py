@@ -94,6 +94,12 @@ def test_load_is_relative_to_a_fair_share_and_entropy_to_its_most():
     assert DRAW["balance_curves, many layers"]().axes[0].get_legend() is None
 
 
+def test_the_load_drawn_is_the_last_one_of_the_log():
+    ax = figures.run_figures(log(), n_devices=2, first_layer=1)["expert_load"].axes[0]
+    assert ax.images[0].get_array().tolist() == [
+        pytest.approx([2] + [2 / 3] * 3), pytest.approx([4 / 46] * 3 + [43 * 4 / 46])]
+
+
 def test_losses_that_are_no_numbers_leave_the_curve_whole():
     raw, smooth = figures.loss_curve(log(skipped=(5, 59))).axes[0].lines
     assert len(raw.get_xdata()) == 58 and np.isfinite(smooth.get_ydata()).all()
