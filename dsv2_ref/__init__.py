@@ -30,7 +30,7 @@ table is made from it (`make map`), and a test compares it with the files and th
   cost.py           parameters, FLOPs, cache bytes, GPU hours
   paper.py          the paper's claims beside ours
   training/         tokenizer, corpora (stories: a grammar with a known entropy), data, recipe,
-                    ladder, optim, adamw8, memory, machine,
+                    ladder, optim, adamw8, memory, machine, watching,
                     pretrain, run_folder (what survives a kill)
   inference/        generate, evaluate, fp8_model
   figures/          every plot and widget, in one style

@@ -28,6 +28,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
                    help="ours, the ladder's, or the paper's; the options below change it; default: "
                         "the preset's own on the ladder, else minutes")
     p.add_argument("--corpus", default="python", help=CORPORA)
+    p.add_argument("--text-bytes", type=float, help="as 40e6; so much of it to train on, not all")
     p.add_argument("--out", default="build/train")
     p.add_argument("--resume", action="store_true", help="go on from the state in --out")
     length = p.add_mutually_exclusive_group()
@@ -45,6 +46,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--save-every", type=int, default=100, help="steps")
     p.add_argument("--evaluate-every", type=int, default=0, help="steps; 0 for at the end alone")
     p.add_argument("--no-save", dest="save", action="store_false", help="write the log alone")
+    p.add_argument("--watch", choices=("tensorboard", "trackio"), help="beside log.jsonl")
     p.add_argument("--quiet", dest="progress", action="store_false", help="no progress bar")
 
 
@@ -62,6 +64,9 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--json", action="store_true")
 
     _add_train(commands)
+
+    p = commands.add_parser("figures", help="draw a run from its log.jsonl")
+    p.add_argument("folder", metavar="RUN_FOLDER", help="pictures go to RUN_FOLDER/figures")
 
     p = commands.add_parser("generate", help="continue a prompt with a saved model")
     p.add_argument("--model", default="build/model")
@@ -106,7 +111,7 @@ def dispatch(args: dict) -> None:
         return
     from dsv2_ref import jobs, main_job
 
-    result = {"run": main_job.run, "train": jobs.train_command,
+    result = {"run": main_job.run, "train": jobs.train_command, "figures": jobs.figures_command,
               "generate": jobs.generate_command}[command](**args)
     print(json.dumps(result, ensure_ascii=False))
 

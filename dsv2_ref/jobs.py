@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: MIT
 """What the command line does: `train` and `generate`, and what the main job shares with them."""
 
+import json
 import os
 import platform
 import sys
 from collections.abc import Callable
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -12,25 +14,26 @@ from typing import Any
 
 import torch
 
-from dsv2_ref import checkpoint, cost
+from dsv2_ref import checkpoint, cost, figures
 from dsv2_ref.config import PRESETS, Config
 from dsv2_ref.inference.evaluate import bits_per_byte
 from dsv2_ref.inference.generate import TextStream, generate
 from dsv2_ref.model import DeepSeekV2
 from dsv2_ref.training.corpora import Corpus, Document, byte_count, open_corpus
-from dsv2_ref.training.data import encode
+from dsv2_ref.training.data import encode, some_of
 from dsv2_ref.training.ladder import LADDER
 from dsv2_ref.training.machine import autocast, keep_freed_memory
 from dsv2_ref.training.memory import plan, state_bytes
 from dsv2_ref.training.pretrain import Trainer, train
 from dsv2_ref.training.recipe import PAPER, Recipe
-from dsv2_ref.training.run_folder import RunFolder
+from dsv2_ref.training.run_folder import RunFolder, read_log
 from dsv2_ref.training.tokenizer import (
     TextTokenizer,
     load_tokenizer,
     save_tokenizer,
     train_tokenizer,
 )
+from dsv2_ref.training.watching import Watch
 
 
 def say(text: str = "") -> None:
@@ -84,7 +87,8 @@ def set_up(
     config = config.with_(vocab=tokenizer.vocab, bos=tokenizer.bos, eos=tokenizer.eos,
                           max_positions=max(config.max_positions, recipe.sequence))
     torch.manual_seed(recipe.seed)
-    model = DeepSeekV2(config).to(default_device())
+    with torch.device(default_device()):        # 15.7B random numbers take minutes on a CPU
+        model = DeepSeekV2(config)
     return Setup(corpus, tokenizer, Trainer(model, recipe, encode(corpus.train, tokenizer)))
 
 
@@ -126,9 +130,10 @@ def write_sample(
 def train_command(
     preset: str, recipe: str | None, corpus: str, out: str, resume: bool, save_every: int,
     evaluate_every: int, progress: bool, tokens: float | None = None, save: bool = True,
-    **changes: Any,
+    watch: str | None = None, text_bytes: float | None = None, **changes: Any,
 ) -> dict[str, Any]:
-    """Train a preset into `out`: log.jsonl, tokenizer.json and, with `save`, states and model/."""
+    """Train a preset into `out`: log.jsonl, tokenizer.json, config.json and, with `save`, states
+    and model/."""
     if preset not in PRESETS:
         raise ValueError(f"preset: {preset!r}, expected one of {', '.join(sorted(PRESETS))}")
     recipe = recipe or (preset if preset in LADDER else "minutes")
@@ -147,22 +152,38 @@ def train_command(
         raise ValueError(f"{run.states[0]}: exists, expected --resume to go on with it or another "
                          "--out")
     state = run.newest(say) if resume else None
-    keep_freed_memory()
-    tokenizer = load_tokenizer(folder / "tokenizer.json") if resume else None
-    setup = set_up(PRESETS[preset], chosen, open_corpus(corpus), tokenizer)
-    if state:
-        setup.trainer.restore(*state)
-        say(f"resumed after step {setup.trainer.steps}")
-    else:
-        save_tokenizer(setup.tokenizer, folder / "tokenizer.json")
-    say(f"{preset}: {setup.describe()}")
-    planned = plan(setup.model, chosen, setup.trainer.precision)
+    watching = Watch(watch, folder, state[2]["steps"] if state else 0, say) if watch else None
+    with closing(watching) if watching else nullcontext():
+        keep_freed_memory()
+        tokenizer = load_tokenizer(folder / "tokenizer.json") if resume else None
+        text = open_corpus(corpus)
+        if text_bytes is not None:
+            text = some_of(text, text_bytes)
+        setup = set_up(PRESETS[preset], chosen, text, tokenizer)
+        if state:
+            setup.trainer.restore(*state)
+            say(f"resumed after step {setup.trainer.steps}")
+        else:
+            save_tokenizer(setup.tokenizer, folder / "tokenizer.json")
+            (folder / "config.json").write_text(json.dumps(setup.model.config.to_hf(), indent=1))
+        say(f"{preset}: {setup.describe()}")
+        return _train(setup, folder, save_every if save else None, evaluate_every, progress,
+                      watching)
+
+
+def _train(
+    setup: Setup, folder: Path, save_every: int | None, evaluate_every: int, progress: bool,
+    watching: Watch | None,
+) -> dict[str, Any]:
+    """Run it and sum it up; a `save_every` of None saves nothing."""
+    planned = plan(setup.model, setup.trainer.recipe, setup.trainer.precision)
     say(f"memory planned: {planned.lines()}")
-    log = train(setup.trainer, folder, save_every if save else None,
-                lambda: setup.held_out(setup.corpus.validation), evaluate_every, progress=progress)
+    log = train(setup.trainer, folder, save_every,
+                lambda: setup.held_out(setup.corpus.validation), evaluate_every, progress=progress,
+                watch=watching)
     if not log:
         raise ValueError(f"steps: the run in {folder} is at its end, expected more steps to go on")
-    if save:
+    if save_every is not None:
         save_model(setup, folder / "model")
     result = {
         "steps": setup.trainer.steps, "tokens": setup.trainer.tokens, "loss": log[-1]["language"],
@@ -173,6 +194,19 @@ def train_command(
         result |= {"planned_peak_bytes": planned.peak,
                    "peak_bytes": torch.cuda.max_memory_allocated()}
     return result
+
+
+def figures_command(folder: str) -> dict[str, Any]:
+    """Draw a run into `folder`/figures from its log.jsonl, with config.json or model/'s sizes."""
+    log = read_log(folder)
+    configs = [f for f in (Path(folder), Path(folder) / "model") if (f / "config.json").exists()]
+    layout = {}
+    if configs:
+        config = Config.from_hf(configs[0])
+        layout = {"n_devices": config.n_devices, "first_layer": config.n_dense}
+    out = output_folder(Path(folder) / "figures")
+    drawn = figures.run_figures(log, **layout)
+    return {"figures": [str(figures.save(f, out / f"{name}.png")) for name, f in drawn.items()]}
 
 
 def generate_command(

@@ -27,7 +27,7 @@ from dsv2_ref.training.corpora import (
     split,
     stories_corpus,
 )
-from dsv2_ref.training.data import PackedBatches, encode
+from dsv2_ref.training.data import PackedBatches, encode, some_of
 from dsv2_ref.training.tokenizer import train_tokenizer
 
 
@@ -119,6 +119,20 @@ def test_split_sizes_and_small_corpora():
         split("c", [Document("empty", "")], "")
     with pytest.raises(ValueError, match="too small for 10000000 held-out bytes"):
         split("c", documents(50), "", held_out_bytes=10**7)
+
+
+def test_some_of_a_corpus_is_whole_documents_drawn_once():
+    corpus = stories_corpus(2000)
+    some = some_of(corpus, 50_000)
+    assert 50_000 <= byte_count(some.train) < 51_000
+    assert some == some_of(corpus, 50_000)
+    assert (some.validation, some.test) == (corpus.validation, corpus.test)
+    places = [corpus.train.index(document) for document in some.train]
+    assert places == sorted(places) and min(places) < 300 and max(places) > 1500
+    assert set(names(some.train)) < set(names(some_of(corpus, 100_000).train))
+    assert some_of(corpus, 1e12) == corpus
+    with pytest.raises(ValueError, match="text_bytes: 0, expected"):
+        some_of(corpus, 0)
 
 
 def test_stories_corpus():

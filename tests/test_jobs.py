@@ -45,6 +45,7 @@ def call(capsys, *args):
 def test_train_writes_everything(trained):
     names = {p.name for p in trained.iterdir()}
     assert names == {"state-000000004.safetensors", "state-000000006.safetensors", "log.jsonl",
+                     "config.json",
                      "tokenizer.json", "model"}
     model = checkpoint.load(trained / "model")
     assert str(model.embedding.weight.dtype) == "torch.bfloat16"
@@ -80,13 +81,18 @@ def test_the_length_of_a_run_on_the_ladder(args, steps, capsys, monkeypatch, tmp
     assert seen == [steps]
 
 
-def test_in_little_memory_and_without_saving(texts, tmp_path, capsys):
+def test_in_little_memory_and_without_saving(texts, tmp_path, capsys, monkeypatch):
+    real, read = jobs.encode, []
+    monkeypatch.setattr(jobs, "encode", lambda documents, tokenizer: read.append(
+        len(documents)) or real(documents, tokenizer))
     code, out, err = call(capsys, "train", "--preset", "tiny", "--corpus", texts, "--tokens", 500,
                           "--sequence", 32, "--batch", 4, "--micro-batch", 2, "--recompute", 1,
-                          "--optimizer", "adamw8", "--weights", "bf16", "--lr", 1e-3, "--no-save",
-                          "--quiet", "--out", tmp_path / "out")
+                          "--text-bytes", 1e3, "--optimizer", "adamw8", "--weights", "bf16",
+                          "--lr", 1e-3, "--no-save", "--quiet", "--out", tmp_path / "out")
     assert code == 0 and json.loads(out)["steps"] == 4 and "memory planned: weights" in err
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"log.jsonl", "tokenizer.json"}
+    assert read == [1]                                              # of ten files to train on
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "log.jsonl", "tokenizer.json", "config.json"}
 
 
 def test_train_refuses_to_overwrite_and_resumes(trained, texts, capsys):
@@ -141,6 +147,7 @@ def test_paper(capsys):
     (["train", "--corpus", "/no/such/place", "--steps", "1"], "'/no/such/place'"),
     (["train", "--resume"], "expected a saved state to resume from"),
     (["train", "--preset", "v2", "--steps", "1"], "training state takes 3,5"),
+    (["train", "--text-bytes", "-1", "--corpus", "stories"], "text_bytes: -1.0, expected"),
     (["train", "--seed", "-1", "--steps", "1"], "seed: -1, expected 0 to"),
     (["train", "--save-every", "-1", "--steps", "1"], "save_every: -1, evaluate_every: 0,"),
     (["train", "--recipe", "ours"], "invalid choice: 'ours'"),

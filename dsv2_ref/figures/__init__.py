@@ -51,6 +51,13 @@ from dsv2_ref.figures.positions import (
     turned_pair,
     yarn_pairs,
 )
+from dsv2_ref.figures.pretraining import (
+    code_steps,
+    live_picture,
+    memory_bars,
+    rounding_paths,
+    schedule_curves,
+)
 from dsv2_ref.figures.routing import (
     ablation_cost,
     device_limit_slider,
@@ -60,6 +67,7 @@ from dsv2_ref.figures.routing import (
     limit_quality,
     token_routing,
 )
+from dsv2_ref.figures.run import balance_curves, gradient_norm, rate_curve, run_figures
 from dsv2_ref.figures.studies import study_changes
 from dsv2_ref.figures.style import COLORS, GIB, INK, LENGTHS, MORE_COLORS, Picture, save, styled
 from dsv2_ref.figures.training import loss_curve, loss_floor
@@ -67,14 +75,15 @@ from dsv2_ref.figures.training import loss_curve, loss_floor
 __all__ = [
     "COLORS", "GIB", "INK", "LENGTHS", "MORE_COLORS", "Picture", "ablation_cost",
     "absorption_crossover", "absorption_flops", "absorption_regions", "angle_errors",
-    "architecture", "attention_tiles", "batch_bars", "batch_slider", "bytes_moved",
-    "cache_against_context", "cache_bars", "cache_growth", "cache_slider", "decode_floors",
-    "decode_roofline", "device_limit_slider", "device_messages", "device_traffic",
-    "dropped_against_capacity", "dropped_over_training", "errors_by_position", "expert_lift",
-    "expert_load", "flops_against_context", "group_slider", "grouped_heads", "groups_like_mla",
-    "limit_quality", "load_animation", "load_over_training", "loss_arrows", "loss_curve",
-    "loss_floor", "losses_by_position", "matrices", "mla_flow", "pair_clocks", "parameter_shares",
-    "position_slider", "router_heat_map", "save", "saving_steps", "shared_heads",
-    "slots_by_device", "softmax_in_pieces", "study_changes", "styled", "token_routing",
-    "turned_pair", "yarn_pairs",
+    "architecture", "attention_tiles", "balance_curves", "batch_bars", "batch_slider",
+    "bytes_moved", "cache_against_context", "cache_bars", "cache_growth", "cache_slider",
+    "code_steps", "decode_floors", "decode_roofline", "device_limit_slider", "device_messages",
+    "device_traffic", "dropped_against_capacity", "dropped_over_training", "errors_by_position",
+    "expert_lift", "expert_load", "flops_against_context", "gradient_norm", "group_slider",
+    "grouped_heads", "groups_like_mla", "limit_quality", "live_picture", "load_animation",
+    "load_over_training", "loss_arrows", "loss_curve", "loss_floor", "losses_by_position",
+    "matrices", "memory_bars", "mla_flow", "pair_clocks", "parameter_shares", "position_slider",
+    "rate_curve", "rounding_paths", "router_heat_map", "run_figures", "save", "saving_steps",
+    "schedule_curves", "shared_heads", "slots_by_device", "softmax_in_pieces", "study_changes",
+    "styled", "token_routing", "turned_pair", "yarn_pairs",
 ]

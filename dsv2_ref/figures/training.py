@@ -26,6 +26,9 @@ def loss_curve(
     figure = Picture(10.0 if held_out else 6.4, 4.0)
     axes = figure.subplots(1, 2 if held_out else 1, squeeze=False)[0]
     x, y = (np.array([r[key] for r in log], float) for key in ("tokens", "language"))
+    if not (finite := np.isfinite(y)).any():
+        raise ValueError("log: no loss is a number, expected one at least")
+    x, y = x[finite], y[finite]
     window = np.ones(min(len(y) // 40 * 2 + 1, len(y)))
     smooth = np.convolve(y, window, "same") / np.convolve(np.ones_like(y), window, "same")
     axes[0].plot(x / 1e6, y, color=COLORS["MLA"], alpha=0.35, lw=0.8, label="each step")

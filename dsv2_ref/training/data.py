@@ -8,12 +8,29 @@ the next; attention is not masked between them, the marks are there for the mode
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from dsv2_ref.training.corpora import Document
+from dsv2_ref.training.corpora import Corpus, Document
 from dsv2_ref.training.tokenizer import TextTokenizer
+
+
+def some_of(corpus: Corpus, n_bytes: float) -> Corpus:
+    """The corpus with about so many bytes to train on: whole documents, drawn once and for all.
+
+    A run of 5M tokens reads 20 MB; a tokenizer and codes for hundreds of MB would take longer.
+    """
+    if not n_bytes > 0:
+        raise ValueError(f"text_bytes: {n_bytes}, expected a number > 0")
+    taken, total = [], 0
+    for i in np.random.default_rng(0).permutation(len(corpus.train)):
+        if total >= n_bytes:
+            break
+        taken.append(i)
+        total += len(corpus.train[i].text.encode())
+    return replace(corpus, train=[corpus.train[i] for i in sorted(taken)])
 
 
 def encode(documents: Sequence[Document], tokenizer: TextTokenizer) -> np.ndarray:

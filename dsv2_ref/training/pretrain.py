@@ -190,7 +190,7 @@ def clip_gradients(weights: Iterable[Tensor], most: float) -> float:
 def train(
     trainer: Trainer, folder: str | Path | None = None, save_every: int | None = 0,
     evaluate: Callable[[], float] | None = None, evaluate_every: int = 0, load_every: int = 50,
-    progress: bool = True,
+    progress: bool = True, watch: Callable[[dict[str, Any]], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Run to the end of the recipe. Returns the log, one dictionary a step.
 
@@ -198,13 +198,14 @@ def train(
     every `save_every` steps, at the end, and on Ctrl-C, which ends the run between two steps; the
     last two are kept; with `save_every` None there is the log alone.
     Every `load_every` steps the entry has the expert load: `expert_load` (layers, experts), and
-    `gate_entropy` of each layer's affinities, in nats.
+    `gate_entropy` of each layer's affinities, in nats. `watch` is called with each entry.
     """
     run = RunFolder(folder) if folder is not None else None
     log: list[dict[str, Any]] = []
     by_clock = trainer.recipe.seconds is not None and trainer.device.type == "cpu"
     keep = run and save_every is not None
     log_file = closing(run.open_log(trainer.steps)) if run else nullcontext()
+    listeners = [listen for listen in (run and run.log, watch) if listen]
     with _Interrupt() as interrupt, log_file, tqdm(
         total=1000, initial=round(1000 * trainer.progress), disable=not progress,
         bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}",
@@ -218,14 +219,13 @@ def train(
             if evaluate is not None and evaluate_every and trainer.steps % evaluate_every == 0:
                 entry["bits_per_byte"] = evaluate()
             log.append(entry)
-            if run:
-                run.log(entry)
+            for listen in listeners:
+                listen(entry)
             bar.update(round(1000 * min(trainer.progress, 1.0)) - bar.n)
             speed = f"{trainer.tokens / trainer.elapsed:,.0f} tokens/s"
             bar.set_postfix_str(f"step {trainer.steps}, loss {entry['language']:.3f}, {speed}",
                                 refresh=False)
-            due = save_every and trainer.steps % save_every == 0
-            if keep and (due or interrupt.asked):
+            if keep and (interrupt.asked or save_every and trainer.steps % save_every == 0):
                 run.save(trainer.steps, trainer.save)
             interrupt.obey()
 

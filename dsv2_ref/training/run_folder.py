@@ -103,3 +103,17 @@ def _entry(line: str) -> dict[str, Any] | None:
     except json.JSONDecodeError:
         return None
     return entry if isinstance(entry, dict) and "step" in entry else None
+
+
+def read_log(folder: str | Path) -> list[dict[str, Any]]:
+    """The entries of a folder's log.jsonl; a torn line is left out. ValueError if there are none.
+    """
+    path = Path(folder) / "log.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}), expected the log of a run"
+                         ) from None
+    if not (entries := [entry for line in lines if (entry := _entry(line))]):
+        raise ValueError(f"{path}: no entries, expected a line of JSON a step")
+    return entries

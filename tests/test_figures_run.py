@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: MIT
+"""Figures of a run: what is drawn is what the log says, and the command that draws them."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from refusals import refused
+
+from dsv2_ref import figures
+from dsv2_ref.__main__ import main
+from dsv2_ref.config import TINY
+
+
+def log(n=60, skipped=(), batch_from=4, layers=2):
+    entries = []
+    for i in range(n):
+        entry = {"step": i + 1, "tokens": 100 * (i + 1), "language": 5 - i / 20,
+                 "gradient_norm": 2.0 + i / n, "lr": 1e-3 * (1 - i / n),
+                 "batch": max(batch_from, i), "expert": 0.1, "device": 0.1,
+                 "communication": 0.1, "seconds": 0.5 * (i + 1)}
+        if i in skipped:
+            entry |= {"skipped": True, "gradient_norm": math.nan, "language": math.nan}
+        if i % 20 == 0:
+            entry |= {"expert_load": [[6, 2, 2, 2]] * (layers - 1) + [[1, 1, 1, 3 + i]],
+                      "gate_entropy": [1.2] * (layers - 1) + [0.8 - i / 100],
+                      "dropped": [0.0] * layers}
+        entries.append(entry)
+    return entries
+
+
+DRAW = {
+    "gradient_norm": lambda: figures.gradient_norm(log()),
+    "gradient_norm, skipped": lambda: figures.gradient_norm(log(skipped=(5, 30))),
+    "gradient_norm, one entry": lambda: figures.gradient_norm(log(1)),
+    "rate_curve": lambda: figures.rate_curve(log()),
+    "rate_curve, one batch": lambda: figures.rate_curve(log(batch_from=99)),
+    "balance_curves": lambda: figures.balance_curves(log(), first_layer=1),
+    "balance_curves, many layers": lambda: figures.balance_curves(log(layers=26)),
+}
+TITLES = {
+    "gradient_norm": ["Gradient norm: 2.5 in the median, no step skipped"],
+    "gradient_norm, skipped": ["Gradient norm: 2.5 in the median, 2 of 60 steps skipped"],
+    "rate_curve": ["Rate: 0.001 at step 1, 1.7e-05 at the end", "Batch: 4 to 59 sequences"],
+    "rate_curve, one batch": ["Rate: 0.001 at step 1, 1.7e-05 at the end"],
+    "balance_curves": ["Fullest: up to 3.7 shares, 3.7 at the end",
+                       "Entropy: 0.80 of at most 1.39 nats"],
+}
+LABELS = {
+    "gradient_norm": [("step", "gradient norm before clipping")],
+    "rate_curve": [("step", "rate"), ("step", "sequences a step")],
+    "balance_curves": [("step", "fullest expert (fair share = 1)"),
+                       ("step", "entropy of affinities (nats)")],
+}
+
+
+@pytest.mark.parametrize("name", DRAW)
+def test_nothing_is_clipped(name, tmp_path):
+    figure = DRAW[name]()
+    figures.save(figure, tmp_path / "figure.png")
+    box = figure.get_tightbbox(FigureCanvasAgg(figure).get_renderer())      # inches
+    width, height = figure.get_size_inches()
+    assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height
+
+
+@pytest.mark.parametrize("name", TITLES)
+def test_titles_are_computed(name):
+    assert [ax.get_title(loc="left") for ax in DRAW[name]().axes] == TITLES[name]
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_axes_say_what_and_in_which_unit(name):
+    assert [(ax.get_xlabel(), ax.get_ylabel()) for ax in DRAW[name]().axes] == LABELS[name]
+
+
+def test_skipped_steps_are_marked_where_they_were():
+    line, marks = DRAW["gradient_norm, skipped"]().axes[0].lines
+    assert list(marks.get_xdata()) == [6, 31]
+    assert list(np.flatnonzero(np.isnan(line.get_ydata()))) == [5, 30]
+    assert np.isfinite(marks.get_ydata()).all()
+    assert len(DRAW["gradient_norm"]().axes[0].lines) == 1
+
+
+def test_load_is_relative_to_a_fair_share_and_entropy_to_its_most():
+    shares, entropy = DRAW["balance_curves"]().axes
+    assert [list(line.get_ydata()) for line in shares.lines[:2]] == [
+        [2, 2, 2], pytest.approx([2, 23 * 4 / 26, 43 * 4 / 46])]
+    assert list(entropy.lines[1].get_ydata()) == pytest.approx([0.8, 0.6, 0.4])
+    assert entropy.lines[2].get_ydata()[0] == pytest.approx(math.log(4))
+    names = [text.get_text() for text in shares.get_legend().get_texts()]
+    assert names == ["layer 1", "layer 2"]
+    assert DRAW["balance_curves, many layers"]().axes[0].get_legend() is None
+
+
+def test_the_load_drawn_is_the_last_one_of_the_log():
+    ax = figures.run_figures(log(), n_devices=2, first_layer=1)["expert_load"].axes[0]
+    assert ax.images[0].get_array().tolist() == [
+        pytest.approx([2] + [2 / 3] * 3), pytest.approx([4 / 46] * 3 + [43 * 4 / 46])]
+
+
+def test_losses_that_are_no_numbers_leave_the_curve_whole():
+    raw, smooth = figures.loss_curve(log(skipped=(5, 59))).axes[0].lines
+    assert len(raw.get_xdata()) == 58 and np.isfinite(smooth.get_ydata()).all()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    lines = [json.dumps(entry) for entry in log(skipped=(5,))]
+    (tmp_path / "log.jsonl").write_text("\n".join([*lines, '{"step": 61, "to']))
+    (tmp_path / "config.json").write_text(json.dumps(TINY.with_(
+        n_layers=5, n_dense=3, n_routed=4, n_devices=2).to_hf()))
+    return tmp_path
+
+
+def test_the_command_draws_everything_there_is(folder, capsys, monkeypatch):
+    seen = {}
+    real = figures.run_figures
+    monkeypatch.setattr(figures, "run_figures", lambda log, **layout: real(
+        seen.setdefault("log", log), **seen.setdefault("layout", layout)))
+    assert main(["figures", str(folder)]) == 0
+    names = ["loss", "gradient_norm", "rate", "expert_load", "balance"]
+    assert json.loads(capsys.readouterr().out)["figures"] == [
+        str(folder / "figures" / f"{name}.png") for name in names]
+    for name in names:
+        assert (folder / "figures" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+    assert seen["layout"] == {"n_devices": 2, "first_layer": 3} and len(seen["log"]) == 60
+
+
+def test_without_load_and_config_it_draws_the_rest(tmp_path):
+    entries = [{k: v for k, v in e.items() if k not in ("expert_load", "gate_entropy")}
+               for e in log()]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    assert main(["figures", str(tmp_path)]) == 0
+    assert {p.name for p in (tmp_path / "figures").iterdir()} == {
+        "loss.png", "gradient_norm.png", "rate.png"}
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    (None, "cannot be read"), ("", "no entries"), ("hello\n[1]\n", "no entries"),
+    ('{"step": 1}', "has no 'tokens'"),
+])
+def test_bad_folders_are_one_line_and_code_2(text, message, tmp_path, capsys):
+    if text is not None:
+        (tmp_path / "log.jsonl").write_text(text)
+    assert main(["figures", str(tmp_path)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and message in err
+
+
+def test_bad_logs_are_refused_in_one_line():
+    refused(lambda: figures.gradient_norm([]), "log: empty")
+    refused(lambda: figures.gradient_norm([{"step": 1, "gradient_norm": math.inf}]), "is a number")
+    refused(lambda: figures.rate_curve([{"step": 1, "lr": 1}]), "no 'batch'")
+    refused(lambda: figures.balance_curves([{"step": 1}]), "no entry has 'expert_load'")
+    refused(lambda: figures.loss_curve([{"tokens": 1, "language": math.nan}]), "no loss")
