@@ -18,8 +18,6 @@ KERNEL_MUTANTS = [
            "tl.sum(table, 0)[None] - tl.cumsum(table, 0) ", _sorted),
     _wrong("places_within_a_block_ignored", "(first[None] + earlier)",
            "(first[None] + 0 * earlier)", _sorted),
-    _wrong("blocks_in_the_wrong_order", "counts + e * blocks + tl.program_id(0)",
-           "counts + e * blocks + (blocks - 1 - tl.program_id(0))", _sorted),
     _wrong("dropped_slots_sorted_in", "(tl.load(keep + slot, mask=kept, other=0) != 0)",
            "(tl.load(keep + slot, mask=kept, other=0) >= 0)", _sorted),
     _wrong("offsets_of_the_last_block", "edges[::blocks]", "edges[blocks - 1 :: blocks]", _sorted),
