@@ -12,6 +12,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import torch
 
 from dsv2_ref.config import TINY
 from dsv2_ref.model import DeepSeekV2
-from dsv2_ref.training.pretrain import Trainer, train
+from dsv2_ref.training.pretrain import Trainer, tqdm, train
 from dsv2_ref.training.recipe import Recipe
 from dsv2_ref.training.run_folder import RunFolder
 
@@ -52,6 +53,9 @@ def last_steps(folder: Path) -> dict[str, int]:
 
 def main(folder: Path, kills: int, seed: int) -> None:
     torch.set_num_threads(1)
+    # a lock between processes, tqdm's own, would die locked in a forked process that is killed
+    tqdm.set_lock(threading.RLock())
+    tqdm.monitor_interval = 0
     steps, draw = 7 * kills + 12, random.Random(seed)
     folder.mkdir()
     live(folder / "first", 3)                            # what is slow the first time

@@ -30,7 +30,7 @@ def test_kills_lose_no_more_than_the_steps_since_the_last_state(tmp_path):
     seed = int.from_bytes(os.urandom(3))
     done = subprocess.run([sys.executable, str(script), str(tmp_path / "killed"), str(KILLS),
                            str(seed)], capture_output=True, text=True, check=False,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+                          timeout=120 + 10 * KILLS, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, f"seed {seed}: {done.stderr[-2000:]}"
     assert done.stderr == ""                             # no state was ever damaged
     told = json.loads(done.stdout)
