@@ -21,28 +21,26 @@ table is made from it (`make map`), and a test compares it with the files and th
   2.2.1         kernels/grouped_experts.py 13     experts as products over sorted slots
   2.2.1-2       kernels/route_tokens.py    13     routing, and sorting the slots
 
+  text/             corpora (stories: a grammar with a known entropy), tokenizer, packed batches
+  config.py         sizes; V2, LITE, a ladder and small presets; published config.json <-> ours
   model.py          embedding, blocks, head; which of the equal algorithms runs
   kernel_choice.py  where a kernel takes the place of its naive twin
-  config.py         sizes; V2, LITE, a ladder and small presets; published config.json <-> ours
-  checkpoint.py     published tensor names <-> ours; training states
-  tensor_files.py   safetensors files of others, whatever is wrong with them told in one line
   cross_entropy.py  the loss without holding all logits
   cost.py           parameters, FLOPs, cache bytes, GPU hours
-  paper.py          the paper's claims beside ours
-  training/         tokenizer, corpora (stories: a grammar with a known entropy), data, recipe,
-                    ladder, optim, adamw8, memory, machine, watching,
-                    pretrain, run_folder (what survives a kill)
+  checkpoint.py     published tensor names <-> ours; training states
+  files/            what checkpoint stands on: tensors read, files written whole
   inference/        generate, evaluate, fp8_model
+  training/         setup, recipe, ladder, optim, adamw8, memory, machine, watching,
+                    pretrain, run_folder (what survives a kill)
+  paper.py          the paper's claims beside ours
   figures/          every plot and widget, in one style
-  exercises.py      checks of the notebooks' exercises
-  main_job.py       `make run`
-  jobs.py           the other commands of the command line (__main__.py)
-  copying.py        a concept file, lifted into a folder of your own
   bench/            measurements against a peer
+  commands/         the command line, a file a command; __main__.py reads the options
+  copying.py        a concept file, lifted into a folder of your own
+  exercises.py      checks of the notebooks' exercises
 
-Arrows run one way: attention and moe know nobody, kernels only the twins they must equal; model,
-checkpoint and cost stand on them; training and inference on those; jobs, bench and the command line
-on everything.
+Arrows run one way: attention, moe and text know nobody, kernels only the twins they must equal;
+then the model, files, inference, training, and on top what uses them all.
 """
 
 __version__ = "0.1.0"

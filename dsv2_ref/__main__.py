@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--check", metavar="DEST", help="what changed since the copies were made")
 
     p = commands.add_parser("bench", help="a measurement against a peer in the same process")
-    names = [m.name for m in pkgutil.iter_modules(benches.__path__) if m.name[0] != "_"]
+    names = [m.name for m in pkgutil.iter_modules(benches.__path__) if not m.ispkg]
     p.add_argument("name", choices=names)
     p.add_argument("--quick", action="store_true", help="tiny sizes: does it run at all?")
     p.add_argument("--only", metavar="STUDY", help="one study of ablations, as attention")
@@ -109,10 +109,10 @@ def dispatch(args: dict) -> None:
     if command == "copy":
         print(json.dumps(_copy(**args), indent=1))
         return
-    from dsv2_ref import jobs, main_job
+    from dsv2_ref.commands import draw, generate, run, train
 
-    result = {"run": main_job.run, "train": jobs.train_command, "figures": jobs.figures_command,
-              "generate": jobs.generate_command}[command](**args)
+    result = {"run": run.run, "train": train.train_command, "figures": draw.figures_command,
+              "generate": generate.generate_command}[command](**args)
     print(json.dumps(result, ensure_ascii=False))
 
 

@@ -39,17 +39,19 @@ def _needed(name: str) -> dict[str, Path]:
         text = file.read_text(encoding="utf-8")
         wanted = re.findall(r"^from dsv2_ref\.\w+\.(\w+) import", text, re.M)
         queue += [known[w] for w in wanted if f"{w}.py" not in found]
-        for helper in ("loops", "refusals"):
-            if re.search(rf"^(import|from) {helper}\b", text, re.M):
-                queue += [tests / f"{helper}.py"] * (f"{helper}.py" not in found)
+        for helper in ("oracles/loops", "refusals"):
+            *_, short = helper.split("/")
+            if re.search(rf"^from (oracles import )?(oracles\.)?{short}\b", text, re.M):
+                queue += [tests / f"{helper}.py"] * (f"{short}.py" not in found)
     if (PACKAGE.parent / "LICENSE").exists():
         found["LICENSE"] = PACKAGE.parent / "LICENSE"
     return found
 
 
 def _rewritten(file: Path) -> str:
-    return re.sub(r"\bdsv2_ref\.(?:attention|moe|kernels)\.(\w+)", r"\1",
-                  file.read_text(encoding="utf-8"))
+    text = file.read_text(encoding="utf-8")
+    text = re.sub(r"\bdsv2_ref\.(?:attention|moe|kernels)\.(\w+)", r"\1", text)
+    return text.replace("from oracles import", "import").replace("from oracles.", "from ")
 
 
 def _hash(text: str) -> str:

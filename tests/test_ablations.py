@@ -11,8 +11,8 @@ from dsv2_ref import cost
 from dsv2_ref.__main__ import main
 from dsv2_ref.attention.mha import MultiHeadAttention
 from dsv2_ref.attention.rope import rope_frequencies, rope_tables
-from dsv2_ref.bench import _study
 from dsv2_ref.bench import ablations as bench
+from dsv2_ref.bench.harness.study import summary
 from dsv2_ref.model import DeepSeekV2
 
 
@@ -114,7 +114,7 @@ def test_load_is_counted_in_fair_shares(monkeypatch):
 def test_summary_compares_seed_by_seed():
     bits = {("a", 0): 1.0, ("a", 1): 2.0, ("b", 0): 1.5, ("b", 1): 2.6}
     runs = [{"setting": s, "seed": seed, "bits": v} for (s, seed), v in bits.items()]
-    first, second = _study.summary(runs, "setting", "bits")
+    first, second = summary(runs, "setting", "bits")
     assert first["difference"] == first["difference_deviation"] == 0 and first["mean"] == 1.5
     assert second["difference"] == pytest.approx(0.55)
     assert second["difference_deviation"] == pytest.approx(statistics.stdev([0.5, 0.6]))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The three balance losses against equations (23)-(31) taken with counters."""
 
-import loops
 import pytest
 import torch
+from oracles import loops
 
 from dsv2_ref.moe.balance import (
     communication_balance_loss,

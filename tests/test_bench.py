@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from dsv2_ref import cost
-from dsv2_ref.bench import _one_card, _peer, _timing, cpu_decode, train
+from dsv2_ref.bench import cpu_decode, train
+from dsv2_ref.bench.harness import one_card, peer, timing
 from dsv2_ref.config import LITE
 from dsv2_ref.training.memory import state_bytes
 
@@ -37,9 +38,9 @@ def test_record_says_what_it_was_made_with(record: dict) -> None:
 def test_every_comparison_is_there(record: dict) -> None:
     assert [(r["context"], r["batch"]) for r in record["decode"]] == [(32, 1), (32, 2), (64, 1)]
     assert [r["context"] for r in record["attention"]] == [32, 64]
-    backends = {f"{a}+{e}" for a in _peer.ATTENTION for e in _peer.EXPERTS}
+    backends = {f"{a}+{e}" for a in peer.ATTENTION for e in peer.EXPERTS}
     assert all(set(r["tried_ms"]) == backends for r in record["decode"])
-    assert all(set(r["tried_ms"]) == set(_peer.ATTENTION) for r in record["attention"])
+    assert all(set(r["tried_ms"]) == set(peer.ATTENTION) for r in record["attention"])
 
 
 @pytest.mark.parametrize("part", ["decode", "attention"])
@@ -49,7 +50,7 @@ def test_numbers_are_numbers_and_outputs_agree(record: dict, part: str) -> None:
 
 
 def check(result: dict) -> None:
-    assert 0 <= result["difference"] < _timing.TOLERANCE
+    assert 0 <= result["difference"] < timing.TOLERANCE
     assert result["best"] == min(result["tried_ms"], key=result["tried_ms"].get)
     assert result["ratio"] == pytest.approx(result["theirs_ms"] / result["ours_ms"])
     for side in ("ours", "theirs"):
@@ -61,7 +62,7 @@ def check(result: dict) -> None:
 
 def test_the_full_run_has_the_sizes_it_documents() -> None:
     """Widths that exclude no backend, and a layer of V2-Lite's real size."""
-    for model in (_peer.MODEL, *train.MODELS.values()):
+    for model in (peer.MODEL, *train.MODELS.values()):
         for width in (model.d, model.expert_width, model.dense_width, model.d_c, model.d_cq):
             assert width % 16 == 0
     assert cpu_decode.LAYER.n_h == 16 and cpu_decode.LAYER.d == 2048
@@ -69,10 +70,10 @@ def test_the_full_run_has_the_sizes_it_documents() -> None:
 
 def test_disagreement_stops_the_run() -> None:
     a = torch.tensor([1.0, 2.0])
-    assert _timing.agree(a, a, "same") == 0
+    assert timing.agree(a, a, "same") == 0
     for b in (a + 1e-3, a * torch.nan):
         with pytest.raises(RuntimeError, match="decode at 2048: outputs differ by"):
-            _timing.agree(a, b, "decode at 2048")
+            timing.agree(a, b, "decode at 2048")
 
 
 def test_training_is_compared_at_equal_work(train_record: dict) -> None:
@@ -81,7 +82,7 @@ def test_training_is_compared_at_equal_work(train_record: dict) -> None:
     assert [(r["batch"], r["length"]) for r in train_record["training"]] == [(2, 16), (1, 32)]
     for r in (*train_record["training"], train_record["lite"]):
         check(r)
-        c = train._tiny(LITE if r is train_record["lite"] else _peer.MODEL)
+        c = train._tiny(LITE if r is train_record["lite"] else peer.MODEL)
         flops = cost.causal_training_flops(c, r["length"])
         for side in ("ours", "theirs"):
             rate = flops * r[f"{side}_tokens_per_s"]
@@ -92,7 +93,7 @@ def test_training_is_compared_at_equal_work(train_record: dict) -> None:
 
 
 def test_the_path_of_lite_is_the_one_a_card_takes(train_record: dict) -> None:
-    lite, ways = train_record["lite"], set(map("+".join, _one_card.WAYS))
+    lite, ways = train_record["lite"], set(map("+".join, one_card.WAYS))
     assert set(lite["tried_ms"]) | set(lite["out_of_memory"]) == ways
     assert lite["missing"] == ([] if lite["their_optimizer"] else ["torchao"])
     assert lite["planned_peak_bytes"] > 6 * lite["parameters"] and 0 <= lite["recompute"] <= 1
@@ -100,25 +101,25 @@ def test_the_path_of_lite_is_the_one_a_card_takes(train_record: dict) -> None:
 
 @pytest.mark.parametrize(("memory", "layers"), [(139.8e9, 27), (79e9, 15)])
 def test_as_many_layers_as_a_card_holds(memory: float, layers: int) -> None:
-    fitted = _one_card.fitting(LITE, _one_card.LITTLE, int(memory))
+    fitted = one_card.fitting(LITE, one_card.LITTLE, int(memory))
     assert fitted == LITE.with_(n_layers=layers)
-    assert state_bytes(cost.parameters(fitted).total, _one_card.LITTLE) < 0.7 * memory
+    assert state_bytes(cost.parameters(fitted).total, one_card.LITTLE) < 0.7 * memory
     with pytest.raises(ValueError, match="memory: 1 GiB, expected enough"):
-        _one_card.fitting(LITE, _one_card.LITTLE, 2**30)
+        one_card.fitting(LITE, one_card.LITTLE, 2**30)
 
 
 def test_losses_and_gradients_are_compared_before_anything_is_timed(tmp_path) -> None:
     transformers = pytest.importorskip("transformers")
-    ours, theirs = _peer.both(transformers, train._tiny(_peer.MODEL), tmp_path / "model")
-    assert _peer.agreement(ours, theirs, (2, 16))[0] < _timing.TOLERANCE
+    ours, theirs = peer.both(transformers, train._tiny(peer.MODEL), tmp_path / "model")
+    assert peer.agreement(ours, theirs, (2, 16))[0] < timing.TOLERANCE
     loss = theirs.forward
     theirs.forward = lambda *a, **k: _Halved(loss(*a, **k))
     with pytest.raises(RuntimeError, match="gradient norm: outputs differ"):
-        _peer.agreement(ours, theirs, (2, 16))
+        peer.agreement(ours, theirs, (2, 16))
     with torch.no_grad():
         ours.norm.weight.mul_(2)
     with pytest.raises(RuntimeError, match="training loss: outputs differ"):
-        _peer.agreement(ours, theirs, (2, 16))
+        peer.agreement(ours, theirs, (2, 16))
 
 
 class _Halved:
@@ -133,14 +134,14 @@ def test_an_update_takes_the_mean_of_its_losses_and_clips() -> None:
     layer.weight.data.fill_(1.0)
     rows = torch.tensor([[30.0, 0.0, 0.0], [0.0, 40.0, 0.0]])
     losses = [lambda row=row: layer(row).sum() for row in rows]
-    _peer.update(layer, losses, torch.optim.SGD(layer.parameters(), lr=1.0))()
+    peer.update(layer, losses, torch.optim.SGD(layer.parameters(), lr=1.0))()
     assert torch.allclose(layer.weight, torch.tensor([[0.4, 0.2, 1.0]]))    # (15, 20, 0) / 25
     layer.weight.data.fill_(1.0)
     gentle = [lambda loss=loss: 0.02 * loss() for loss in losses]               # no clipping
-    _peer.update(layer, gentle, torch.optim.SGD(layer.parameters(), lr=1.0))()
+    peer.update(layer, gentle, torch.optim.SGD(layer.parameters(), lr=1.0))()
     assert torch.allclose(layer.weight, torch.tensor([[0.7, 0.6, 1.0]]))
     assert layer.weight.grad is None
-    _peer.update(layer, losses, None)()
+    peer.update(layer, losses, None)()
     assert torch.allclose(layer.weight, torch.tensor([[0.7, 0.6, 1.0]]))
 
 

@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")       # before a kernel's module is imported
 
 from dsv2_ref.bench import mla_decode, six_bit_decode
-from dsv2_ref.bench._gpu import check
+from dsv2_ref.bench.harness.gpu import check
 from dsv2_ref.kernels import latent_decode
 from dsv2_ref.kernels import six_bit_decode as six_bit_kernel
 

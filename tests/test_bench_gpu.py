@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from dsv2_ref import __main__
-from dsv2_ref.bench import _gpu
 from dsv2_ref.bench import all as everything
+from dsv2_ref.bench.harness import gpu
 
 CPU = torch.device("cpu")
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without one")
@@ -23,22 +23,22 @@ def test_without_a_gpu_one_line_and_exit_code_2(name, capsys):
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1
     assert f"bench {name}" in err and "expected" in err and "CUDA device" in err
-    assert _gpu.device_for(name, quick=True) == CPU
+    assert gpu.device_for(name, quick=True) == CPU
 
 
 def test_the_record_says_what_it_was_made_with():
-    record = _gpu.record(CPU)
+    record = gpu.record(CPU)
     assert json.loads(json.dumps(record)) == record
     assert record["torch"] == torch.__version__ and len(record["date"]) == 10
     assert record["device"] == "cpu"
     assert record["copy_tb_per_s"] > 0 and record["matmul_tflops"] > 0
-    assert _gpu.record(CPU) is record                    # measured once
+    assert gpu.record(CPU) is record                    # measured once
 
 
 @pytest.mark.gpu
 def test_the_record_of_a_gpu():
-    device = _gpu.device_for("x", quick=False)
-    record = _gpu.record(device)
+    device = gpu.device_for("x", quick=False)
+    record = gpu.record(device)
     assert json.loads(json.dumps(record)) == record
     assert record["device"] == torch.cuda.get_device_name() and record["driver"] != "unknown"
     assert record["l2_bytes"] > 0 and record["triton"]
@@ -46,32 +46,32 @@ def test_the_record_of_a_gpu():
 
 def test_medians_take_turns_and_rotate(monkeypatch):
     seen, now = [], iter(range(1000))
-    monkeypatch.setattr(_gpu.time, "perf_counter", lambda: next(now) * 1e-3)
+    monkeypatch.setattr(gpu.time, "perf_counter", lambda: next(now) * 1e-3)
     steps = {"a": lambda x: seen.append(("a", x)), "b": lambda x: seen.append(("b", x))}
-    assert _gpu.medians(steps, [1, 2], CPU, n=3, warmup=1) == pytest.approx({"a": 1.0, "b": 1.0})
+    assert gpu.medians(steps, [1, 2], CPU, n=3, warmup=1) == pytest.approx({"a": 1.0, "b": 1.0})
     assert seen == [("a", 1), ("b", 1), ("a", 1), ("b", 1), ("a", 2), ("b", 2), ("a", 1), ("b", 1)]
 
 
 def test_the_median_is_one(monkeypatch):
     ends = iter([0, 1, 0, 100, 0, 3])
-    monkeypatch.setattr(_gpu.time, "perf_counter", lambda: next(ends))
-    assert _gpu.medians({"a": lambda x: x}, [0], CPU, n=3, warmup=0) == {"a": 3000.0}
+    monkeypatch.setattr(gpu.time, "perf_counter", lambda: next(ends))
+    assert gpu.medians({"a": lambda x: x}, [0], CPU, n=3, warmup=0) == {"a": 3000.0}
 
 
 def test_a_comparator_that_fails_is_a_string():
     def refuses(x):
         raise NotImplementedError("no\nkernel for this")
 
-    ms = _gpu.medians({"ours": lambda x: x, "theirs": refuses}, [0], CPU, n=2)
+    ms = gpu.medians({"ours": lambda x: x, "theirs": refuses}, [0], CPU, n=2)
     assert ms["theirs"] == "NotImplementedError: no kernel for this" and ms["ours"] > 0
-    result = _gpu.row("case", ms, 1e9, 1e6, 0.0)
+    result = gpu.row("case", ms, 1e9, 1e6, 0.0)
     assert result["best"] is None and result["ratio"] is None
     with pytest.raises(RuntimeError, match="theirs: NotImplementedError"):
-        _gpu.row("case", ms, 1e9, 1e6, 0.0, ours="theirs")
+        gpu.row("case", ms, 1e9, 1e6, 0.0, ours="theirs")
 
 
 def test_a_row_counts_right():
-    result = _gpu.row("B 1", {"ours": 2.0, "slow": 8.0, "fast": 3.0}, flops=4e9, nbytes=6e9,
+    result = gpu.row("B 1", {"ours": 2.0, "slow": 8.0, "fast": 3.0}, flops=4e9, nbytes=6e9,
                       error=1e-4, S=4096)
     assert result["tflops"] == pytest.approx(2.0)            # 4e9 FLOPs in 2 ms
     assert result["tb_per_s"] == pytest.approx(3.0)
@@ -80,21 +80,21 @@ def test_a_row_counts_right():
 
 
 def test_inputs_rotate_beyond_the_cache(monkeypatch):
-    assert _gpu.rotated(lambda i: i, 10, CPU) == [0, 1]
+    assert gpu.rotated(lambda i: i, 10, CPU) == [0, 1]
     properties = types.SimpleNamespace(L2_cache_size=60)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     cuda = torch.device("cuda", 0)
     for nbytes, copies in ((1000, 2), (60, 3), (50, 4), (1, 32)):
-        assert len(_gpu.rotated(lambda i: i, nbytes, cuda)) == copies
+        assert len(gpu.rotated(lambda i: i, nbytes, cuda)) == copies
 
 
 def test_errors_are_relative_and_nan_is_one():
     a = torch.tensor([3.0, 4.0])
-    assert _gpu.rms_error(a * 1.01, a) == pytest.approx(0.01, rel=1e-4)
-    assert _gpu.check(a * 1.001, a, "x") == pytest.approx(1e-3, rel=1e-3)
+    assert gpu.rms_error(a * 1.01, a) == pytest.approx(0.01, rel=1e-4)
+    assert gpu.check(a * 1.001, a, "x") == pytest.approx(1e-3, rel=1e-3)
     for wrong in (a * 1.01, a * torch.nan, torch.tensor([3.0, torch.inf])):
         with pytest.raises(RuntimeError, match="decode: relative RMS error .* expected less than"):
-            _gpu.check(wrong, a, "decode")
+            gpu.check(wrong, a, "decode")
 
 
 def test_all_goes_on_after_a_failure_and_writes_one_file(tmp_path, monkeypatch, capsys):

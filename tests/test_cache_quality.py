@@ -11,8 +11,8 @@ from dsv2_ref.__main__ import main
 from dsv2_ref.bench import cache_quality as bench
 from dsv2_ref.config import TINY
 from dsv2_ref.model import DeepSeekV2
-from dsv2_ref.training.corpora import Document
-from dsv2_ref.training.tokenizer import save_tokenizer, train_tokenizer
+from dsv2_ref.text.corpora import Document
+from dsv2_ref.text.tokenizer import save_tokenizer, train_tokenizer
 
 TEXTS = [Document(f"{i}", f"The {word} went to the sea and came back {i} times. " * 9)
          for i, word in enumerate(["fox", "hen", "cat", "owl", "dog", "elk"] * 3)]

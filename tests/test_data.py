@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from dsv2_ref.inference.evaluate import compressed_bits_per_byte
-from dsv2_ref.training import corpora
-from dsv2_ref.training.corpora import (
+from dsv2_ref.text import corpora
+from dsv2_ref.text.corpora import (
     Document,
     byte_count,
     hub_corpus,
@@ -27,8 +27,8 @@ from dsv2_ref.training.corpora import (
     split,
     stories_corpus,
 )
-from dsv2_ref.training.data import PackedBatches, encode, some_of
-from dsv2_ref.training.tokenizer import train_tokenizer
+from dsv2_ref.text.data import PackedBatches, encode, some_of
+from dsv2_ref.text.tokenizer import train_tokenizer
 
 
 def parts(corpus):

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from dsv2_ref.bench import device_limit as bench
-from dsv2_ref.jobs import set_up
-from dsv2_ref.training.corpora import stories_corpus
+from dsv2_ref.text.corpora import stories_corpus
+from dsv2_ref.text.tokenizer import train_tokenizer
 from dsv2_ref.training.recipe import Recipe
-from dsv2_ref.training.tokenizer import train_tokenizer
+from dsv2_ref.training.setup import set_up
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Token dropping against sorted Python lists, and one example worked by hand."""
 
-import loops
 import pytest
 import torch
+from oracles import loops
 
 from dsv2_ref.moe.dropping import keep_within_budget
 

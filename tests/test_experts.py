@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """The experts against equation (20) taken token by token; the three forms against each other."""
 
-import loops
 import pytest
 import torch
 import torch.nn.functional as F
+from oracles import loops
 
 from dsv2_ref.moe.experts import (
     FeedForward,

@@ -8,9 +8,9 @@ import os
 from collections.abc import Callable
 from functools import partial
 
-import loops
 import pytest
 import torch
+from oracles import loops
 from refusals import refused
 from torch import Tensor
 

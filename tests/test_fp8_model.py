@@ -8,9 +8,9 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 
-import loops
 import pytest
 import torch
+from oracles import loops
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 

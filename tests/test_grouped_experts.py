@@ -13,7 +13,7 @@ if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import triton  # noqa: E402
-from loops import normal  # noqa: E402
+from oracles.loops import normal  # noqa: E402
 from refusals import refused  # noqa: E402
 
 from dsv2_ref.kernels.grouped_experts import (  # noqa: E402

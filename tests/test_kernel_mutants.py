@@ -2,7 +2,7 @@
 """Every known wrong variant of a kernel is put into a copy of it, whose test must then fail.
 
 Triton reads a kernel's source from its file, so tests/test_mutants.py, which swaps code objects,
-cannot do it. The variants are the KERNEL_MUTANTS of tests/mutants_*.py. `make mutants` runs all of
+cannot do it. The variants are the KERNEL_MUTANTS in tests/mutants/. `make mutants` runs all of
 them; by default the first one of each file stands for them, and tests/test_copying.py for the copy
 without any.
 """
@@ -22,9 +22,9 @@ import dsv2_ref
 from dsv2_ref import copying
 
 PACKAGE = Path(dsv2_ref.__file__).parent
-FILES = [file.stem for file in sorted(Path(__file__).parent.glob("mutants_*.py"))]
+FILES = ["flash_attention", "grouped_experts", "latent_decode", "route_tokens", "six_bit_decode"]
 MUTANTS = {f"{file}: {m.name}": m for file in FILES
-           for m in importlib.import_module(file).KERNEL_MUTANTS}
+           for m in importlib.import_module(f"mutants.{file}").KERNEL_MUTANTS}
 FIRST = [next(key for key in MUTANTS if key.startswith(f"{file}: ")) for file in FILES]
 
 # without the package, as in tests/test_copying.py
@@ -90,7 +90,7 @@ def source(file: str) -> str:
 
 @pytest.mark.parametrize("file", FILES)
 def test_each_mutant_changes_one_place_of_a_kernel(file):
-    mutants = importlib.import_module(file).KERNEL_MUTANTS
+    mutants = importlib.import_module(f"mutants.{file}").KERNEL_MUTANTS
     assert len({m.name for m in mutants}) == len(mutants) >= 6
     for m in mutants:
         assert m.file.startswith("kernels/") and source(m.file).count(m.old) == 1, m.name

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Every kernel compiles for its targets, with the budgets that tests/audit_*.py promise.
+"""Every kernel compiles for its targets, with the budgets that the files of tests/audit promise.
 
 No GPU is needed. `make audit` runs all of it; by default only two entries and the checks of the
 checker itself run.
@@ -8,23 +8,22 @@ checker itself run.
 import importlib
 import re
 from functools import cache
-from pathlib import Path
 
-import kernel_audit
 import pytest
+from audit import machine_code
 
-ENTRIES = {(file.stem, entry.name): entry
-           for file in sorted(Path(__file__).parent.glob("audit_*.py"))
-           for entry in importlib.import_module(file.stem).ENTRIES}
+FILES = ("flash_attention", "grouped_experts", "latent_decode", "six_bit_decode")
+ENTRIES = {(f"audit.{file}", entry.name): entry for file in FILES
+           for entry in importlib.import_module(f"audit.{file}").ENTRIES}
 # the first entry of these files stands for all in `make test`
-REPRESENTED = ("audit_flash_attention", "audit_latent_decode")
+REPRESENTED = ("audit.flash_attention", "audit.latent_decode")
 FEW = [next(key for key in ENTRIES if key[0] == file)
        for file in REPRESENTED if any(key[0] == file for key in ENTRIES)]
 
 
 @cache
 def violations(module: str, *names: str) -> dict[str, list[str]]:
-    return kernel_audit.audit_apart(module, names)
+    return machine_code.audit_apart(module, names)
 
 
 def keep_promises(module: str, name: str, *only: str) -> None:
@@ -47,7 +46,7 @@ def test_every_entry_has_a_name_of_its_own_and_a_known_target():
     for module in {module for module, _ in ENTRIES}:
         entries = importlib.import_module(module).ENTRIES
         assert len({entry.name for entry in entries}) == len(entries), module
-        assert {entry.target for entry in entries} == kernel_audit.CARDS.keys(), module
+        assert {entry.target for entry in entries} == machine_code.CARDS.keys(), module
 
 
 WRONG = {
@@ -85,13 +84,13 @@ def reported(found: dict[str, list[str]], name: str) -> None:
 
 @pytest.mark.parametrize("name", QUICK)
 def test_the_checker_reports(name):
-    reported(violations("toy_kernels", *QUICK), name)
+    reported(violations("audit.toy_kernels", *QUICK), name)
 
 
 @pytest.mark.audit
 @pytest.mark.parametrize("name", list(WRONG))
 def test_the_checker_reports_each_kind(name):
-    reported(violations("toy_kernels"), name)
+    reported(violations("audit.toy_kernels"), name)
 
 
 def test_loops_are_found_in_machine_code():
@@ -105,9 +104,9 @@ def test_loops_are_found_in_machine_code():
         /*0a90*/               @P1 BRA 0xa30 ;
         /*0aa0*/                   BRA 0xaa0;
 """
-    lines = kernel_audit.sass_lines(sass)
+    lines = machine_code.sass_lines(sass)
     assert [op for _, op, _ in lines][-2:] == ["BRA", "BRA"] and len(lines) == 8
-    (loop,) = kernel_audit.matrix_loops(lines, warps=8)      # the inner one alone
+    (loop,) = machine_code.matrix_loops(lines, warps=8)      # the inner one alone
     assert loop.start == "0xa40" and loop.opcodes["LDL"] == 1 and "LDS" not in loop.opcodes
     assert loop.flops == 2 * 128 * 128 * 16
 
@@ -120,5 +119,5 @@ def test_loops_are_found_in_machine_code():
     ("v_mfma_f32_32x32x8_bf16", 4 * 16384), ("v_mfma_f32_4x4x4_16b_f16", 4 * 2048),
 ])
 def test_matrix_flops_of_four_warps(opcode, flops):
-    assert kernel_audit.matrix_kind(opcode) in ("HMMA", "HGMMA", "QGMMA", "MFMA")
-    assert kernel_audit.matrix_flops(opcode, warps=4) == flops
+    assert machine_code.matrix_kind(opcode) in ("HMMA", "HGMMA", "QGMMA", "MFMA")
+    assert machine_code.matrix_flops(opcode, warps=4) == flops

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """MHA, GQA and MQA against equations (1)-(8) taken token by token and head by head."""
 
-import loops
 import pytest
 import torch
+from oracles import loops
 
 from dsv2_ref.attention.kv_cache import PerHeadCache
 from dsv2_ref.attention.mha import MultiHeadAttention, attend

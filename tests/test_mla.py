@@ -3,9 +3,9 @@
 
 import math
 
-import loops
 import pytest
 import torch
+from oracles import loops
 from torch.utils.flop_counter import FlopCounterMode
 
 from dsv2_ref.attention.kv_cache import LatentCache

@@ -14,7 +14,8 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 import pytest
-from mutants import MUTANTS, PITFALLS, Mutant
+from mutants import PITFALLS, Mutant
+from mutants.model import MUTANTS
 
 import dsv2_ref
 

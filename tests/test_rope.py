@@ -4,9 +4,9 @@
 import math
 from decimal import Decimal, localcontext
 
-import loops
 import pytest
 import torch
+from oracles import loops
 
 from dsv2_ref.attention.rope import (
     rope_frequencies,

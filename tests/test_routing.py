@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The router against equations (21), (22) and device-limited selection taken token by token."""
 
-import loops
 import pytest
 import torch
+from oracles import loops
 
 from dsv2_ref.moe.routing import Router, affinities, select_device_limited, select_greedy
 

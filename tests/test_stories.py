@@ -7,8 +7,8 @@ from collections import defaultdict
 
 import pytest
 
-from dsv2_ref.training.grammar import Bind, Choice, Repeat, Seq, Story, measure, seq, table
-from dsv2_ref.training.stories import (
+from dsv2_ref.text.grammar import Bind, Choice, Repeat, Seq, Story, measure, seq, table
+from dsv2_ref.text.stories import (
     STORY,
     entropy_bits_per_story,
     entropy_rate,

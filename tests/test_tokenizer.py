@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from dsv2_ref.training.tokenizer import (
+from dsv2_ref.text.tokenizer import (
     BEGIN,
     END,
     load_tokenizer,

@@ -5,9 +5,9 @@ wrong (factors lost or taken twice, dropping at evaluation, losses that do not a
 import gc
 import math
 
-import loops
 import pytest
 import torch
+from oracles import loops
 
 from dsv2_ref import checkpoint, config, model
 from dsv2_ref.config import Config

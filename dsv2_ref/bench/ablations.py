@@ -35,15 +35,15 @@ from torch import Tensor, nn
 
 from dsv2_ref import cost
 from dsv2_ref.attention.mha import MultiHeadAttention
-from dsv2_ref.bench._study import held_out_load, summary, trained
-from dsv2_ref.bench._timing import machine
+from dsv2_ref.bench.harness.study import held_out_load, summary, trained
+from dsv2_ref.bench.harness.timing import machine
 from dsv2_ref.config import TINY, Config
-from dsv2_ref.jobs import Setup
 from dsv2_ref.model import DeepSeekV2
-from dsv2_ref.training import stories
-from dsv2_ref.training.corpora import Corpus, open_corpus, stories_corpus
+from dsv2_ref.text import stories
+from dsv2_ref.text.corpora import Corpus, open_corpus, stories_corpus
+from dsv2_ref.text.tokenizer import TextTokenizer, train_tokenizer
 from dsv2_ref.training.recipe import Recipe
-from dsv2_ref.training.tokenizer import TextTokenizer, train_tokenizer
+from dsv2_ref.training.setup import Setup
 
 DENSE = TINY.with_(n_dense=TINY.n_layers, n_h=8, d_c=64, dense_width=192)
 ROUTED = TINY.with_(n_routed=32, expert_width=32, top_k=4, drop_capacity=None)     # 8 a device

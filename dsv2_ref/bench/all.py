@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from dsv2_ref.bench._gpu import device_for, record
+from dsv2_ref.bench.harness.gpu import device_for, record
 
 NAMES = ("attention", "mla_decode", "six_bit_decode", "experts")
 RESULTS = Path(__file__).parents[2] / "data" / "results"

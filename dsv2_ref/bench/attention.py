@@ -33,7 +33,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")            # for `quick`, before triton
 
-from dsv2_ref.bench._gpu import check, device_for, medians, record, rotated, row
+from dsv2_ref.bench.harness.gpu import check, device_for, medians, record, rotated, row
 from dsv2_ref.kernels.flash_attention import flash_attention
 
 SCALE = 1.2608**2 / 192**0.5                                  # of V2, with YaRN's factor

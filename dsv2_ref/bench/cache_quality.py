@@ -35,9 +35,9 @@ from dsv2_ref.attention.cache_quant import SixBitCache
 from dsv2_ref.attention.kv_cache import LatentCache
 from dsv2_ref.attention.latent_basis import even_pairs, hadamard, rotate_latent
 from dsv2_ref.model import DeepSeekV2
-from dsv2_ref.training.corpora import Document, open_corpus
-from dsv2_ref.training.data import encode
-from dsv2_ref.training.tokenizer import TextTokenizer, load_tokenizer
+from dsv2_ref.text.corpora import Document, open_corpus
+from dsv2_ref.text.data import encode
+from dsv2_ref.text.tokenizer import TextTokenizer, load_tokenizer
 
 Quantiser = Callable[[Tensor], Tensor]      # rows (..., n) -> what is read back
 TRAINED, TIMES = 256, 4                     # tokens of a training window; windows here are longer

@@ -32,8 +32,8 @@ from torch import Tensor
 from dsv2_ref.attention.kv_cache import LatentCache
 from dsv2_ref.attention.mla import attend_absorbed
 from dsv2_ref.attention.rope import rope_tables, yarn_frequencies
-from dsv2_ref.bench._peer import ATTENTION, EXPERTS, MODEL, both, peer, quiet, sizes, use
-from dsv2_ref.bench._timing import agree, in_turns, machine, milliseconds, result, times
+from dsv2_ref.bench.harness.peer import ATTENTION, EXPERTS, MODEL, both, peer, quiet, sizes, use
+from dsv2_ref.bench.harness.timing import agree, in_turns, machine, milliseconds, result, times
 from dsv2_ref.config import LITE
 from dsv2_ref.model import DeepSeekV2
 

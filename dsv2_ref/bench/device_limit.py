@@ -18,14 +18,14 @@ experts, eight a device, and K = 4; all else is TINY's.
 import os
 from typing import Any
 
-from dsv2_ref.bench._study import HELD_OUT, held_out_load, trained
-from dsv2_ref.bench._timing import machine
+from dsv2_ref.bench.harness.study import HELD_OUT, held_out_load, trained
+from dsv2_ref.bench.harness.timing import machine
 from dsv2_ref.config import TINY
-from dsv2_ref.jobs import Setup
-from dsv2_ref.training import stories
-from dsv2_ref.training.corpora import stories_corpus
+from dsv2_ref.text import stories
+from dsv2_ref.text.corpora import stories_corpus
+from dsv2_ref.text.tokenizer import train_tokenizer
 from dsv2_ref.training.recipe import Recipe
-from dsv2_ref.training.tokenizer import train_tokenizer
+from dsv2_ref.training.setup import Setup
 
 CONFIG = TINY.with_(n_routed=32, expert_width=32, top_k=4)
 LIMITS = range(1, CONFIG.n_devices + 1)                                  # M

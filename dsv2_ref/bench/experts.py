@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dsv2_ref.bench._gpu import check, device_for, medians, record, rotated, row
+from dsv2_ref.bench.harness.gpu import check, device_for, medians, record, rotated, row
 from dsv2_ref.moe.experts import experts_grouped, experts_loop, experts_padded, sort_slots
 from dsv2_ref.moe.routing import select_device_limited
 

@@ -25,7 +25,7 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")            # for `quick`, before triton
 
-from dsv2_ref.bench._gpu import (
+from dsv2_ref.bench.harness.gpu import (
     Step,
     Times,
     check,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dsv2_ref.attention.cache_quant import unpack
 from dsv2_ref.bench import mla_decode
-from dsv2_ref.bench._gpu import check, device_for, medians, record, rotated
+from dsv2_ref.bench.harness.gpu import check, device_for, medians, record, rotated
 from dsv2_ref.bench.mla_decode import PAGE, SCALE, SHAPES, TIMES, Case, decided, label, wrong
 from dsv2_ref.kernels.latent_decode import Tile
 from dsv2_ref.kernels.six_bit_decode import decode_six_bit, tile_for

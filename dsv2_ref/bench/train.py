@@ -34,8 +34,8 @@ from typing import Any
 
 import torch
 
-from dsv2_ref.bench._one_card import LITTLE, in_turns_as_wholes
-from dsv2_ref.bench._peer import (
+from dsv2_ref.bench.harness.one_card import LITTLE, in_turns_as_wholes
+from dsv2_ref.bench.harness.peer import (
     ATTENTION,
     MODEL,
     add_mfu,
@@ -47,7 +47,14 @@ from dsv2_ref.bench._peer import (
     update,
     use,
 )
-from dsv2_ref.bench._timing import in_turns, machine, matmul_rate, milliseconds, result, times
+from dsv2_ref.bench.harness.timing import (
+    in_turns,
+    machine,
+    matmul_rate,
+    milliseconds,
+    result,
+    times,
+)
 from dsv2_ref.config import LITE, SMALL, Config
 from dsv2_ref.model import DeepSeekV2
 

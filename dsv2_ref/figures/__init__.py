@@ -67,10 +67,16 @@ from dsv2_ref.figures.routing import (
     limit_quality,
     token_routing,
 )
-from dsv2_ref.figures.run import balance_curves, gradient_norm, rate_curve, run_figures
+from dsv2_ref.figures.run import (
+    balance_curves,
+    gradient_norm,
+    loss_curve,
+    loss_floor,
+    rate_curve,
+    run_figures,
+)
 from dsv2_ref.figures.studies import study_changes
 from dsv2_ref.figures.style import COLORS, GIB, INK, LENGTHS, MORE_COLORS, Picture, save, styled
-from dsv2_ref.figures.training import loss_curve, loss_floor
 
 __all__ = [
     "COLORS", "GIB", "INK", "LENGTHS", "MORE_COLORS", "Picture", "ablation_cost",

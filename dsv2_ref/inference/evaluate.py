@@ -14,7 +14,7 @@ import torch
 from tqdm.auto import tqdm
 
 from dsv2_ref.model import DeepSeekV2
-from dsv2_ref.training.corpora import Document
+from dsv2_ref.text.corpora import Document
 
 
 @torch.no_grad()

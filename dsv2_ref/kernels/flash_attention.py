@@ -48,7 +48,7 @@ from torch.autograd.function import once_differentiable
 
 # kernel -> (BM queries, BN keys, num_warps, num_stages). Of the first three cards: large tiles that
 # compile for widths 128, 64, 128 in 16 bits without a spilled register and with no product taken
-# twice (tests/audit_flash_attention.py); not timed yet. On sm_90 they take 234, 229 and 247
+# twice (tests/audit/flash_attention.py); not timed yet. On sm_90 they take 234, 229 and 247
 # registers and 213, 164 and 144 KB; dkdv with 64 queries would spill in its loop. "other" fits the
 # 99 KB of consumer cards; "small" is for fp32, which no card does fast and the compiler not at all
 # in large tiles, and for wider rows; "cpu" is for Triton's interpreter.

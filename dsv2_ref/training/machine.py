@@ -3,10 +3,12 @@
 
 import ctypes
 import math
+import platform
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 
 import torch
 
@@ -59,3 +61,13 @@ def autocast(device: torch.device, precision: str) -> Iterator[None]:
         # a norm of bf16 activations by fp32 gains is computed in fp32, just not in one kernel
         warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
         yield
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def versions() -> dict[str, str]:
+    """What a dated result has to name."""
+    names = ("torch", "numpy", "tokenizers", "safetensors")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}

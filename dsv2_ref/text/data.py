@@ -13,8 +13,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from dsv2_ref.training.corpora import Corpus, Document
-from dsv2_ref.training.tokenizer import TextTokenizer
+from dsv2_ref.text.corpora import Corpus, Document
+from dsv2_ref.text.tokenizer import TextTokenizer
 
 
 def some_of(corpus: Corpus, n_bytes: float) -> Corpus:

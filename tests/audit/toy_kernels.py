@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Tiny kernels, each wrong in one way that tests/kernel_audit.py must report, and a good one."""
+"""Tiny kernels, each wrong in one way that machine_code.py must report, and a good one."""
 
 import triton
 import triton.language as tl
-from kernel_audit import Entry
+from audit.machine_code import Entry
 
 
 @triton.jit
@@ -54,13 +54,13 @@ def _product(name: str, BM: int = 128, BN: int = 128, warps: int = 8, signature:
              precision: str = "ieee", **budget: object) -> Entry:
     sizes = {"BM": BM, "BN": BN, "BK": 64, "precision": precision}
     given = {"num_stages": 3, "instruction": "HGMMA", "flops": 2 * BM * BN * 64} | budget
-    return Entry(name, "toy_kernels:product", signature, sizes, warps, **given)
+    return Entry(name, "audit.toy_kernels:product", signature, sizes, warps, **given)
 
 
 def _chained(name: str, BM: int, BN: int, D: int, kernel: str = "chained", stages: int = 3,
              signature: dict = CHAINED, **budget: object) -> Entry:
     given = {"instruction": "HMMA", "flops": 4 * BM * BN * D} | budget
-    return Entry(name, f"toy_kernels:{kernel}", signature, {"BM": BM, "BN": BN, "D": D},
+    return Entry(name, f"audit.toy_kernels:{kernel}", signature, {"BM": BM, "BN": BN, "D": D},
                  4, stages, **given)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dsv2_ref import checkpoint, cost
-from dsv2_ref.bench._timing import Step, agree
+from dsv2_ref.bench.harness.timing import Step, agree
 from dsv2_ref.config import Config
 from dsv2_ref.model import DeepSeekV2
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from dsv2_ref.training.stories import sample
+from dsv2_ref.text.stories import sample
 
 TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py", ".tex", ".html", ".c", ".h", ".cpp", ".rs", ".js"}
 # Tests are kept out because they are repetitive, bundles because they are not the library itself.
@@ -163,7 +163,7 @@ def stories_corpus(n_stories: int = 20_000, seed: int = 0) -> Corpus:
         train=documents[2 * held :],
         validation=documents[:held],
         test=documents[held : 2 * held],
-        origin=f"{n_stories} stories sampled from dsv2_ref.training.stories, seed {seed} (MIT)",
+        origin=f"{n_stories} stories sampled from dsv2_ref.text.stories, seed {seed} (MIT)",
     )
 
 

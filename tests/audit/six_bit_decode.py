@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""What the kernel of six_bit_decode.py must compile to: see kernel_audit.py."""
+"""What the kernel of six_bit_decode.py must compile to: see machine_code.py."""
 
 from typing import Any
 
 import torch
 import triton.language as tl
-from audit_latent_decode import INSTRUCTION, power
-from kernel_audit import Entry
+from audit.latent_decode import INSTRUCTION, power
+from audit.machine_code import Entry
 
 from dsv2_ref.kernels.latent_decode import Tile
 from dsv2_ref.kernels.six_bit_decode import tile_for

@@ -11,23 +11,21 @@ import torch
 from torch import Tensor
 
 from dsv2_ref import cost, figures, paper
+from dsv2_ref.commands.common import output_folder, save_model, say, write_sample
 from dsv2_ref.config import SMALL, V2, Config
 from dsv2_ref.inference.evaluate import compressed_bits_per_byte
-from dsv2_ref.jobs import (
-    Setup,
+from dsv2_ref.text.corpora import Document, byte_count, open_corpus
+from dsv2_ref.text.data import encode
+from dsv2_ref.training.machine import (
+    autocast,
     default_device,
-    output_folder,
-    save_model,
-    say,
-    set_up,
+    keep_freed_memory,
+    set_fastest_threads,
     versions,
-    write_sample,
 )
-from dsv2_ref.training.corpora import Document, byte_count, open_corpus
-from dsv2_ref.training.data import encode
-from dsv2_ref.training.machine import autocast, keep_freed_memory, set_fastest_threads
 from dsv2_ref.training.pretrain import train
 from dsv2_ref.training.recipe import Recipe
+from dsv2_ref.training.setup import Setup, set_up
 
 # no space at the end: tokens carry the space before a word, not the one after it
 PROMPT = "class Parser:\n    def __init__(self, name):\n        self.name = name\n\n    def"

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""What the kernels of latent_decode.py must compile to: see kernel_audit.py."""
+"""What the kernels of latent_decode.py must compile to: see machine_code.py."""
 
 from typing import Any
 
 import torch
-from kernel_audit import Entry
+from audit.machine_code import Entry
 
 from dsv2_ref.kernels.latent_decode import Tile, tile_for
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""What the kernels of flash_attention.py must compile to: see kernel_audit.py."""
+"""What the kernels of flash_attention.py must compile to: see machine_code.py."""
 
-from kernel_audit import Entry
+from audit.machine_code import Entry
 
 from dsv2_ref.kernels.flash_attention import TILES, padded
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from dsv2_ref import cost
-from dsv2_ref.bench._peer import agreement, both, sizes, update, use
-from dsv2_ref.bench._timing import milliseconds, result, times
+from dsv2_ref.bench.harness.peer import agreement, both, sizes, update, use
+from dsv2_ref.bench.harness.timing import milliseconds, result, times
 from dsv2_ref.config import Config
 from dsv2_ref.model import DeepSeekV2
 from dsv2_ref.training.memory import plan, state_bytes

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv2_ref.bench._timing import machine
+from dsv2_ref.bench.harness.timing import machine
 
 TOLERANCE = 5e-3        # relative RMS, of bf16 against fp32
 

@@ -30,7 +30,7 @@ that starts inside a story hides what was chosen before, and costs more.
 import random
 from functools import cache
 
-from dsv2_ref.training.grammar import (
+from dsv2_ref.text.grammar import (
     Bind,
     Choice,
     Node,

@@ -5,12 +5,15 @@ import json
 
 import pytest
 
-from dsv2_ref import checkpoint, jobs, main_job
+from dsv2_ref import checkpoint
 from dsv2_ref.__main__ import main
+from dsv2_ref.commands import run as main_job
+from dsv2_ref.commands import train as train_module
 from dsv2_ref.config import TINY
+from dsv2_ref.text.tokenizer import load_tokenizer
+from dsv2_ref.training import setup as library
 from dsv2_ref.training.ladder import LADDER
 from dsv2_ref.training.pretrain import Trainer, TrainingDiverged
-from dsv2_ref.training.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -75,15 +78,15 @@ def test_the_length_of_a_run_on_the_ladder(args, steps, capsys, monkeypatch, tmp
         seen.append(recipe.steps)
         raise ValueError("enough")
 
-    monkeypatch.setattr(jobs, "set_up", stop)
-    monkeypatch.setattr(jobs, "open_corpus", lambda name: None)
+    monkeypatch.setattr(train_module, "set_up", stop)
+    monkeypatch.setattr(train_module, "open_corpus", lambda name: None)
     assert call(capsys, "train", "--preset", "50m", "--out", tmp_path, *args)[0] == 2
     assert seen == [steps]
 
 
 def test_in_little_memory_and_without_saving(texts, tmp_path, capsys, monkeypatch):
-    real, read = jobs.encode, []
-    monkeypatch.setattr(jobs, "encode", lambda documents, tokenizer: read.append(
+    real, read = library.encode, []
+    monkeypatch.setattr(library, "encode", lambda documents, tokenizer: read.append(
         len(documents)) or real(documents, tokenizer))
     code, out, err = call(capsys, "train", "--preset", "tiny", "--corpus", texts, "--tokens", 500,
                           "--sequence", 32, "--batch", 4, "--micro-batch", 2, "--recompute", 1,

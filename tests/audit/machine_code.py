@@ -19,7 +19,7 @@ On AMD the assembly text is read: MFMA, scratch memory, vector registers and LDS
 Kernels are named "module:function": a test process may run under Triton's interpreter, the audit
 never does. `audit_apart` runs it in a process of its own, which is also the command line:
 
-    python tests/kernel_audit.py audit_latent_decode NAME...      (no name: all of its ENTRIES)
+    python tests/audit/machine_code.py audit.latent_decode NAME...    (no name: all of its ENTRIES)
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).resolve().parent.parent
 
 
 @dataclasses.dataclass(frozen=True)

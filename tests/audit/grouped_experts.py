@@ -4,7 +4,7 @@
 Sizes of V2-Lite and V2, which the tiles divide, and odd ones, which need masks and pointers.
 """
 
-from kernel_audit import Entry
+from audit.machine_code import Entry
 
 from dsv2_ref.kernels.grouped_experts import TILES
 

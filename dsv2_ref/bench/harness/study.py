@@ -13,12 +13,13 @@ from typing import Any
 import torch
 
 from dsv2_ref.config import Config
-from dsv2_ref.jobs import Setup, default_device, set_up
 from dsv2_ref.model import DeepSeekV2, Load
-from dsv2_ref.training.corpora import Corpus
+from dsv2_ref.text.corpora import Corpus
+from dsv2_ref.text.tokenizer import TextTokenizer
+from dsv2_ref.training.machine import default_device
 from dsv2_ref.training.pretrain import Trainer, train
 from dsv2_ref.training.recipe import Recipe
-from dsv2_ref.training.tokenizer import TextTokenizer
+from dsv2_ref.training.setup import Setup, set_up
 
 HELD_OUT = 300                                                           # documents
 

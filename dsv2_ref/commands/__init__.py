@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""The command line, a file a command; `__main__` reads the options."""

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: MIT
+"""`train`: a preset and a recipe into a run folder."""
+
+import json
+from contextlib import closing, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsv2_ref.commands.common import output_folder, save_model, say
+from dsv2_ref.config import PRESETS
+from dsv2_ref.text.corpora import open_corpus
+from dsv2_ref.text.data import some_of
+from dsv2_ref.text.tokenizer import load_tokenizer, save_tokenizer
+from dsv2_ref.training.ladder import LADDER
+from dsv2_ref.training.machine import keep_freed_memory
+from dsv2_ref.training.memory import plan
+from dsv2_ref.training.pretrain import train
+from dsv2_ref.training.recipe import PAPER, Recipe
+from dsv2_ref.training.run_folder import RunFolder
+from dsv2_ref.training.setup import Setup, set_up
+from dsv2_ref.training.watching import Watch
+
+RECIPES = {"minutes": Recipe(steps=1)} | PAPER | LADDER
+
+
+def train_command(
+    preset: str, recipe: str | None, corpus: str, out: str, resume: bool, save_every: int,
+    evaluate_every: int, progress: bool, tokens: float | None = None, save: bool = True,
+    watch: str | None = None, text_bytes: float | None = None, **changes: Any,
+) -> dict[str, Any]:
+    """Train a preset into `out`: log.jsonl, tokenizer.json, config.json and, with `save`, states
+    and model/."""
+    if preset not in PRESETS:
+        raise ValueError(f"preset: {preset!r}, expected one of {', '.join(sorted(PRESETS))}")
+    recipe = recipe or (preset if preset in LADDER else "minutes")
+    lengths = (tokens, changes.get("steps"), changes.get("seconds"))
+    if recipe not in LADDER and all(length is None for length in lengths):
+        changes["steps"] = 300
+    if min(save_every, evaluate_every) < 0:
+        raise ValueError(f"save_every: {save_every}, evaluate_every: {evaluate_every}, expected "
+                         "numbers of steps, 0 for never")
+    chosen = RECIPES[recipe].with_(**changes)
+    if tokens is not None:
+        chosen = chosen.lasting(tokens)
+    folder = output_folder(out)
+    run = RunFolder(folder)
+    if run.states and not resume:
+        raise ValueError(f"{run.states[0]}: exists, expected --resume to go on with it or another "
+                         "--out")
+    state = run.newest(say) if resume else None
+    watching = Watch(watch, folder, state[2]["steps"] if state else 0, say) if watch else None
+    with closing(watching) if watching else nullcontext():
+        keep_freed_memory()
+        tokenizer = load_tokenizer(folder / "tokenizer.json") if resume else None
+        text = open_corpus(corpus)
+        if text_bytes is not None:
+            text = some_of(text, text_bytes)
+        setup = set_up(PRESETS[preset], chosen, text, tokenizer)
+        if state:
+            setup.trainer.restore(*state)
+            say(f"resumed after step {setup.trainer.steps}")
+        else:
+            save_tokenizer(setup.tokenizer, folder / "tokenizer.json")
+            (folder / "config.json").write_text(json.dumps(setup.model.config.to_hf(), indent=1))
+        say(f"{preset}: {setup.describe()}")
+        return _train(setup, folder, save_every if save else None, evaluate_every, progress,
+                      watching)
+
+
+def _train(
+    setup: Setup, folder: Path, save_every: int | None, evaluate_every: int, progress: bool,
+    watching: Watch | None,
+) -> dict[str, Any]:
+    """Run it and sum it up; a `save_every` of None saves nothing."""
+    planned = plan(setup.model, setup.trainer.recipe, setup.trainer.precision)
+    say(f"memory planned: {planned.lines()}")
+    log = train(setup.trainer, folder, save_every,
+                lambda: setup.held_out(setup.corpus.validation), evaluate_every, progress=progress,
+                watch=watching)
+    if not log:
+        raise ValueError(f"steps: the run in {folder} is at its end, expected more steps to go on")
+    if save_every is not None:
+        save_model(setup, folder / "model")
+    result = {
+        "steps": setup.trainer.steps, "tokens": setup.trainer.tokens, "loss": log[-1]["language"],
+        "bits_per_byte": setup.held_out(setup.corpus.validation),
+        "tokens_per_second": setup.trainer.tokens / setup.trainer.elapsed, "out": str(folder),
+    }
+    if setup.trainer.device.type == "cuda":
+        result |= {"planned_peak_bytes": planned.peak,
+                   "peak_bytes": torch.cuda.max_memory_allocated()}
+    return result
