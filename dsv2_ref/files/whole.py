@@ -8,7 +8,7 @@ this way, but for a log that grows by a line a step.
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -30,7 +30,8 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise ValueError(f"{path}: cannot be written ({error.strerror or error})") from None
     finally:
-        scratch.unlink(missing_ok=True)
+        with suppress(OSError):
+            scratch.unlink()
 
 
 def write_text(path: str | Path, text: str) -> None:
