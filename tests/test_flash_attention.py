@@ -266,8 +266,9 @@ def test_in_a_model_with_a_ragged_cache():
     m.float()
     cache = LatentCache(1, 2, 45, 12, 4, device=DEVICE)
     with torch.no_grad():
+        cache.positions(40, [40, 33])
         close(m(h[:, :40], cos[:40], sin[:40], attend_flash, cache), full[:, :40])
-        cache.advance([40, 33])
+        cache.advance()
         for n in (3, 1):
             at = cache.positions(n)
             new = torch.stack([h[b, at[b]] for b in range(2)])

@@ -294,8 +294,9 @@ def test_views_of_a_cache(d_c, d_r, room):
     """As the model calls it, layer 1 of 2; strides that are and are not multiples of 16 bytes."""
     q_c, q_r, _, _, W_UK, W_UV = inputs(3, 2, 1, d_r=d_r, d_c=d_c)
     cache = SixBitCache(2, 3, room, d_c, d_r, device=DEVICE)
-    cache.scales.store.fill_(torch.nan)
-    words, scales = cache.packed.append(1, normal(8, 3, 40, d_c), normal(9, 3, 40, d_r))
+    cache.scales.fill_(torch.nan)
+    cache.write(1, normal(8, 3, 40, d_c), normal(9, 3, 40, d_r))
+    words, scales = cache.rows(1)
     tensors = [q_c.mT.contiguous().mT, q_r, words, scales, W_UK, W_UV]
     close(attend_six_bit(*tensors, 0.1), twin(tensors, 0.1))
     tensors[2:4] = words.mT.contiguous().mT, scales.mT.contiguous().mT

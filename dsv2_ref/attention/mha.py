@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsv2_ref.attention.kv_cache import PerHeadCache
+from dsv2_ref.attention.kv_cache import Cache, without_gradient
 from dsv2_ref.attention.rope import rotate
 
 
@@ -69,9 +69,9 @@ class MultiHeadAttention(nn.Module):
 
     def forward(
         self, h: Tensor, cos: Tensor | None = None, sin: Tensor | None = None,
-        cache: PerHeadCache | None = None, layer: int = 0, positions: Tensor | None = None,
+        cache: Cache | None = None, layer: int = 0, positions: Tensor | None = None,
     ) -> Tensor:
-        """h (B, T, d) -> u (B, T, d); `cache` is appended to at `layer`, not advanced."""
+        """h (B, T, d) -> u (B, T, d); `cache` is written at `layer`, not advanced."""
         q = self.W_Q(h)                                          # (B, T, n_h·d_h)     (1)
         k = self.W_K(h)                                          # (B, T, n_kv·d_h)    (2)
         v = self.W_V(h)                                          # (B, T, n_kv·d_h)    (3)
@@ -81,6 +81,9 @@ class MultiHeadAttention(nn.Module):
         if cos is not None and sin is not None:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
-            k, v = cache.append(layer, k, v)                     # (B, S, n_kv, d_h)
+            cache.write(layer, k, v)
+            k, v = cache.rows(layer)                             # (B, S, n_kv, d_h)
+            positions = cache.queries if positions is None else positions
         o = attend(q, k, v, self.d_h**-0.5, positions)           # (B, T, n_h, d_h)    (7)
-        return self.W_O(o.flatten(2))                            # (B, T, d)           (8)
+        u = self.W_O(o.flatten(2))                               # (B, T, d)           (8)
+        return u if cache is None else without_gradient(u)

@@ -108,7 +108,9 @@ def _place_kernel(
     tl.store(order + place, slot, mask=tl.sum(table, 1) > 0)
 
 
-def select_greedy_fused(s: Tensor, top_k: int) -> Tensor:
+def select_greedy_fused(
+    s: Tensor, top_k: int, n_devices: int = 1, max_devices: int = 1
+) -> Tensor:
     """The K experts of highest affinity: (N, E) -> (N, K) int64, best first."""
     return select_device_limited_fused(s, top_k, 1, 1)
 

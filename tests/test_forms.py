@@ -16,12 +16,12 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")       # before a kernel's module is imported
 
-from dsv2_ref import kernel_choice
+from dsv2_ref import forms
 from dsv2_ref.attention.cache_quant import attend_packed
 from dsv2_ref.attention.mla import attend_absorbed, attend_expanded
 from dsv2_ref.config import TINY
 from dsv2_ref.inference.fp8_model import quantise_model
-from dsv2_ref.kernel_choice import attention_form, experts_form, selection_form
+from dsv2_ref.forms import attention_form, experts_form, selection_form
 from dsv2_ref.model import DeepSeekV2
 from dsv2_ref.moe.experts import experts_loop, experts_padded
 from dsv2_ref.moe.routing import select_device_limited
