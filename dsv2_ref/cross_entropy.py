@@ -14,7 +14,6 @@ Shapes: N tokens, d width, V vocabulary.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100          # targets of this value do not count
@@ -57,8 +56,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total / n
 
     @staticmethod
-    @once_differentiable                     # the gradients were made in the forward pass
     def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():          # create_graph: what was made forward has no graph
+            raise ValueError("cross entropy: asked for a second derivative, expected first ones "
+                             "alone (`cross_entropy` of all logits has both)")
         grad_h, grad_W = ctx.saved_tensors
         return grad_h * upstream.to(grad_h.dtype), (grad_W * upstream).to(ctx.W_dtype), *[None] * 3
 

@@ -94,7 +94,8 @@ class DeepSeekV2(nn.Module):
 
     def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """tokens (B, T) int64 -> logits (B, T, vocab); appends to `cache` and advances it."""
-        return self.head(self.hidden(tokens, cache))
+        h = self.hidden(tokens, cache)
+        return self.head(h)
 
     def hidden(self, tokens: Tensor, cache: Cache | None = None,
                lengths: Sequence[int] | None = None) -> Tensor:

@@ -140,7 +140,7 @@ def test_a_concept_file_stands_alone(file):
         known = {"torch", "dsv2_ref"} | ({"triton"} if file.startswith("kernels/") else set())
         assert top in sys.stdlib_module_names | known, f"{file} imports {name}"
     lines = sum(len(source(f).splitlines()) for f in [file, *own_files(file)])
-    assert lines <= (800 if file.startswith("kernels/") else 600)
+    assert lines <= (800 if file.startswith("kernels/") else 660)
 
 
 def literal(value: ast.expr) -> object:

@@ -68,7 +68,9 @@ def sort_slots(
                              f"{n_routed - 1}")
     if keep is not None:
         expert = expert.masked_fill(~keep.flatten(), n_routed)   # dropped slots sort to the end
-    counts = torch.bincount(expert, minlength=n_routed)[:n_routed]
+    # not bincount, for whose result a GPU waits
+    counts = expert.new_zeros(n_routed + 1).scatter_add_(0, expert, torch.ones_like(expert))
+    counts = counts[:n_routed]                                   # dropped slots are the last
     order = expert.argsort(stable=True)
     return (order if keep is None else order[: int(counts.sum())]), counts
 
