@@ -68,8 +68,8 @@ def peak(alpha: float, recompute: float) -> float:
 
 
 def test_blocks_run_again_are_forgotten_again_with_balance_losses_too():
-    """Once a block wrote its losses to a list of the pass: its recomputed graph stayed alive, 607 MB
-    where 364 were needed."""
+    """Once a block wrote its losses to a list of the pass: its recomputed graph stayed alive,
+    607 MB where 364 were needed."""
     without, plain = peak(0.0, 1.0), peak(0.001, 0.0)
     assert peak(0.001, 1.0) < 1.2 * without < 0.6 * plain
 
