@@ -28,7 +28,6 @@ from dsv2_ref.kernels.flash_attention import (
     attend_flash,
     flash_attention,
     padded,
-    target,
     tile,
 )
 
@@ -301,7 +300,7 @@ def test_tiles():
     for kernels in TILES.values():
         assert kernels.keys() == {"forward", "dq", "dkdv"}
         assert all(BM >= 16 and BN >= 16 for BM, BN, _, _ in kernels.values())
-    assert target(DEVICE) in TILES and target(torch.device("cpu")) == "cpu"
+    assert TILES.keys() == {"sm_90", "sm_80", "consumer", "gfx942", "cpu", "small"}
     assert [padded(width) for width in (1, 16, 17, 128)] == [16, 16, 32, 128]
 
 

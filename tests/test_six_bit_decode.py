@@ -322,7 +322,7 @@ def test_large_scores_do_not_overflow():
 def test_tiles():
     assert tile_for(16, torch.bfloat16, "sm_90").blocks == 2
     assert tile_for(128, torch.bfloat16, "sm_90").BH == 32
-    for target in ("sm_90", "sm_80", "gfx942"):
+    for target in ("sm_90", "sm_80", "consumer", "gfx942", "cpu"):
         for dtype in (torch.bfloat16, F32):
             for n in (1, 16, 33, 128):
                 assert 64 % tile_for(n, dtype, target).BN == 0               # divides a page
@@ -340,6 +340,15 @@ def test_refusals():
     refused(lambda: decode_six_bit(q_c, q_r, words, scales, positions, 1.0, table), "page", 20)
     refused(lambda: attend_six_bit(q_c.requires_grad_(), q_r, words, scales, W_UK, W_UV, 1.0),
             "attend_six_bit", "gradient")
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="is about machines without one")
+def test_what_needs_a_card_is_refused(monkeypatch):
+    tensors = inputs(2, 1, 20, d_h=40)
+    half = [x.bfloat16() if x.dtype == F32 else x for x in tensors]
+    refused(lambda: attend_six_bit(*half, 1.0), "q_c", "bfloat16 on cpu")
+    monkeypatch.setattr(KERNEL, "six_bit_kernel", object.__new__(triton.JITFunction))
+    refused(lambda: attend_six_bit(*tensors, 1.0), "q_c: on cpu", "TRITON_INTERPRET=1")
 
 
 def test_bits_lent_are_those_of_the_cache(monkeypatch):

@@ -33,6 +33,7 @@ PITFALLS = {
     "dropping": "capacity per expert, the wrong slots dropped, dropping at evaluation",
     "layout": "published rows or keys read as something else",
     "quantised": "packed rows read back wrongly, not attended to as stored, or not fully counted",
+    "card": "a card taken for another, or what cannot run without one let through",
     "fp8": "codes or scales of FP8 weights taken for something else, or too much put into FP8",
 }
 
