@@ -38,7 +38,8 @@ def functions(module: ModuleType, file: Path) -> dict[str, FunctionType]:
     found: dict[str, FunctionType] = {}
 
     def collect(value: Any) -> None:
-        for f in (value, getattr(value, "__func__", None), getattr(value, "fget", None)):
+        inner = getattr(value, "__wrapped__", None)          # of a decorator such as no_grad
+        for f in (value, inner, getattr(value, "__func__", None), getattr(value, "fget", None)):
             if isinstance(f, FunctionType) and f.__code__.co_filename == str(file):
                 found[f.__qualname__] = f
 

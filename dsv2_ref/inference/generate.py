@@ -63,7 +63,6 @@ def sample(
             p, order = p.sort(-1, descending=True)
             # what comes before already suffices; probabilities of fp32 logits are known to 1e-6
             enough = p.cumsum(-1) - p >= top_p * (1 - 1e-6)
-            enough[..., 0] = False
             p = p.masked_fill(enough, 0.0)
         ids = torch.multinomial(p, 1, generator=generator)
         ids = ids if top_p >= 1 else order.gather(-1, ids)

@@ -42,4 +42,8 @@ MUTANTS = [
            "order = order[(~safe[order]).to(torch.uint8).argsort(stable=True)]",
            "order = order[safe[order].to(torch.uint8).argsort(stable=True)]",
            "test_dropping.py::test_protected_tokens_are_never_dropped_but_counted"),
+    Mutant("dropped_asked_of_a_device", "waits", FILE,
+           "device.new_zeros(n_devices).scatter_add_(0, device, torch.ones_like(device))",
+           "torch.bincount(device, minlength=n_devices)",
+           "test_block.py::test_routing_dropping_and_balance_wait_for_no_device"),
 ]
