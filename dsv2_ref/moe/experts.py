@@ -118,6 +118,8 @@ def experts_grouped(
     keep: Tensor | None = None,
 ) -> Tensor:
     """The same with grouped matmuls over the sorted slots; arguments as above, bf16 or fp32."""
+    if torch.compiler.is_compiling() and x.dtype != torch.bfloat16:
+        return experts_padded(x, indices, gates, W_gate, W_up, W_down, keep)   # it knows bf16 alone
     order, counts = sort_slots(indices, len(W_gate), keep)
     ends = counts.cumsum(0).to(torch.int32)
     rows = x[order // indices.shape[1]]                                              # (R, d)
