@@ -28,7 +28,8 @@ LAYERS = [
     {"inference"},
     {"training"},
     {"alignment"},
-    {"bench", "paper", "figures", "commands", "copying", "exercises", "__init__", "__main__"},
+    {"bench", "paper", "figures", "commands", "copying", "checkout", "exercises", "__init__",
+     "__main__"},
 ]
 
 every_file = pytest.mark.parametrize("file", FILES)
