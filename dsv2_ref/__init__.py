@@ -37,6 +37,7 @@ table is made from it (`make map`), and a test compares it with the files and th
   bench/            measurements against a peer
   commands/         the command line, a file a command; __main__.py reads the options
   copying.py        a concept file, lifted into a folder of your own
+  checkout.py       what lies beside the package in a checkout: data, tests
   exercises.py      checks of the notebooks' exercises
 
 Arrows run one way: attention, moe and text know nobody, kernels only the twins they must equal;

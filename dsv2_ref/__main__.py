@@ -79,7 +79,8 @@ def build_parser() -> argparse.ArgumentParser:
     p = commands.add_parser("copy", help="lift a concept file into a folder of your own")
     p.add_argument("what", nargs="*", metavar="NAME DEST", help="rope, mla, routing, ...")
     p.add_argument("--list", action="store_true", help="the names there are")
-    p.add_argument("--check", metavar="DEST", help="what changed since the copies were made")
+    p.add_argument("--check", metavar="DEST",
+                   help="what changed since, and whose change; exit code 1 if anything did")
 
     p = commands.add_parser("bench", help="a measurement against a peer in the same process")
     names = [m.name for m in pkgutil.iter_modules(benches.__path__) if not m.ispkg]
@@ -90,7 +91,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def dispatch(args: dict) -> None:
+def dispatch(args: dict) -> int | None:
+    """Run a command; an exit code other than 0 where it has one."""
     command = args.pop("command")
     if command == "paper":
         from dsv2_ref import paper
@@ -107,8 +109,9 @@ def dispatch(args: dict) -> None:
         print(json.dumps(record, indent=None if args["json"] else 2))
         return
     if command == "copy":
-        print(json.dumps(_copy(**args), indent=1))
-        return
+        result = _copy(**args)
+        print(json.dumps(result, indent=1))
+        return int(isinstance(result, dict) and set(result.values()) != {"same"})   # drift
     from dsv2_ref.commands import draw, generate, run, train
 
     result = {"run": run.run, "train": train.train_command, "figures": draw.figures_command,
@@ -131,7 +134,7 @@ def _copy(what: Sequence[str], list: bool, check: str | None) -> object:
 def main(argv: Sequence[str] | None = None) -> int:
     args = vars(build_parser().parse_args(argv))
     try:
-        dispatch(args)
+        return dispatch(args) or 0
     except (ValueError, ImportError) as error:
         print(f"dsv2_ref: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -141,7 +144,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("dsv2_ref: stopped; what was saved is whole", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

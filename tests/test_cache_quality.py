@@ -120,16 +120,16 @@ def test_measure_reports_every_scheme(model, tokenizer):
 
 
 def test_a_missing_model_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "in_checkout", tmp_path.joinpath)
     assert main(["bench", "cache_quality", "--json"]) == 2
     out, err = capsys.readouterr()
     assert out == "" and "data/model" in err and len(err.splitlines()) == 1
 
 
 def test_the_command_line_prints_one_json_object(model, tokenizer, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    checkpoint.save(model, "data/model")
-    save_tokenizer(tokenizer, "data/model/tokenizer.json")
+    monkeypatch.setattr(bench, "in_checkout", tmp_path.joinpath)
+    checkpoint.save(model, tmp_path / "data/model")
+    save_tokenizer(tokenizer, tmp_path / "data/model/tokenizer.json")
     assert main(["bench", "cache_quality", "--quick", "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["quick"] is True and record["corpus"] == "stories"

@@ -29,6 +29,16 @@ and nothing is rotated: what a change of weights can do beforehand is in latent_
 
 Shapes: B batch, T new tokens, S = cached + new tokens, n_h heads; W = 3·(w + w_r) words.
 Copy with: kv_cache.py.  Needs: torch.
+
+Wiring, once copied:
+    import torch
+    from cache_quant import SixBitCache, attend_packed
+    cache = SixBitCache(n_layers=1, batch=2, max_tokens=40, d_c=64, d_r=16)
+    cache.write(0, torch.randn(2, 9, 64), torch.randn(2, 9, 16))     # c_kv (B, T, d_c), k_r
+    q_c, q_r = torch.randn(2, 9, 4, 32), torch.randn(2, 9, 4, 16)    # (B, T, n_h, d_h), (…, d_r)
+    W_UK, W_UV = torch.randn(4, 32, 64), torch.randn(4, 24, 64)      # (n_h, d_h or d_v, d_c)
+    o = attend_packed(q_c, q_r, *cache.rows(0), W_UK, W_UV, scale=48**-0.5)    # (B, T, n_h, d_v)
+    cache.advance()
 """
 
 import torch

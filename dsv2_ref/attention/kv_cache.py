@@ -32,6 +32,17 @@ compares the two; 3. a cached row has no gradient: see `without_gradient`.
 
 Shapes: B batch, T new tokens, S = cached + new tokens, l layers, n_kv key-value heads.
 Copy with: nothing.  Needs: torch.
+
+Wiring, once copied:
+    import torch
+    from kv_cache import LatentCache
+    cache = LatentCache(n_layers=2, batch=3, max_tokens=40, d_c=24, d_r=6)
+    for T in (8, 1):                             # a prompt, then a token
+        positions = cache.positions(T)           # (B, T), for the rotations
+        for layer in range(2):
+            cache.write(layer, torch.randn(3, T, 24), torch.randn(3, T, 6))
+            c_kv, k_r = cache.rows(layer)        # (B, S, d_c), (B, S, d_r): attend to these
+        cache.advance()
 """
 
 import copy

@@ -20,6 +20,15 @@ at run time. The paper does neither.
 
 Shapes: d width, d_c latent, d_r RoPE key, n_h heads, d_q what queries are made from.
 Copy with: nothing.  Needs: torch.
+
+Wiring, once copied:
+    import torch
+    from latent_basis import even_pairs, hadamard, rotate_latent
+    W_DKV, gain = torch.randn(32, 64), torch.rand(32)                # (d_c, d), norm_kv's gain
+    W_UK, W_UV = torch.randn(4 * 8, 32), torch.randn(4 * 6, 32)     # (n_h·d_h, d_c), (n_h·d_v, d_c)
+    W_DKV, gain, W_UK, W_UV = rotate_latent(hadamard(32), W_DKV, gain, W_UK, W_UV)
+    W_KR, W_QR = torch.randn(10, 64), torch.randn(4 * 10, 48)        # (d_r, d), (n_h·d_r, d_q)
+    W_KR, W_QR = even_pairs(W_KR, W_QR, gain=torch.rand(64))         # the gain before the layer
 """
 
 import torch

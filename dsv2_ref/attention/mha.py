@@ -21,6 +21,15 @@ How this file differs from the famous versions:
 Shapes: B batch, T new tokens, S = cached + new tokens, n_h heads, n_kv key-value heads, d width,
 d_h head size.
 Copy with: rope.py, kv_cache.py.  Needs: torch.
+
+Wiring, once copied:
+    import torch
+    from mha import MultiHeadAttention
+    from rope import rope_frequencies, rope_tables
+    attention = MultiHeadAttention(d=48, n_h=6, d_h=8, n_kv=2)       # GQA: 3 heads a key
+    h = torch.randn(2, 9, 48)                                        # (B, T, d), after the norm
+    cos, sin = rope_tables(torch.arange(9), rope_frequencies(8))
+    u = h + attention(h, cos, sin)                                   # (B, T, d)
 """
 
 import torch

@@ -33,6 +33,18 @@ How this file differs from the famous versions:
 Shapes: B batch, T new tokens, S = cached + new tokens, n_h heads; d width, d_h head, d_r RoPE,
 d_v value, d_c and d_cq latent sizes.
 Copy with: rope.py, kv_cache.py.  Needs: torch.
+
+Wiring, once copied:
+    import torch
+    from kv_cache import LatentCache
+    from mla import MultiHeadLatentAttention, attend_absorbed, attend_expanded
+    from rope import rope_frequencies, rope_tables
+    mla = MultiHeadLatentAttention(d=48, n_h=4, d_h=12, d_r=6, d_v=12, d_c=24)
+    cache = LatentCache(n_layers=1, batch=2, max_tokens=40, d_c=24, d_r=6)
+    for T, attend in ((8, attend_expanded), (1, attend_absorbed)):   # a prompt, then a token
+        cos, sin = rope_tables(cache.positions(T), rope_frequencies(6))
+        u = mla(torch.randn(2, T, 48), cos, sin, attend, cache, layer=0)     # (B, T, d)
+        cache.advance()
 """
 
 from collections.abc import Callable

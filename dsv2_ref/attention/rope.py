@@ -27,6 +27,16 @@ How this file differs from the famous versions:
 
 Shapes: B batch, T new tokens, n_h heads, d_r RoPE size (even).
 Copy with: nothing.  Needs: torch.
+
+Wiring, once copied:
+    import torch
+    from rope import rope_frequencies, rope_tables, rotate, softmax_scale
+    frequencies = rope_frequencies(d_r=64)                 # or yarn_frequencies, to read further
+    positions = torch.arange(7, 12)                        # 5 new tokens behind 7 cached ones
+    cos, sin = rope_tables(positions, frequencies)         # (T, d_r/2), once for all layers
+    q_r = rotate(torch.randn(2, 5, 16, 64), cos, sin)      # (B, T, n_h, d_r)
+    k_r = rotate(torch.randn(2, 5, 64), cos, sin)          # (B, T, d_r), one key for all heads
+    scores = softmax_scale(128 + 64) * torch.einsum("bthr,bsr->bhts", q_r, k_r)
 """
 
 import math

@@ -17,13 +17,15 @@ from typing import Any
 import torch
 
 from dsv2_ref.bench.harness.gpu import device_for, record
+from dsv2_ref.checkout import in_checkout
 
 NAMES = ("attention", "mla_decode", "six_bit_decode", "experts")
-RESULTS = Path(__file__).parents[2] / "data" / "results"
 
 
-def run(quick: bool = False, folder: Path = RESULTS) -> dict[str, Any]:
-    """One JSON-able record of all; with `quick` nothing is written."""
+def run(quick: bool = False, folder: Path | None = None) -> dict[str, Any]:
+    """One JSON-able record of all, also a file in data/results; with `quick` nothing is written."""
+    if not quick:
+        folder = folder or in_checkout("data/results")         # before the work, not after it
     device = device_for("all", quick)
     start = time.perf_counter()
     result = {"name": "all", "quick": quick, **record(device), "benches": {}}

@@ -34,6 +34,7 @@ from dsv2_ref import checkpoint
 from dsv2_ref.attention.cache_quant import SixBitCache
 from dsv2_ref.attention.kv_cache import LatentCache
 from dsv2_ref.attention.latent_basis import even_pairs, hadamard, rotate_latent
+from dsv2_ref.checkout import in_checkout
 from dsv2_ref.model import DeepSeekV2
 from dsv2_ref.text.corpora import Document, open_corpus
 from dsv2_ref.text.data import encode
@@ -216,13 +217,14 @@ def measure(
 
 
 def run(
-    quick: bool = False, model: str | Path = "data/model", corpus: str = "stories",
+    quick: bool = False, model: str | Path | None = None, corpus: str = "stories",
     yarn: bool = True,
 ) -> dict[str, Any]:
-    """One JSON-able record; `quick` reads so little that the figures mean nothing.
+    """One JSON-able record, of data/model by default; with `quick` the figures mean nothing.
 
     `yarn`: the model is stretched to the length it is read at, without further training.
     """
+    model = model or in_checkout("data/model")
     loaded = checkpoint.load(model, dtype=torch.float32)
     if yarn:
         loaded = stretched(loaded)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from dsv2_ref import checkpoint
 from dsv2_ref.bench.harness.timing import machine
+from dsv2_ref.checkout import in_checkout
 from dsv2_ref.inference.evaluate import bits_per_byte
 from dsv2_ref.inference.fp8_model import quantise_model, stored_bytes
 from dsv2_ref.kernels.fp8 import BLOCK, dequantise, quantise
@@ -32,7 +33,6 @@ from dsv2_ref.model import DeepSeekV2
 from dsv2_ref.text.corpora import Document, byte_count, stories_corpus
 from dsv2_ref.text.tokenizer import TextTokenizer, load_tokenizer
 
-MODEL = Path(__file__).parents[2] / "data" / "model"
 SEQUENCE = 256
 
 
@@ -83,8 +83,9 @@ def _compared(model: DeepSeekV2, base: DeepSeekV2, tokens: Tensor) -> dict[str, 
             "same_experts": torch.stack(same).mean().item()}
 
 
-def run(quick: bool = False, path: Path = MODEL) -> dict[str, Any]:
-    """One JSON-able record; `quick` takes 20 stories instead of 300."""
+def run(quick: bool = False, path: Path | None = None) -> dict[str, Any]:
+    """One JSON-able record, of data/model by default; `quick` takes 20 stories instead of 300."""
+    path = path or in_checkout("data/model")
     test = stories_corpus().test[: 20 if quick else 300]
     tokenizer = load_tokenizer(path / "tokenizer.json")
     ids, n_bytes = encoded(test, tokenizer), byte_count(test)

@@ -35,6 +35,14 @@ Shapes: B sequences of T queries and S keys each, Nq and Nk those of all, n_h (H
 (query, key) and d_v (value) numbers; BM queries and BN keys a tile. In the kernels capitals lie in
 memory and small letters are tiles; the shapes at the margin leave the padding out.
 Copy with: target.py.  Needs: torch, triton.
+
+Wiring, once copied:
+    import torch                       # on a CPU, first set TRITON_INTERPRET=1
+    from flash_attention import attend_flash
+    q_c, q_r = torch.randn(2, 20, 4, 32), torch.randn(2, 20, 4, 16)   # (B, T, n_h, d_h), (…, d_r)
+    c_kv, k_r = torch.randn(2, 20, 64), torch.randn(2, 20, 16)       # (B, S, d_c), (B, S, d_r)
+    W_UK, W_UV = torch.randn(4, 32, 64), torch.randn(4, 24, 64)      # (n_h, d_h or d_v, d_c)
+    o = attend_flash(q_c, q_r, c_kv, k_r, W_UK, W_UV, scale=48**-0.5)      # (B, T, n_h, d_v)
 """
 
 import math

@@ -30,6 +30,14 @@ and a router's close scores decide which experts are read at all.
 Shapes: r rows, c columns, R = ⌈r/128⌉, C = ⌈c/128⌉ blocks, the last ones ragged (576 rows are
 4½ blocks, 96 columns ¾ of one); `...` any further dimensions, such as E experts.
 Copy with: nothing.  Needs: torch.
+
+Wiring, once copied:
+    import torch
+    from fp8 import Fp8Linear
+    layer = torch.nn.Linear(256, 128, bias=False)
+    small = Fp8Linear(layer.weight)                   # 1 byte a weight instead of 4
+    x = torch.randn(3, 256)
+    error = (small(x) - layer(x)).norm() / layer(x).norm()        # about 0.03
 """
 
 from collections.abc import Callable

@@ -33,6 +33,14 @@ How this file differs from the famous versions:
 A slot is one (token, expert) pair, numbered n·K + k.
 Shapes: N flat tokens, d width, w expert width, E routed experts, K slots a token, R kept slots.
 Copy with: route_tokens.py, target.py.  Needs: torch, triton.
+
+Wiring, once copied:
+    import torch                       # on a CPU, first set TRITON_INTERPRET=1
+    from grouped_experts import experts_fused
+    x = torch.randn(40, 64)                                          # (N, d), after the norm
+    gates, indices = torch.rand(40, 8).topk(3)                       # (N, K) each, from the router
+    W_gate, W_up = torch.randn(8, 32, 64), torch.randn(8, 32, 64)    # (E, w, d)
+    y = experts_fused(x, indices, gates, W_gate, W_up, W_down=torch.randn(8, 64, 32))    # (N, d)
 """
 
 from typing import NamedTuple

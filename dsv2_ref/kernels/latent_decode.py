@@ -34,6 +34,15 @@ matrix unit where 16 heads would not. No tile was timed on a GPU yet; the bench 
 Shapes: B batch, T new tokens, S cached + new, n_h heads, n = T·n_h rows of queries; BH, BN, BC, BR
 tile sizes of queries, keys, d_c and d_r.
 Copy with: target.py.  Needs: torch, triton.
+
+Wiring, once copied:
+    import torch                       # on a CPU, first set TRITON_INTERPRET=1
+    from latent_decode import attend_latent
+    q_c, q_r = torch.randn(2, 1, 4, 32), torch.randn(2, 1, 4, 16)   # (B, T, n_h, d_h), (…, d_r)
+    c_kv, k_r = torch.randn(2, 50, 64), torch.randn(2, 50, 16)       # (B, S, d_c), (B, S, d_r)
+    W_UK, W_UV = torch.randn(4, 32, 64), torch.randn(4, 24, 64)      # (n_h, d_h or d_v, d_c)
+    positions = torch.tensor([[49], [20]])     # the second sequence has 21 tokens so far
+    o = attend_latent(q_c, q_r, c_kv, k_r, W_UK, W_UV, 48**-0.5, positions)     # (B, T, n_h, d_v)
 """
 
 from functools import lru_cache

@@ -30,6 +30,15 @@ Launch: 32 tokens or 64 slots a program, 4 warps. Not timed yet.
 Shapes: N flat tokens, E routed experts, K slots a token, D devices, M devices a token, R kept
 slots.
 Copy with: target.py.  Needs: torch, triton.
+
+Wiring, once copied:
+    import torch                       # on a CPU, first set TRITON_INTERPRET=1
+    from route_tokens import select_device_limited_fused, sort_slots_fused
+    s = torch.randn(40, 8).softmax(-1)                               # (N, E) affinities
+    indices = select_device_limited_fused(s, top_k=3, n_devices=4, max_devices=2)     # (N, K)
+    gates = s.gather(-1, indices)                                    # (N, K)
+    order, offsets = sort_slots_fused(indices, n_routed=8)
+    first = order[offsets[0]:offsets[1]] // 3                        # the tokens of expert 0
 """
 
 import torch

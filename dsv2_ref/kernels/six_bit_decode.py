@@ -33,6 +33,16 @@ timed on a GPU yet.
 
 Shapes: as in latent_decode.py; w, w_r words a plane (W, W_R), BW and BR columns of their tiles.
 Copy with: latent_decode.py, target.py.  Needs: torch, triton.
+
+Wiring, once copied:
+    import torch                       # on a CPU, first set TRITON_INTERPRET=1
+    from six_bit_decode import attend_six_bit
+    q_c, q_r = torch.randn(2, 1, 4, 32), torch.randn(2, 1, 4, 16)   # (B, T, n_h, d_h), (…, d_r)
+    words = torch.randint(-2**15, 2**15, (2, 50, 3 * (8 + 2)), dtype=torch.int16)   # as packed by
+    scales = torch.rand(2, 50, 2).bfloat16()                                        # cache_quant.py
+    W_UK, W_UV = torch.randn(4, 32, 64), torch.randn(4, 24, 64)      # (n_h, d_h or d_v, d_c)
+    positions = torch.tensor([[49], [20]])     # the second sequence has 21 tokens so far
+    o = attend_six_bit(q_c, q_r, words, scales, W_UK, W_UV, 48**-0.5, positions)  # (B, T, n_h, d_v)
 """
 
 import torch

@@ -21,6 +21,13 @@ without a word. `check_device` refuses both in one line.
 
 Shapes: none.
 Copy with: nothing.  Needs: torch, triton.
+
+Wiring, once copied:
+    import torch
+    from target import multiprocessors, target_of
+    x = torch.randn(40, 64)
+    rows = {"sm_90": 128, "sm_80": 64}.get(target_of(x.device), 16)      # of a tile, by the card
+    programs = min(multiprocessors(x.device), -(-len(x) // rows))
 """
 
 from functools import lru_cache

@@ -24,6 +24,16 @@ How this file differs from the famous versions:
 A slot is one (token, expert) pair.
 Shapes: B sequences, T tokens each, E routed experts, K slots a token, D devices, M devices a token.
 Copy with: nothing.  Needs: torch.
+
+Wiring, once copied:
+    import torch
+    from balance import communication_balance_loss, device_balance_loss, expert_balance_loss
+    s = torch.randn(2, 5, 8, requires_grad=True).softmax(-1)   # (B, T, E), the router's affinities
+    indices = s.topk(3).indices                                # (B, T, K), before any dropping
+    loss = expert_balance_loss(s, indices, alpha=0.003)
+    loss = loss + device_balance_loss(s, indices, 0.05, n_devices=4)
+    loss = loss + communication_balance_loss(s, indices, 0.02, n_devices=4, max_devices=2)
+    loss.backward()                                            # added to the language model's
 """
 
 import torch

@@ -19,6 +19,14 @@ Not to be confused with a capacity per *expert*, which is what most frameworks o
 
 Shapes: N flat tokens, K slots a token, E routed experts, D devices.
 Copy with: nothing.  Needs: torch.
+
+Wiring, once copied:
+    import torch
+    from dropping import keep_within_budget
+    affinity, indices = torch.rand(40, 8).topk(3)          # (N, K) each, from the router
+    protected = torch.arange(40) < 4                       # (N,) tokens that are never dropped
+    keep = keep_within_budget(indices, affinity, n_routed=8, n_devices=4, protected=protected)
+    gates = affinity * keep                                # or `keep` as the experts' argument
 """
 
 import torch

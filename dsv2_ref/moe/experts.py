@@ -28,6 +28,15 @@ How this file differs from the famous versions:
 A slot is one (token, expert) pair.
 Shapes: N flat tokens, d width, w expert width, E routed experts, K slots a token, R kept slots.
 Copy with: nothing.  Needs: torch (2.10 or later for `experts_grouped`).
+
+Wiring, once copied:
+    import torch
+    from experts import MixtureOfExperts, experts_padded
+    moe = MixtureOfExperts(d=48, w=16, n_shared=1, n_routed=8)
+    u = torch.randn(40, 48)                                          # (N, d) residual stream
+    x = torch.nn.functional.rms_norm(u, (48,))                       # (N, d) its norm
+    gates, indices = torch.rand(40, 8).softmax(-1).topk(2)           # (N, K) each, from the router
+    h = moe(u, x, indices, gates, experts_padded)                    # (N, d), u included
 """
 
 from collections.abc import Callable

@@ -22,6 +22,15 @@ How this differs from the famous versions:
 Shapes: N flat tokens, d width, E routed experts, K slots (experts) a token, D devices, M devices
 a token.
 Copy with: nothing.  Needs: torch.
+
+Wiring, once copied:
+    import torch
+    from routing import Router
+    router = Router(d=64, n_routed=8, top_k=3, n_devices=4, max_devices=2)
+    x = torch.randn(10, 64)                      # (N, d), after the layer's norm
+    routing = router(x)
+    experts, gates = routing.indices, routing.gates      # (N, K) each
+    s = routing.scores                           # (N, E), for the balance losses
 """
 
 from collections.abc import Callable
