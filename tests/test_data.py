@@ -27,7 +27,7 @@ from dsv2_ref.text.corpora import (
     split,
     stories_corpus,
 )
-from dsv2_ref.text.data import PackedBatches, encode, some_of
+from dsv2_ref.text.data import PackedBatches, encode, marked, some_of
 from dsv2_ref.text.tokenizer import train_tokenizer
 
 
@@ -254,6 +254,7 @@ def test_encode_marks_every_document():
         assert ids[at : at + len(own)].tolist() == own
         at += len(own)
     assert at == len(ids)
+    assert [i for document in marked(docs, tokenizer) for i in document] == ids.tolist()
     assert encode([], tokenizer).shape == (0,)
     large = SimpleNamespace(vocab=2**16 + 1, bos=2**16, eos=1, encode_batch=lambda texts: [[2]])
     assert encode(docs[:1], large).tolist() == [2**16, 2, 1]
@@ -283,7 +284,9 @@ def epochs(batches, n):
 
 
 def test_batches_are_contiguous_windows_and_next_tokens():
-    for _, (tokens, targets) in zip(range(30), packed()):
+    batches = packed()
+    for _ in range(30):
+        tokens, targets = batches.next_batch()
         assert tokens.shape == targets.shape == (3, 7)
         assert tokens.dtype == targets.dtype == torch.int64
         assert torch.equal(tokens + 1, targets)  # the array counts up
@@ -305,7 +308,7 @@ def test_an_epoch_visits_every_window_of_its_phase_once():
 
 def test_the_position_counts_windows_not_batches():
     one, ramp = packed(batch=1), packed()
-    single = torch.cat([next(one)[0] for _ in range(60)])
+    single = torch.cat([one.next_batch()[0] for _ in range(60)])
     ramped = torch.cat([ramp.next_batch(b)[0] for b in (1, 2, 3, 5, 8, 13, 28)])
     assert torch.equal(single, ramped)
     assert one.state() == ramp.state()
@@ -315,14 +318,14 @@ def test_resume_is_bit_identical_everywhere_epoch_borders_included():
     source = packed(batch=4)
     states, batches = [source.state()], []
     for _ in range(40):
-        batches.append(next(source))
+        batches.append(source.next_batch())
         states.append(json.loads(json.dumps(source.state())))
     assert {state["window"] for state in states} >= {0, 14}  # an epoch's first and last position
     for at, state in enumerate(states[:-3]):
         resumed = packed(batch=4)
         resumed.load(state)
         for expected in batches[at : at + 3]:
-            got = next(resumed)
+            got = resumed.next_batch()
             assert torch.equal(expected[0], got[0]) and torch.equal(expected[1], got[1])
         assert resumed.state() == states[at + 3]
 
@@ -347,7 +350,7 @@ def test_resume_refuses_other_data():
 
 
 def test_packing_errors_and_the_smallest_array():
-    tokens, targets = next(PackedBatches(np.arange(8, dtype=np.int32), 2, 7, 0))
+    tokens, targets = PackedBatches(np.arange(8, dtype=np.int32), 2, 7, 0).next_batch()
     assert torch.equal(tokens, torch.arange(7).expand(2, 7))
     assert torch.equal(targets, torch.arange(1, 8).expand(2, 7))
     with pytest.raises(ValueError, match=r"7 tokens are too few, .* sequence \+ 1 = 8"):
