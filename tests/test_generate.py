@@ -4,7 +4,7 @@ import torch
 
 from dsv2_ref.config import TINY
 from dsv2_ref.inference import generate as module
-from dsv2_ref.inference.generate import TextStream, generate, sample
+from dsv2_ref.inference.generate import generate, sample
 from dsv2_ref.model import DeepSeekV2
 
 PROMPTS = [[5, 9, 2, 7, 11], [3], [8] * 17, [1, 2, 3, 4, 5, 6, 7, 8, 9]]
@@ -125,13 +125,3 @@ def test_bad_input(model, changes, message):
 def test_a_cache_that_fills_up(model):
     with pytest.raises(ValueError, match="cache is full: 8 . 1 tokens"):
         generate(model, PROMPTS[:1], 9, stop=(), cache=model.new_cache(1, 8))
-
-
-def test_text_stream_waits_for_whole_characters():
-    data = "a知é".encode()
-    written = []
-    stream = TextStream(lambda ids: bytes(ids).decode("utf-8", "replace"), written.append, ">")
-    for byte in data:
-        stream([byte])
-    stream([None])
-    assert written == [">", "a", "知", "é"]
