@@ -9,7 +9,7 @@ import torch
 
 from dsv2_ref.config import TINY
 from dsv2_ref.inference import generate as module
-from dsv2_ref.inference.generate import NOT_A_NUMBER, TextStream, generate, read, sample
+from dsv2_ref.inference.generate import NOT_A_NUMBER, generate, read, sample
 from dsv2_ref.model import DeepSeekV2
 
 PROMPTS = [[5, 9, 2, 7, 11], [3], [8] * 17, [1, 2, 3, 4, 5, 6, 7, 8, 9]]
@@ -234,13 +234,3 @@ def test_sampling_at_the_edges():
         assert sample(logits, temperature, top_p, g).tolist() == [1]
     uniform = torch.bincount(sample(logits.expand(6000, -1), 1e300, 1.0, g), minlength=3)
     assert (uniform > 1800).all()
-
-
-def test_text_stream_waits_for_whole_characters():
-    data = "a知é".encode()
-    written = []
-    stream = TextStream(lambda ids: bytes(ids).decode("utf-8", "replace"), written.append, ">")
-    for byte in data:
-        stream([byte])
-    stream([None])
-    assert written == [">", "a", "知", "é"]

@@ -160,29 +160,3 @@ def _room(model: DeepSeekV2, prompts: list[list[int]], max_new_tokens: int) -> i
         raise ValueError(f"max_new_tokens: {max_new_tokens} after {min(lengths)} tokens need "
                          f"{needed} positions, expected at most max_positions = {most}")
     return min(max(lengths) + max_new_tokens - 1, most)
-
-
-class TextStream:
-    """Turns ids that arrive one by one into text; half a character waits for its other half.
-
-    `before` is written with the first of them.
-    """
-
-    def __init__(
-        self, decode: Callable[[list[int]], str], write: Callable[[str], object], before: str = ""
-    ) -> None:
-        self.decode, self.write, self.before = decode, write, before
-        self.ids: list[int] = []
-        self.written = 0
-
-    def __call__(self, step: list[int | None]) -> None:
-        """Take the step of `generate`'s first sequence."""
-        if step[0] is None:
-            return
-        if not self.ids:
-            self.write(self.before)
-        self.ids.append(step[0])
-        text = self.decode(self.ids)
-        if not text.endswith("\ufffd"):
-            self.write(text[self.written :])
-            self.written = len(text)
