@@ -22,7 +22,8 @@ table is made from it (`make map`), and a test compares it with the files and th
   2.2.1-2       kernels/route_tokens.py    13     routing, and sorting the slots
 
   text/             corpora (stories: a grammar with a known entropy), tokenizer, packed batches
-  config.py         sizes; V2, LITE, a ladder and small presets; published config.json <-> ours
+  config.py         sizes; V2, LITE, a ladder and small presets
+  config_json.py    the published config.json <-> ours
   model.py          embedding, blocks, head; which of the equal algorithms runs
   kernel_choice.py  where a kernel takes the place of its naive twin
   cross_entropy.py  the loss without holding all logits

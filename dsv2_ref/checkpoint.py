@@ -31,7 +31,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dsv2_ref.config import FP8, Config
+from dsv2_ref.config import Config
+from dsv2_ref.config_json import FP8
 from dsv2_ref.files.tensors import INDEX, SCALE, check_names, checked, open_file, read, tensor_files
 from dsv2_ref.kernels.fp8 import quantise, scale_shape
 from dsv2_ref.model import Block, DeepSeekV2

@@ -22,7 +22,7 @@ TAG = re.compile(r"(?:\(\d+\))+$")
 LAYERS = [
     {"attention", "moe", "text"},
     {"kernels"},
-    {"config", "cross_entropy", "kernel_choice", "model", "cost"},
+    {"config", "config_json", "cross_entropy", "kernel_choice", "model", "cost"},
     {"parallel"},
     {"files", "checkpoint"},
     {"inference"},

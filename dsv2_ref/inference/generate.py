@@ -41,7 +41,7 @@ def generate(
     """New ids of each sequence, up to and including its first stop token.
 
     tokens: (B, T) or B lists of ids, of any lengths >= 1. stop: ids that end a sequence; None means
-    the model's own end-of-document id, () nothing. cache: to go on from, one row a sequence; it
+    the model's own ends of a document, () nothing. cache: to go on from, one row a sequence; it
     then holds the prompt and all new tokens but the last. stream: called at every step with the
     new id of each sequence, None for those that have ended. generator: for reproducible draws.
     """
@@ -103,7 +103,7 @@ def _check(
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p: {top_p}, expected above 0 and at most 1")
     if stop is None:
-        return {model.config.eos}
+        return set(model.config.stops)
     return {stop} if isinstance(stop, int) else set(stop)
 
 

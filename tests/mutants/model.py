@@ -9,6 +9,7 @@ ROUTING, BALANCE = "moe/routing.py", "moe/balance.py"
 DROPPING, EXPERTS = "moe/dropping.py", "moe/experts.py"
 QUANT, BASIS = "attention/cache_quant.py", "attention/latent_basis.py"
 MODEL, CONFIG, CHECKPOINT = "model.py", "config.py", "checkpoint.py"
+CONFIG_JSON = "config_json.py"
 FP8, FP8_MODEL, TENSOR_FILES = "kernels/fp8.py", "inference/fp8_model.py", "files/tensors.py"
 
 _rope = [
@@ -499,12 +500,12 @@ _formats = [
            "test_wiring.py::test_published_totals"),
     Mutant("presets_without_mscale", "no factor", CONFIG,
            "yarn_mscale=0.707, yarn_mscale_all_dim=0.707,", "yarn_mscale=0.707,", _lite),
-    Mutant("greedy_ignored", "lite", CONFIG,
+    Mutant("greedy_ignored", "lite", CONFIG_JSON,
            'if method == "group_limited_greedy":', "if hf.get('n_group'):", _read),
-    Mutant("groups_for_limit", "lite", CONFIG,
+    Mutant("groups_for_limit", "lite", CONFIG_JSON,
            'values["max_devices"] = hf["topk_group"]', 'values["max_devices"] = hf["n_group"]',
            _read),
-    Mutant("v3_settings_ignored", "gates", CONFIG,
+    Mutant("v3_settings_ignored", "gates", CONFIG_JSON,
            "if hf.get(key) not in (only, None):", "if False:", _read),
     Mutant("query_rows_rope_first", "layout", CHECKPOINT,
            "a.W_UQ.weight, a.W_QR.weight", "a.W_QR.weight, a.W_UQ.weight", _rows),
@@ -604,7 +605,7 @@ _fp8 = [
     Mutant("scales_of_any_dtype", "fp8", TENSOR_FILES,
            "expected[scale], torch.float32)", "expected[scale])",
            "test_fp8_model.py::test_wrong_scales_and_codes_are_named"),
-    Mutant("any_quantisation", "fp8", CONFIG,
+    Mutant("any_quantisation", "fp8", CONFIG_JSON,
            'if hf.get("quantization_config") not in (FP8, None):', "if False:",
            "test_fp8_model.py::test_another_quantisation_is_refused"),
 ]
