@@ -28,8 +28,8 @@ table is made from it (`make map`), and a test compares it with the files and th
   kernel_choice.py  where a kernel takes the place of its naive twin
   cross_entropy.py  the loss without holding all logits
   cost.py           parameters, FLOPs, cache bytes, GPU hours
-  checkpoint.py     published tensor names <-> ours; training states
-  files/            what checkpoint stands on: tensors read, files written whole
+  checkpoint.py     folders in the published format, loaded and saved; training states
+  files/            what it stands on: published names, tensors read, files written whole
   inference/        generate, evaluate, fp8_model
   training/         setup, recipe, ladder, optim, adamw8, memory, machine, watching,
                     pretrain, run_folder (what survives a kill)

@@ -105,8 +105,8 @@ def from_published(hf: dict[str, Any]) -> dict[str, Any]:
         elif theirs in hf and ours in _NULLABLE:
             values[ours] = _NULLABLE[ours]
         else:
-            raise ValueError(f"{theirs}: {'null' if theirs in hf else 'missing'} in config.json, "
-                             "expected a value")
+            null = " (it is null)" if theirs in hf else ""
+            raise ValueError(f"{theirs}: missing from config.json{null}, expected a value")
     if isinstance(values["eos"], list):
         values["eos"] = tuple(values["eos"])
     method = hf.get("topk_method") or "greedy"

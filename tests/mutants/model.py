@@ -9,7 +9,7 @@ ROUTING, BALANCE = "moe/routing.py", "moe/balance.py"
 DROPPING, EXPERTS = "moe/dropping.py", "moe/experts.py"
 QUANT, BASIS = "attention/cache_quant.py", "attention/latent_basis.py"
 MODEL, CONFIG, CHECKPOINT = "model.py", "config.py", "checkpoint.py"
-CONFIG_JSON = "config_json.py"
+CONFIG_JSON, PUBLISHED = "config_json.py", "files/published.py"
 FP8, FP8_MODEL, TENSOR_FILES = "kernels/fp8.py", "inference/fp8_model.py", "files/tensors.py"
 
 _rope = [
@@ -507,17 +507,17 @@ _formats = [
            _read),
     Mutant("v3_settings_ignored", "gates", CONFIG_JSON,
            "if hf.get(key) not in (only, None):", "if False:", _read),
-    Mutant("query_rows_rope_first", "layout", CHECKPOINT,
+    Mutant("query_rows_rope_first", "layout", PUBLISHED,
            "a.W_UQ.weight, a.W_QR.weight", "a.W_QR.weight, a.W_UQ.weight", _rows),
-    Mutant("query_rows_not_per_head", "layout", CHECKPOINT,
+    Mutant("query_rows_not_per_head", "layout", PUBLISHED,
            "a.W_UQ.weight, a.W_QR.weight, heads=c.n_h", "a.W_UQ.weight, a.W_QR.weight", _rows),
-    Mutant("latent_rows_rope_first", "layout", CHECKPOINT,
+    Mutant("latent_rows_rope_first", "layout", PUBLISHED,
            "a.W_DKV.weight, a.W_KR.weight", "a.W_KR.weight, a.W_DKV.weight", _rows),
-    Mutant("value_rows_first", "layout", CHECKPOINT,
+    Mutant("value_rows_first", "layout", PUBLISHED,
            "a.W_UK.weight, a.W_UV.weight", "a.W_UV.weight, a.W_UK.weight", _rows),
-    Mutant("key_value_rows_not_per_head", "layout", CHECKPOINT,
+    Mutant("key_value_rows_not_per_head", "layout", PUBLISHED,
            "a.W_UK.weight, a.W_UV.weight, heads=c.n_h", "a.W_UK.weight, a.W_UV.weight", _rows),
-    Mutant("gate_for_up", "layout", CHECKPOINT,
+    Mutant("gate_for_up", "layout", PUBLISHED,
            "block.experts.W_gate[e]", "block.experts.W_up[e]", _rows),
 ]
 
@@ -588,13 +588,13 @@ _fp8 = [
            "test_fp8_model.py::test_a_weight_is_freed_before_the_next_is_quantised"),
     Mutant("experts_left_out", "fp8", FP8_MODEL,
            'for name in ("W_gate", "W_up", "W_down"):', 'for name in ("W_gate", "W_up"):', _left),
-    Mutant("router_in_fp8", "fp8", CHECKPOINT,
+    Mutant("router_in_fp8", "fp8", PUBLISHED,
            'return "_proj" in name', 'return "_proj" in name or "mlp.gate." in name',
            "test_fp8_model.py::test_names_shapes_and_dtypes_are_v3s"),
     Mutant("inverse_scales_written", "fp8", CHECKPOINT,
            "entry.name + SCALE: scale}", "entry.name + SCALE: 1 / scale}", _loaded),
     Mutant("shards_planned_for_bf16", "fp8", CHECKPOINT,
-           "nbytes = nbytes // size +", "nbytes = nbytes // size // 2 +",
+           "sizes = {entry.name: numbers, ", "sizes = {entry.name: numbers // 2, ",
            "test_fp8_model.py::test_shards_hold_what_the_index_says"),
     Mutant("scales_of_the_same_file", "fp8", TENSOR_FILES,
            "reader if files[scale] == files[name] else open_file(files[scale])", "reader",
