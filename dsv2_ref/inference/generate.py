@@ -79,7 +79,7 @@ def generate(
     """New ids of each sequence, up to and including its first stop token.
 
     tokens: (B, T) or B lists of ids, of any lengths >= 1. stop: ids that end a sequence; None means
-    the model's own end-of-document id, () nothing. cache: to go on from, one row a sequence; it
+    the model's own ends of a document, () nothing. cache: to go on from, one row a sequence; it
     then holds the prompt and all new tokens but the last. A sequence also ends where its room in
     the cache, or max_positions, does. stream: called at every step with the new id of each
     sequence, None for those that have ended. generator: for reproducible draws.
@@ -134,7 +134,7 @@ def _ids(name: str, values: Iterable[object]) -> list[int]:
 
 def _stops(model: DeepSeekV2, stop: object) -> set[int]:
     if stop is None:
-        return {model.config.eos}
+        return set(model.config.stops)
     if isinstance(stop, Tensor):
         stop = stop.reshape(-1).tolist()
     one = not hasattr(stop, "__iter__") and not isinstance(stop, str)
