@@ -14,7 +14,9 @@ from refusals import refused
 from torch import Tensor, nn
 
 from dsv2_ref.attention.kv_cache import Cache
+from dsv2_ref.checkpoint import save
 from dsv2_ref.config import TINY, Config
+from dsv2_ref.files.published import published_entries
 from dsv2_ref.inference.generate import generate, sample
 from dsv2_ref.model import DeepSeekV2
 from dsv2_ref.moe.experts import MixtureOfExperts, experts_loop, experts_padded, of_share
@@ -242,6 +244,22 @@ def test_routed_and_shared_experts_begin_alike():
     indices, gates = torch.zeros(200, 1, dtype=torch.int64), torch.ones(200, 1)
     routed = experts_loop(x, indices, gates, m.W_gate, m.W_up, m.W_down)
     assert 0.5 < routed.std() / m.shared(x).std() < 2
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_stages_and_shares_have_the_published_tensors_between_them(tied):
+    """Names come from the layers and the experts that are here; each is somewhere, and once."""
+    whole = {e.name: e.shape for e in published_entries(DeepSeekV2(CONFIG.with_(
+        tie_embeddings=tied)))}
+    found: list[str] = []
+    for layers in (range(0, 1), range(1, 3), range(3, 4)):
+        for held in (range(0, 3), range(3, 8)):
+            part = DeepSeekV2(CONFIG.with_(tie_embeddings=tied), layers, held)
+            entries = {e.name: e.shape for e in published_entries(part)}
+            assert entries.items() <= whole.items()
+            found += [name for name in entries if ".experts." in name or held.start == 0]
+    assert sorted(found) == sorted(whole)
+    refused(lambda: save(DeepSeekV2(CONFIG, range(1, 3)), "nowhere"), "expected")
 
 
 # ---- another kind of cache

@@ -95,21 +95,24 @@ def _block(prefix: str, block: Block) -> Iterator[Entry]:
         return
     yield _entry(f"{prefix}.mlp.gate.weight", block.router.weight)
     yield from _feed_forward(f"{prefix}.mlp.shared_experts", block.experts.shared)
-    for e in range(c.n_routed):
+    for here, e in enumerate(block.experts.held):
         expert = f"{prefix}.mlp.experts.{e}"
-        yield _entry(f"{expert}.gate_proj.weight", block.experts.W_gate[e])
-        yield _entry(f"{expert}.up_proj.weight", block.experts.W_up[e])
-        yield _entry(f"{expert}.down_proj.weight", block.experts.W_down[e])
+        yield _entry(f"{expert}.gate_proj.weight", block.experts.W_gate[here])
+        yield _entry(f"{expert}.up_proj.weight", block.experts.W_up[here])
+        yield _entry(f"{expert}.down_proj.weight", block.experts.W_down[here])
 
 
 def published_entries(model: DeepSeekV2) -> Iterator[Entry]:
-    """Every published tensor of a model, in file order."""
-    yield _entry(EMBEDDING, model.embedding.weight)
-    for layer, block in enumerate(model.blocks):
-        yield from _block(f"model.layers.{layer}", block)
-    yield _entry("model.norm.weight", model.norm.weight)
-    if not model.config.tie_embeddings:
-        yield _entry(HEAD, model.head.weight)
+    """Every published tensor of a model, in file order; of a stage those of its layers, and of
+    routed experts those that are held."""
+    if model.first:
+        yield _entry(EMBEDDING, model.embedding.weight)
+    for block in model.blocks:
+        yield from _block(f"model.layers.{block.layer}", block)
+    if model.last:
+        yield _entry("model.norm.weight", model.norm.weight)
+        if not model.config.tie_embeddings:
+            yield _entry(HEAD, model.head.weight)
 
 
 def has_scales(name: str) -> bool:

@@ -142,7 +142,7 @@ MUTANTS = [
     Mutant("key_value_rows_not_per_head", "layout", "files/published.py",
            "a.W_UK.weight, a.W_UV.weight, heads=c.n_h", "a.W_UK.weight, a.W_UV.weight", _rows),
     Mutant("gate_for_up", "layout", "files/published.py",
-           "block.experts.W_gate[e]", "block.experts.W_up[e]", _rows),
+           "block.experts.W_gate[here]", "block.experts.W_up[here]", _rows),
     Mutant("head_in_fp8", "fp8", FP8_MODEL,
            "in model.blocks.modules() if", "in model.modules() if", _left),
     Mutant("all_weights_held_to_the_end", "fp8", FP8_MODEL,
