@@ -33,9 +33,10 @@ from dsv2_ref.attention.kv_cache import LatentCache
 from dsv2_ref.attention.mla import attend_absorbed
 from dsv2_ref.attention.rope import rope_tables, yarn_frequencies
 from dsv2_ref.bench.harness.peer import ATTENTION, EXPERTS, MODEL, both, peer, quiet, sizes, use
-from dsv2_ref.bench.harness.timing import agree, in_turns, machine, milliseconds, result, times
+from dsv2_ref.bench.harness.timing import agree, in_turns, milliseconds, result, times
 from dsv2_ref.config import LITE
 from dsv2_ref.model import DeepSeekV2
+from dsv2_ref.training.machine import machine
 
 # only its attention is used
 LAYER = LITE.with_(n_layers=1, vocab=64, bos=0, eos=1, dense_width=64, init_std=0.02)

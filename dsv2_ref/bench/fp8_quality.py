@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 
 from dsv2_ref import checkpoint
-from dsv2_ref.bench.harness.timing import machine
 from dsv2_ref.inference.evaluate import bits_per_byte
 from dsv2_ref.inference.fp8_model import quantise_model, stored_bytes
 from dsv2_ref.kernels.fp8 import BLOCK, dequantise, quantise
 from dsv2_ref.model import DeepSeekV2
 from dsv2_ref.text.corpora import Document, byte_count, stories_corpus
 from dsv2_ref.text.tokenizer import TextTokenizer, load_tokenizer
+from dsv2_ref.training.machine import machine
 
 MODEL = Path(__file__).parents[2] / "data" / "model"
 SEQUENCE = 256

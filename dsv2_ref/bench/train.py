@@ -47,16 +47,10 @@ from dsv2_ref.bench.harness.peer import (
     update,
     use,
 )
-from dsv2_ref.bench.harness.timing import (
-    in_turns,
-    machine,
-    matmul_rate,
-    milliseconds,
-    result,
-    times,
-)
+from dsv2_ref.bench.harness.timing import in_turns, matmul_rate, milliseconds, result, times
 from dsv2_ref.config import LITE, SMALL, Config
 from dsv2_ref.model import DeepSeekV2
+from dsv2_ref.training.machine import machine
 
 EQUAL = dict(alpha_expert=0.0, alpha_device=0.0, alpha_comm=0.0, drop_capacity=None)
 MODELS = {"small": SMALL.with_(**EQUAL), "36M": MODEL}

@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from dsv2_ref.figures.style import COLORS, INK, MORE_COLORS, Picture, styled
+from dsv2_ref.training.watching import fair_shares
 
 UP, DOWN, SAFE = COLORS["MLA"], COLORS["MHA"], MORE_COLORS[1]
 IDLE = 0.1             # of a fair share: an expert below it is called idle
@@ -72,7 +73,7 @@ def _shares(loads: Mapping[str, Any], n_devices: int) -> dict[str, np.ndarray]:
         if load.ndim != 3 or load.shape[2] % n_devices:
             raise ValueError(f"loads: {name!r} has shape {load.shape} on {n_devices} devices, "
                              "expected (steps, layers, a multiple of the devices)")
-        shares[name] = load / np.maximum(load.mean(-1, keepdims=True), 1e-12)
+        shares[name] = fair_shares(load)
     if len({s.shape for s in shares.values()}) != 1:
         raise ValueError("loads: runs of different sizes, expected at least one, all of one shape")
     return shares

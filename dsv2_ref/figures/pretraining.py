@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dsv2_ref.figures.style import COLORS, INK, MORE_COLORS, Picture, styled
+from dsv2_ref.training.watching import fair_shares
 
 _LINES = (COLORS["MLA"], COLORS["MHA"], COLORS["GQA"], *MORE_COLORS)
 _DASHES = ("-", "--", "-.", ":")
@@ -42,8 +43,7 @@ def live_picture(log: Sequence[Mapping[str, Any]], steps: int) -> Figure:
     loads = [entry["expert_load"] for entry in log if "expert_load" in entry]
     if not loads:
         raise ValueError("log: no entry has 'expert_load', expected one at least")
-    load = np.array(loads[-1][-1], float)
-    shares = load / max(load.mean(), 1e-12)
+    shares = fair_shares(loads[-1][-1])                                     # (E,)
     figure = Picture(10.0, 3.6)
     left, right = figure.subplots(1, 2)
     left.plot([entry["step"] for entry in log], [entry["language"] for entry in log],

@@ -13,6 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from dsv2_ref.figures.experts import expert_load
 from dsv2_ref.figures.style import COLORS, INK, MORE_COLORS, Picture, styled
+from dsv2_ref.training.watching import fair_shares
 
 Log = Sequence[Mapping[str, Any]]
 
@@ -175,7 +176,7 @@ def balance_curves(log: Log, first_layer: int = 0) -> Figure:
     if not loads:
         raise ValueError("log: no entry has 'expert_load', expected one at least")
     steps, load, entropy = _columns(loads, "step", "expert_load", "gate_entropy")
-    fullest = load.max(2) / np.maximum(load.mean(2), 1e-12)                 # (records, layers)
+    fullest = fair_shares(load).max(2)                                      # (records, layers)
     most = math.log(load.shape[2])
     figure = Picture(10.0, 4.0)
     axes = figure.subplots(1, 2)
