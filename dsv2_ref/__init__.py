@@ -21,24 +21,27 @@ table is made from it (`make map`), and a test compares it with the files and th
   2.2.1         kernels/grouped_experts.py 13     experts as products over sorted slots
   2.2.1-2       kernels/route_tokens.py    13     routing, and sorting the slots
 
+  kernels/target.py  which card a kernel runs on
+
   text/             corpora (stories: a grammar with a known entropy), tokenizer, packed batches
   config.py         sizes; V2, LITE, a ladder and small presets; published config.json <-> ours
   model.py          embedding, blocks, head; which of the equal algorithms runs
   kernel_choice.py  where a kernel takes the place of its naive twin
   cross_entropy.py  the loss without holding all logits
-  cost.py           parameters, FLOPs, cache bytes, GPU hours
-  checkpoint.py     published tensor names <-> ours; training states
+  cost.py           parameters, FLOPs, cache bytes, in closed form
+  checkpoint.py     published tensor names <-> ours
   files/            what checkpoint stands on: tensors read, files written whole
-  inference/        generate, evaluate, fp8_model
-  training/         setup, recipe, ladder, optim, adamw8, memory, machine, watching,
-                    pretrain, run_folder (what survives a kill)
+  inference/        generation, held-out bits per byte, FP8 in memory, live caches
+  training/         from one recipe to a trained model, in a folder that survives a kill
   paper.py          the paper's claims beside ours
   figures/          every plot and widget, in one style
   bench/            measurements against a peer
-  commands/         the command line, a file a command; __main__.py reads the options
+  commands/         the command line, a file a command
+  __main__.py       reads the options
   copying.py        a concept file, lifted into a folder of your own
   exercises.py      checks of the notebooks' exercises
 
+Each folder's docstring names its files.
 Arrows run one way: attention, moe and text know nobody, kernels only the twins they must equal;
 then the model, files, inference, training, and on top what uses them all.
 """

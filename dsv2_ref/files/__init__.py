@@ -1,2 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""What `checkpoint` stands on: tensors read from files, files written whole."""
+"""What `checkpoint` stands on.
+
+  tensors  safetensors files that others wrote, read
+  whole    files that are there whole or not at all
+"""
