@@ -29,7 +29,7 @@ table is made from it (`make map`), and a test compares it with the files and th
   kernel_choice.py  where a kernel takes the place of its naive twin
   cross_entropy.py  the loss without holding all logits
   cost.py           parameters, FLOPs, cache bytes, in closed form
-  checkpoint.py     published tensor names <-> ours
+  checkpoint.py     published tensor names <-> ours; training states
   files/            what checkpoint stands on: tensors read, files written whole
   inference/        generation, held-out bits per byte, FP8 in memory, live caches
   training/         from one recipe to a trained model, in a folder that survives a kill

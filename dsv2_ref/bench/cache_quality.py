@@ -47,7 +47,7 @@ def exact(x: Tensor) -> Tensor:
 
 
 def symmetric(bits: int, group: int | None = None) -> Quantiser:
-    """Integers times a bf16 scale for every `group` numbers, None for one a row."""
+    """Integers times a bf16 scale for every `group` numbers, None for one per row."""
 
     def quantise(x: Tensor) -> Tensor:
         y, half = x.unflatten(-1, (-1, min(group or x.shape[-1], x.shape[-1]))), 2 ** (bits - 1)
@@ -71,7 +71,7 @@ def with_zero(bits: int, group: int) -> Quantiser:
 
 
 def fp8(x: Tensor) -> Tensor:
-    """e4m3 with a scale a row."""
+    """e4m3 with a scale per row."""
     scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 448
     return (x / scale).to(torch.float8_e4m3fn).to(x.dtype) * scale
 

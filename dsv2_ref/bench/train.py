@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A training step side by side with transformers: tokens a second, and MFU.
+"""A training step side by side with transformers: tokens per second, and MFU.
 
   small, 36M   on a CPU, fp32: forward, backward, clipping and AdamW on 1024 tokens, as 4 sequences
                of 256 and as one. `small` is the main job's preset; 36M is V2's proportions made

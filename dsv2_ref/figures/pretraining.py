@@ -48,8 +48,8 @@ def live_picture(log: Sequence[Mapping[str, Any]], steps: int) -> Figure:
     left, right = figure.subplots(1, 2)
     left.plot([entry["step"] for entry in log], [entry["language"] for entry in log],
               color=COLORS["MLA"], lw=1.2, marker=".", ms=4)
-    left.set(xlabel="step", ylabel="training loss (nats a token)", xlim=(0, steps),
-             title=f"Step {log[-1]['step']} of {steps}: {log[-1]['language']:.2f} nats a token")
+    left.set(xlabel="step", ylabel="training loss (nats per token)", xlim=(0, steps),
+             title=f"Step {log[-1]['step']} of {steps}: {log[-1]['language']:.2f} nats per token")
     right.bar(range(len(shares)), shares, color=COLORS["GQA"])
     right.axhline(1, color=INK, lw=1.2, ls="--")
     right.set(xlabel="routed expert of the last layer", ylabel="load (fair share = 1)",
