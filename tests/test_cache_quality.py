@@ -133,4 +133,4 @@ def test_the_command_line_prints_one_json_object(model, tokenizer, tmp_path, mon
     assert main(["bench", "cache_quality", "--quick", "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["quick"] is True and record["corpus"] == "stories"
-    assert {"date", "torch", "python", "processor", "schemes", "exact"} <= set(record)
+    assert {"date", "torch", "python", "cpu", "schemes", "exact"} <= set(record)

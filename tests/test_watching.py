@@ -9,7 +9,7 @@ import pytest
 from refusals import refused
 
 from dsv2_ref.__main__ import main
-from dsv2_ref.training.watching import Watch, scalars
+from dsv2_ref.training.watching import Watch, fair_shares, scalars
 
 ENTRY = {"step": 7, "tokens": 700, "seconds": 3.5, "language": 2.0, "expert": 0.1, "device": 0.2,
          "communication": 0.3, "gradient_norm": 1.5, "lr": 1e-3, "batch": 4}
@@ -78,6 +78,12 @@ def test_scalars_of_an_entry():
         {"load/fullest": 2.0, "load/emptiest": 0.5, "load/gate_entropy": 0.75,
          "load/dropped": 0.2})
     assert "tokens_per_second" not in scalars(ENTRY, ENTRY)          # no time went by
+
+
+def test_fair_shares_are_of_a_layer():
+    assert fair_shares([[0, 4, 4, 8], [10, 10, 10, 10]]).tolist() == [[0, 1, 1, 2], [1, 1, 1, 1]]
+    assert fair_shares([3, 1]).tolist() == [1.5, 0.5]
+    assert fair_shares([[0, 0], [1, 3]]).tolist() == [[0, 0], [0.5, 1.5]]   # nothing was sent
 
 
 def test_tensorboard_gets_every_scalar_at_its_step(tensorboard, tmp_path):

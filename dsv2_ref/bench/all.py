@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Every GPU benchmark in one process, one after the other: the one command to run on a GPU.
+"""The four benches of kernels on a GPU, one after the other in one process.
 
 It takes a few minutes, tells its progress on stderr and writes data/results/gpu-DATE.json, which
-notebook 13 draws. One that fails is recorded with its reason, and the rest go on.
+notebook 13 draws. One that fails is recorded with its reason, and the rest go on. `train` and
+`ablations` use a GPU too, and are run by themselves.
 """
 
 import gc

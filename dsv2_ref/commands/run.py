@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dsv2_ref import cost, figures, paper
 from dsv2_ref.commands.common import output_folder, save_model, say, write_sample
@@ -16,13 +15,11 @@ from dsv2_ref.config import SMALL, V2, Config
 from dsv2_ref.inference.evaluate import compressed_bits_per_byte
 from dsv2_ref.inference.live_cache import measured_cache_bytes
 from dsv2_ref.text.corpora import Document, byte_count, open_corpus
-from dsv2_ref.text.data import encode
 from dsv2_ref.training.machine import (
-    autocast,
     default_device,
     keep_freed_memory,
+    machine,
     set_fastest_threads,
-    versions,
 )
 from dsv2_ref.training.pretrain import train
 from dsv2_ref.training.recipe import Recipe
@@ -30,16 +27,6 @@ from dsv2_ref.training.setup import Setup, set_up
 
 # no space at the end: tokens carry the space before a word, not the one after it
 PROMPT = "class Parser:\n    def __init__(self, name):\n        self.name = name\n\n    def"
-
-
-def expert_load(setup: Setup, batches: int = 8) -> Tensor:
-    """(MoE layers, experts) slots that held-out text sends to each expert."""
-    tokens = torch.from_numpy(encode(setup.corpus.validation, setup.tokenizer).astype("int64"))
-    T = min(setup.trainer.recipe.sequence, len(tokens))
-    rows = tokens[: len(tokens) // T * T].view(-1, T)[:batches].to(setup.trainer.device)
-    with torch.no_grad(), autocast(setup.trainer.device, setup.trainer.precision):
-        load = setup.model.eval().losses(rows, rows, with_load=True).load
-    return torch.stack([layer.experts for layer in load])
 
 
 def run(
@@ -140,7 +127,7 @@ def summary(
         "cache_bytes_per_token": caches["this model"],
         "cache_bytes_per_token_at_v2_size": caches["V2's size"],
         "corpus": setup.corpus.origin, "test_bytes": byte_count(setup.corpus.test),
-        "versions": versions(), "threads": torch.get_num_threads(), "precision": trainer.precision,
+        **machine(), "precision": trainer.precision,
         "device": torch.cuda.get_device_name() if default_device() == "cuda" else "cpu",
     }
 
@@ -154,5 +141,6 @@ def draw(
     figures.save(figures.loss_curve(log, references), out / "loss.png")
     figures.save(figures.cache_bars(cache_bytes), out / "cache.png")
     c = setup.model.config
-    load = expert_load(setup).numpy(force=True)
-    figures.save(figures.expert_load(load, c.n_devices, c.n_dense), out / "expert_load.png")
+    load = setup.held_out_load(setup.corpus.validation, rows=8)
+    slots = torch.stack([layer.experts for layer in load]).numpy(force=True)
+    figures.save(figures.expert_load(slots, c.n_devices, c.n_dense), out / "expert_load.png")

@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: MIT
-"""What this machine does fast: its precision, its threads, its memory."""
+"""What this machine is, and what it does fast: its precision, its threads, its memory."""
 
 import ctypes
 import math
+import os
 import platform
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import date
 from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -67,7 +71,23 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def versions() -> dict[str, str]:
-    """What a dated result has to name."""
-    names = ("torch", "numpy", "tokenizers", "safetensors")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+def machine() -> dict[str, Any]:
+    """What a dated result has to name: the day, what it ran on, and the versions."""
+    gpu = {}
+    if torch.cuda.is_available():
+        gpu = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    return {
+        "date": date.today().isoformat(), "cpu": _cpu_name(), "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(), "python": platform.python_version(),
+        "torch": torch.__version__,
+        **{name: version(name) for name in ("numpy", "tokenizers", "safetensors")}, **gpu,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

@@ -9,7 +9,7 @@ import torch
 from dsv2_ref import cost
 from dsv2_ref.config import Config
 from dsv2_ref.inference.evaluate import bits_per_byte
-from dsv2_ref.model import DeepSeekV2
+from dsv2_ref.model import DeepSeekV2, Load
 from dsv2_ref.text.corpora import Corpus, Document, byte_count
 from dsv2_ref.text.data import encode, marked
 from dsv2_ref.text.tokenizer import TextTokenizer, train_tokenizer
@@ -42,6 +42,19 @@ class Setup:
         with autocast(self.trainer.device, self.trainer.precision):
             return bits_per_byte(self.model, ids, byte_count(documents),
                                  self.trainer.recipe.sequence, progress=progress)
+
+    @torch.no_grad()
+    def held_out_load(self, documents: list[Document], rows: int = 40) -> list[Load]:
+        """Where documents of the corpus are sent, a `Load` per MoE layer.
+
+        Read are the first `rows` rows of the recipe's `sequence` tokens, documents one behind the
+        other; fewer rows, or a shorter one, where the documents have no more.
+        """
+        tokens = torch.from_numpy(encode(documents, self.tokenizer).astype("int64"))
+        T = min(self.trainer.recipe.sequence, len(tokens))
+        x = tokens[: len(tokens) // T * T].view(-1, T)[:rows].to(self.trainer.device)   # (B, T)
+        with autocast(self.trainer.device, self.trainer.precision):
+            return self.model.eval().losses(x, x, with_load=True).load
 
 
 def set_up(
