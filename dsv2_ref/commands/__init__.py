@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""The command line, a file a command; `__main__` reads the options."""
+"""The command line: a file for each command, with its options; `__main__` joins them."""
