@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What several commands share: messages, the output folder, the saved model, a sample of text."""
+"""What several commands share in their work."""
 
 import sys
 from collections.abc import Callable
