@@ -38,8 +38,8 @@ table is made from it (`make map`), and a test compares it with the files and th
   paper.py          the paper's claims beside ours
   figures/          every plot and widget, in one style
   bench/            measurements against a peer
-  commands/         the command line, a file a command
-  __main__.py       reads the options
+  commands/         the command line, a file for each command
+  __main__.py       joins them
   copying.py        a concept file, lifted into a folder of your own
   checkout.py       what lies beside the package in a checkout: data, tests
   exercises.py      checks of the notebooks' exercises

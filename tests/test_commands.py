@@ -1,15 +1,22 @@
 # SPDX-License-Identifier: MIT
 """The command line, in this process: exit codes, one-line errors, files."""
 
+import io
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from dsv2_ref import checkpoint
-from dsv2_ref.__main__ import main
+from dsv2_ref import checkpoint, commands, paper
+from dsv2_ref.__main__ import COMMANDS, main
+from dsv2_ref.commands import common
 from dsv2_ref.commands import run as main_job
 from dsv2_ref.commands import train as train_module
 from dsv2_ref.config import TINY
+from dsv2_ref.model import DeepSeekV2
 from dsv2_ref.text.tokenizer import load_tokenizer
 from dsv2_ref.training import setup as library
 from dsv2_ref.training.ladder import LADDER
@@ -119,6 +126,140 @@ def test_generate_is_reproducible_json(trained, capsys):
     assert json.loads(call(capsys, *args)[1])["text"] == text
 
 
+def test_generate_reads_from_the_six_bit_cache(trained, capsys, monkeypatch):
+    real, made = DeepSeekV2.new_cache, []
+
+    def new_cache(model, batch, max_tokens, kind="latent"):
+        made.append((batch, max_tokens, kind))
+        return real(model, batch, max_tokens, kind)
+
+    monkeypatch.setattr(DeepSeekV2, "new_cache", new_cache)
+    args = ["generate", "--model", trained / "model", "--prompt", "def ", "--max-new-tokens", 8]
+    code, out, err = call(capsys, *args, "--cache", "six_bit")
+    prompt = load_tokenizer(trained / "tokenizer.json").encode("def ")
+    assert made == [(1, 1 + len(prompt) + 7, "six_bit")]        # the last new token is not read
+    assert code == 0 and json.loads(out)["text"].startswith("def ")
+    assert err == json.loads(out)["text"] + "\n"
+    code, out, err = call(capsys, *args, "--cache", "eight_bit")
+    assert code == 2 and out == "" and "invalid choice: 'eight_bit'" in err
+    code, out, err = call(capsys, *args[:-1], -5, "--cache", "six_bit")
+    assert code == 2 and out == "" and err.startswith("dsv2_ref: max_new_tokens: -5, expected")
+
+
+def test_what_is_streamed_is_what_is_returned(trained, monkeypatch):
+    """Also where max_new_tokens cuts a character in two."""
+    tokenizer = load_tokenizer(trained / "tokenizer.json")
+    half, written = tokenizer.encode("知")[:-1], []
+
+    def generate(*_, stream, **__):
+        for i in half:
+            stream([i])
+        return [half]
+
+    monkeypatch.setattr(common, "generate", generate)
+    model = checkpoint.load(trained / "model")
+    text = common.write_sample(model, tokenizer, "def", len(half), 0.0, 1.0, written.append)
+    assert text == "def\ufffd" and "".join(written) == text + "\n"
+
+
+def test_nothing_is_lost_where_stdout_is_not_utf8(trained, monkeypatch):
+    kinds = (("cp1252", "strict"), ("cp1252", "backslashreplace"), ("ascii", "strict"))
+    streams = [io.TextIOWrapper(io.BytesIO(), *kind, newline="\n") for kind in kinds]
+    monkeypatch.setattr(sys, "stdout", streams[0])
+    monkeypatch.setattr(sys, "stderr", streams[1])              # as Python opens it
+    assert main(["generate", "--model", str(trained / "model"), "--prompt", "中",
+                 "--max-new-tokens", "3"]) == 0
+    assert json.loads(streams[0].buffer.getvalue())["text"].startswith("中")
+    streams[1].flush()
+    assert streams[1].buffer.getvalue().startswith(b"\\u4e2d")
+    monkeypatch.setattr(sys, "stdout", streams[2])
+    monkeypatch.setattr(paper, "as_table", lambda rows: "3 × 4")
+    assert main(["paper"]) == 0
+    assert streams[2].buffer.getvalue() == b"3 ? 4\n"
+
+
+def shut_pipe():
+    """The end to write to of a pipe that nobody reads any more."""
+    read, write = os.pipe()
+    os.close(read)
+    return write
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(("argv", "stream", "sink", "code", "other"), [
+    ("copy --list", "stdout", shut_pipe, 141, ""),
+    ("copy --help", "stdout", shut_pipe, 141, ""),
+    ("paper --json", "stdout", shut_pipe, 141, ""),                     # longer than the buffer
+    ("copy --list", "stdout", "/dev/full", 2, "stdout: cannot be written (No space left"),
+    ("copy rope", "stderr", shut_pipe, 2, ""),
+    ("train --bad", "stderr", shut_pipe, 2, ""),
+], ids=lambda x: x.__name__ if callable(x) else str(x)[:20])
+def test_output_that_cannot_be_written(argv, stream, sink, code, other, unbuffered):
+    if not callable(sink) and not Path(sink).exists():
+        pytest.skip(f"no {sink} on this system")
+    end = sink() if callable(sink) else os.open(sink, os.O_WRONLY)
+    kept = {"stdout": "stderr", "stderr": "stdout"}[stream]
+    try:
+        done = subprocess.run([sys.executable, "-m", "dsv2_ref", *argv.split()], text=True,
+                              env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+                              **{stream: end, kept: subprocess.PIPE}, timeout=120, check=False)
+    finally:
+        os.close(end)
+    said = getattr(done, kept)
+    assert done.returncode == code and other in said and said.count("\n") == bool(other)
+
+
+def test_a_message_that_nobody_reads_ends_the_command(trained):
+    end = shut_pipe()
+    done = subprocess.run([sys.executable, "-m", "dsv2_ref", "generate", "--model",
+                           trained / "model"], stdout=end, stderr=end, timeout=120, check=False)
+    os.close(end)
+    assert done.returncode == 141
+
+
+def test_every_command_has_a_file_and_light_ones_do_without_torch():
+    folder = Path(commands.__file__).parent
+    files = {f.stem for f in folder.glob("*.py") if "def add_options" in f.read_text("utf-8")}
+    assert files == set(COMMANDS)
+    code = ("import sys; from dsv2_ref.__main__ import main; main(['copy', '--list']); "
+            "sys.exit('torch' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert done.returncode == 0 and b'"rope"' in done.stdout
+
+
+def test_copies_that_changed_are_exit_code_1(tmp_path, capsys):
+    assert call(capsys, "copy", "rope", tmp_path)[0] == 0
+    assert call(capsys, "copy", "--check", tmp_path)[0] == 0
+    (tmp_path / "rope.py").write_text("mine")
+    code, out, err = call(capsys, "copy", "--check", tmp_path)
+    assert code == 1 and json.loads(out)["rope.py"] != "same" and err == ""
+
+
+def test_train_says_what_the_corpus_is(texts, tmp_path, capsys):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for file in Path(texts).iterdir():
+        (folder / file.name).write_text(file.read_text())
+    (folder / "._m0.py").write_bytes(b"\0\5\x16\7")
+    code, _, err = call(capsys, "train", "--preset", "tiny", "--corpus", folder, "--steps", 1,
+                        "--sequence", 16, "--batch", 1, "--no-save", "--quiet", "--out",
+                        tmp_path / "out")
+    assert code == 0 and "local: texts (left out: 1 hidden)\n" in err
+
+
+@pytest.mark.parametrize("args", [
+    "train --corpus", "train --out", "train --preset", "run --corpus", "run --out",
+    "generate --model", "figures", "copy rope", "copy --check", "bench ablations --only",
+])
+def test_an_empty_argument_is_not_the_current_folder(args, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.txt").write_text("mine")
+    code, out, err = call(capsys, *args.split(), "")
+    assert code == 2 and out == "" and err.count("\n") == 1
+    assert ": '', expected a name or a path" in err and f"dsv2_ref {args.split()[0]}: " in err
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
 def test_bad_sampling_writes_nothing_first(trained, capsys):
     code, out, err = call(capsys, "generate", "--model", trained / "model", "--temperature", -1)
     assert code == 2 and out == "" and err.startswith("dsv2_ref: temperature: -1.0")
@@ -148,6 +289,8 @@ def test_paper(capsys):
     (["train", "--steps", "0"], "steps: 0, expected a number > 0"),
     (["train", "--steps", "3", "--seconds", "3"], "not allowed with"),
     (["train", "--corpus", "/no/such/place", "--steps", "1"], "'/no/such/place'"),
+    (["train", "--corpus", 5000 * "x", "--steps", "1"], "File name too long"),
+    (["train", "--lr", "-1e-3", "--steps", "1"], "lr: -0.001, expected"),
     (["train", "--resume"], "expected a saved state to resume from"),
     (["train", "--preset", "v2", "--steps", "1"], "training state takes 3,5"),
     (["train", "--text-bytes", "-1", "--corpus", "stories"], "text_bytes: -1.0, expected"),
@@ -156,8 +299,9 @@ def test_paper(capsys):
     (["train", "--recipe", "ours"], "invalid choice: 'ours'"),
     (["run", "--seconds", "-5"], "seconds: -5.0, expected a number > 0"),
     (["generate", "--model", "/no/such/model"], "'/no/such/model' is no folder"),
+    (["generate", "--model", "data/model", "--prompt", "\udcff"], "prompt: '\\udcff', expected"),
     (["bench", "nothing"], "invalid choice: 'nothing'"),
-], ids=lambda x: " ".join(x) if isinstance(x, list) else "")
+], ids=lambda x: " ".join(x)[:60] if isinstance(x, list) else "")
 def test_bad_input_is_one_line_and_code_2(args, message, capsys, tmp_path):
     if args[0] in ("train", "run"):
         args = [*args, "--out", tmp_path / "out"]

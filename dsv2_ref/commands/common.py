@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What several commands share: messages, the output folder, the saved model, a sample of text."""
+"""What several commands share in their work."""
 
 import sys
 from collections.abc import Callable
@@ -46,12 +46,22 @@ def save_model(setup: Setup, path: Path) -> None:
 def write_sample(
     model: DeepSeekV2, tokenizer: TextTokenizer, prompt: str, max_new_tokens: int,
     temperature: float, top_p: float, write: Callable[[str], object], seed: int = 0,
+    cache: str = "latent",
 ) -> str:
-    """Stream a continuation of `prompt` to `write`; returns the whole text."""
-    ids = [tokenizer.bos, *tokenizer.encode(prompt)]
+    """Stream a continuation of `prompt` to `write`; returns the whole text.
+
+    `cache`: latent or six_bit, the kind that the model reads from while it writes.
+    """
+    try:
+        ids = [tokenizer.bos, *tokenizer.encode(prompt)]
+    except UnicodeEncodeError:
+        raise ValueError(f"prompt: {prompt!r}, expected text that UTF-8 can hold") from None
+    rows = None                                 # `generate` makes a latent cache of its own
+    if cache != "latent":
+        rows = model.new_cache(1, len(ids) + max(max_new_tokens, 1) - 1, cache)
     draws = torch.Generator(model.embedding.weight.device).manual_seed(seed)
     stream = TextStream(tokenizer.decode, write, prompt)
-    new = generate(model, [ids], max_new_tokens, temperature, top_p, stream=stream,
+    new = generate(model, [ids], max_new_tokens, temperature, top_p, cache=rows, stream=stream,
                    generator=draws)[0]
     stream.end()
     write("\n")

@@ -4,6 +4,7 @@
 import json
 import sys
 import time
+from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from dsv2_ref import cost, figures, paper
 from dsv2_ref.commands.common import output_folder, save_model, say, write_sample
+from dsv2_ref.commands.options import CORPORA, filled
 from dsv2_ref.config import SMALL, V2, Config
 from dsv2_ref.inference.evaluate import compressed_bits_per_byte
 from dsv2_ref.inference.live_cache import measured_cache_bytes
@@ -27,6 +29,14 @@ from dsv2_ref.training.setup import Setup, set_up
 
 # no space at the end: tokens carry the space before a word, not the one after it
 PROMPT = "class Parser:\n    def __init__(self, name):\n        self.name = name\n\n    def"
+
+
+def add_options(parser: ArgumentParser) -> None:
+    parser.add_argument("--out", type=filled, default="build")
+    parser.add_argument("--seconds", type=float, default=225.0,
+                        help="for everything together; training gets at least 30 %%")
+    parser.add_argument("--corpus", type=filled, default="python", help=CORPORA)
+    parser.set_defaults(act=run)
 
 
 def run(

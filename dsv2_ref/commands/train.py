@@ -2,6 +2,7 @@
 """`train`: a preset and a recipe into a run folder."""
 
 import json
+from argparse import ArgumentParser
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from dsv2_ref.commands.common import output_folder, save_model, say
+from dsv2_ref.commands.options import CORPORA, filled
 from dsv2_ref.config import PRESETS
 from dsv2_ref.text.corpora import open_corpus
 from dsv2_ref.text.data import some_of
@@ -23,6 +25,44 @@ from dsv2_ref.training.setup import Setup, set_up
 from dsv2_ref.training.watching import Watch
 
 RECIPES = {"minutes": Recipe(steps=1)} | PAPER | LADDER
+
+
+def add_options(parser: ArgumentParser) -> None:
+    parser.description = (
+        "Train a preset into a folder. Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 save and end the run "
+        "between two steps; --resume goes on from there, bit for bit.")
+    add = parser.add_argument
+    add("--preset", type=filled, default="small", help=", ".join(PRESETS))
+    add("--recipe", choices=RECIPES,
+        help="ours, the paper's, or the ladder's; the options below change it; default: the "
+             "preset's own on the ladder, else minutes")
+    add("--corpus", type=filled, default="python", help=CORPORA)
+    add("--text-bytes", type=float, help="as 40e6; so much of it to train on, not all")
+    add("--out", type=filled, default="build/train")
+    add("--resume", action="store_true",
+        help="go on from the state in --out; a --lr given here may differ from before")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, help="default 300, or the ladder's")
+    length.add_argument("--seconds", type=float)
+    length.add_argument("--tokens", type=float, help="as 5e6; in whole steps of batch x sequence")
+    add("--optimizer", choices=("muon", "adamw", "adamw8"))
+    add("--weights", choices=("fp32", "bf16"), help="bf16: with adamw8 alone")
+    add("--schedule", choices=("linear", "step"))
+    add("--precision", choices=("auto", "fp32", "bf16"))
+    add("--lr", type=float, help="peak rate; AdamW's beside Muon moves in proportion")
+    for name in ("warmup", "protected", "recompute"):
+        add(f"--{name}", type=float, help="a share from 0 to 1")
+    for name in ("sequence", "batch", "seed"):
+        add(f"--{name}", type=int)
+    add("--micro-batch", type=int,
+        help="sequences at a time; the budget of dropping is counted within each, so losses differ "
+             "by about 1e-5 from those of the whole batch")
+    add("--save-every", type=int, default=100, help="steps; 0: at both ends alone")
+    add("--evaluate-every", type=int, default=0, help="steps; 0 for at the end alone")
+    add("--no-save", dest="save", action="store_false", help="write the log alone")
+    add("--watch", choices=("tensorboard", "trackio"), help="beside log.jsonl")
+    add("--quiet", dest="progress", action="store_false", help="no progress bar")
+    parser.set_defaults(act=train_command)
 
 
 def train_command(
@@ -64,6 +104,7 @@ def train_command(
         else:
             save_tokenizer(setup.tokenizer, folder / "tokenizer.json")
             (folder / "config.json").write_text(json.dumps(setup.model.config.to_hf(), indent=1))
+        say(text.origin)
         say(f"{preset}: {setup.describe()}")
         return _train(setup, folder, save_every if save else None, evaluate_every, progress,
                       watching)
