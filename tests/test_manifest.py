@@ -9,6 +9,7 @@ from refusals import refused
 from safetensors.torch import load_file, save_file
 
 from dsv2_ref import checkpoint
+from dsv2_ref.__main__ import main
 from dsv2_ref.config import TINY
 from dsv2_ref.model import DeepSeekV2
 
@@ -73,3 +74,14 @@ def test_a_folder_of_others_is_never_replaced(tmp_path) -> None:
     (tmp_path / "m" / "config.json").write_bytes((tmp_path / "other/config.json").read_bytes())
     refused(lambda: checkpoint.save(_model(), tmp_path / "m", overwrite=True), "config.json")
     assert (tmp_path / ".m.1.tmp" / "a").read_text() == "mine"
+
+
+@pytest.mark.parametrize("command", [["train", "--steps", "1", "--preset", "tiny"], ["run"]])
+def test_a_command_refuses_before_it_begins(tmp_path, capsys, command: list[str]) -> None:
+    (tmp_path / "X" / "model").mkdir(parents=True)
+    (tmp_path / "X" / "model" / "net.py").write_text("thesis")
+    before = _listing(tmp_path)
+    assert main([*command, "--out", str(tmp_path / "X")]) == 2
+    out, error = capsys.readouterr()
+    assert out == "" and "net.py" in error and len(error.splitlines()) == 1
+    assert _listing(tmp_path) == before

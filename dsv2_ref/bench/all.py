@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from dsv2_ref.bench.harness.gpu import device_for, record
+from dsv2_ref.files.whole import write_text
 
 NAMES = ("attention", "mla_decode", "six_bit_decode", "experts")
 RESULTS = Path(__file__).parents[2] / "data" / "results"
@@ -34,9 +35,8 @@ def run(quick: bool = False, folder: Path = RESULTS) -> dict[str, Any]:
             torch.cuda.empty_cache()
     result["seconds"] = time.perf_counter() - start
     if not quick:
-        folder.mkdir(parents=True, exist_ok=True)
         file = folder / f"gpu-{result['date']}.json"
-        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_text(file, json.dumps(result, indent=1) + "\n")
         print(f"written: {file}", file=sys.stderr)
     return result
 
