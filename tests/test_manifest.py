@@ -33,6 +33,11 @@ def _stranger(folder: Path, name: str) -> str:
     if name == "folder":
         file.mkdir()
         (file / "net.py").write_text("thesis")
+    elif name == "tokenizer.json as a link":             # to the very same content
+        name = "tokenizer.json"
+        file = folder / name
+        file.rename(folder.parent / name)
+        file.symlink_to(folder.parent / name)
     elif name == "link":
         file.symlink_to(folder / "config.json")
     elif name == "model.safetensors":                    # trained further with another tool
@@ -48,13 +53,13 @@ def _stranger(folder: Path, name: str) -> str:
 
 @pytest.mark.parametrize("name", [
     "net.py", ".tmpAB12", "config.json", "tokenizer.json", "model.safetensors", "manifest.json",
-    "folder", "link", "model-00001-of-00002.safetensors",
+    "folder", "link", "tokenizer.json as a link", "model-00001-of-00002.safetensors",
 ])
 def test_only_what_save_wrote_is_replaced(tmp_path, name: str) -> None:
     """Everything else is refused by name before anything is touched."""
     checkpoint.save(_model(), tmp_path / "m", {"tokenizer.json": "{}"})
     checkpoint.save(_model(), tmp_path / "m", {"tokenizer.json": "{}"}, overwrite=True)
-    _stranger(tmp_path / "m", name)
+    name = _stranger(tmp_path / "m", name)
     before = _listing(tmp_path)
     for act in (lambda: checkpoint.save(_model(), tmp_path / "m", overwrite=True),
                 lambda: checkpoint.check_place(tmp_path / "m", overwrite=True)):
