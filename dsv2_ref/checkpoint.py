@@ -62,13 +62,9 @@ def load(
     be a name, "bfloat16". ValueError names the tensor that is missing, extra, misshapen or outside
     the dtype's range, or the file that is damaged.
     """
-    dtype = None if dtype is None else _dtype(dtype)
-    _check_device(device := device or "cpu")
-    with torch.device("cpu"):                # whatever the default: the files are read there
-        return _load(Path(path), dtype, device)
-
-
-def _load(path: Path, dtype: torch.dtype | None, device: torch.device | str) -> DeepSeekV2:
+    path, dtype = Path(path), None if dtype is None else _dtype(dtype)
+    device = "cpu" if device is None else device             # and not torch's default device
+    _check_device(device)
     config = Config.from_hf(path)
     files = tensor_files(path)
     with torch.device("meta"):

@@ -19,6 +19,7 @@ import torch
 
 from dsv2_ref.bench.harness.gpu import device_for, record
 from dsv2_ref.checkout import in_checkout
+from dsv2_ref.files.whole import write_text
 
 NAMES = ("attention", "mla_decode", "six_bit_decode", "experts")
 
@@ -37,9 +38,8 @@ def run(quick: bool = False, folder: Path | None = None) -> dict[str, Any]:
             torch.cuda.empty_cache()
     result["seconds"] = time.perf_counter() - start
     if not quick:
-        folder.mkdir(parents=True, exist_ok=True)
         file = folder / f"gpu-{result['date']}.json"
-        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_text(file, json.dumps(result, indent=1) + "\n")
         print(f"written: {file}", file=sys.stderr)
     return result
 

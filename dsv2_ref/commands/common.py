@@ -20,9 +20,11 @@ def say(text: str = "") -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def output_folder(path: str | Path) -> Path:
-    """An output folder that exists and can be written to."""
+def output_folder(path: str | Path, with_model: bool = False) -> Path:
+    """An output folder that exists and can be written to; `with_model`, where model/ may be too."""
     path = Path(path)
+    if with_model:
+        checkpoint.check_place(path / "model", overwrite=True)
     if path.is_file():
         raise ValueError(f"{path}: cannot be written, it is a file, expected a folder")
     try:
@@ -39,8 +41,8 @@ def save_model(setup: Setup, path: Path) -> None:
     """The published format in bf16, tokenizer.json beside it; replaces an earlier one."""
     state = DeepSeekV2(setup.model.config)
     state.load_state_dict(setup.model.state_dict())
-    text = setup.tokenizer.tokenizer.to_str(pretty=True)
-    checkpoint.save(state.bfloat16(), path, {"tokenizer.json": text}, overwrite=True)
+    files = {"tokenizer.json": setup.tokenizer.to_json()}
+    checkpoint.save(state.bfloat16(), path, files, overwrite=True)
 
 
 def write_sample(

@@ -14,6 +14,7 @@ from dsv2_ref import cost, figures, paper
 from dsv2_ref.commands.common import output_folder, save_model, say, write_sample
 from dsv2_ref.commands.options import CORPORA, filled
 from dsv2_ref.config import SMALL, V2, Config
+from dsv2_ref.files.whole import write_text
 from dsv2_ref.inference.evaluate import compressed_bits_per_byte
 from dsv2_ref.inference.live_cache import measured_cache_bytes
 from dsv2_ref.text.corpora import Document, byte_count, open_corpus
@@ -47,7 +48,7 @@ def run(
     Returns what it writes to `out`/run.json.
     """
     began = time.perf_counter()
-    recipe, out = Recipe(seconds=seconds), output_folder(out)
+    recipe, out = Recipe(seconds=seconds), output_folder(out, with_model=True)
     keep_freed_memory()
     say("1. Text and tokenizer")
     text = open_corpus(corpus)
@@ -85,7 +86,7 @@ def run(
     draw(setup, log, compressed_bits_per_byte(few), caches["V2's size"], out)
     result = summary(setup, bits, compressors, caches)
     result["seconds"] = time.perf_counter() - began
-    (out / "run.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_text(out / "run.json", json.dumps(result, indent=2) + "\n")
     say(f"\nDone in {result['seconds']:.0f} s. In {out}/: run.json, loss.png, cache.png, "
         "expert_load.png, model/ (published format), training/")
     return result

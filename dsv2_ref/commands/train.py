@@ -12,9 +12,10 @@ import torch
 from dsv2_ref.commands.common import output_folder, save_model, say
 from dsv2_ref.commands.options import CORPORA, filled
 from dsv2_ref.config import PRESETS
+from dsv2_ref.files.whole import write_text
 from dsv2_ref.text.corpora import open_corpus
 from dsv2_ref.text.data import some_of
-from dsv2_ref.text.tokenizer import load_tokenizer, save_tokenizer
+from dsv2_ref.text.tokenizer import load_tokenizer
 from dsv2_ref.training.ladder import LADDER
 from dsv2_ref.training.machine import keep_freed_memory
 from dsv2_ref.training.memory import plan
@@ -84,7 +85,7 @@ def train_command(
     chosen = RECIPES[recipe].with_(**changes)
     if tokens is not None:
         chosen = chosen.lasting(tokens)
-    folder = output_folder(out)
+    folder = output_folder(out, with_model=save)
     run = RunFolder(folder)
     if run.states and not resume:
         raise ValueError(f"{run.states[0]}: exists, expected --resume to go on with it or another "
@@ -102,8 +103,8 @@ def train_command(
             setup.trainer.restore(*state)
             say(f"resumed after step {setup.trainer.steps}")
         else:
-            save_tokenizer(setup.tokenizer, folder / "tokenizer.json")
-            (folder / "config.json").write_text(json.dumps(setup.model.config.to_hf(), indent=1))
+            write_text(folder / "tokenizer.json", setup.tokenizer.to_json())
+            write_text(folder / "config.json", json.dumps(setup.model.config.to_hf(), indent=1))
         say(text.origin)
         say(f"{preset}: {setup.describe()}")
         return _train(setup, folder, save_every if save else None, evaluate_every, progress,
