@@ -21,14 +21,16 @@ table is made from it (`make map`), and a test compares it with the files and th
   2.2.1         kernels/grouped_experts.py 13     experts as products over sorted slots
   2.2.1-2       kernels/route_tokens.py    13     routing, and sorting the slots
 
-  text/             corpora (stories: a grammar with a known entropy), tokenizer, packed batches
-  config.py         sizes; V2, LITE, a ladder and small presets; published config.json <-> ours
+  text/             corpora (stories: a grammar with a known entropy), tokenizer, batches, stream
+  config.py         sizes; V2, LITE, a ladder and small presets
+  config_json.py    the published config.json <-> ours
   model.py          embedding, blocks, head; which of the equal algorithms runs
-  kernel_choice.py  where a kernel takes the place of its naive twin
+  block.py          one layer: attention, then a dense network or routed experts
+  forms.py          which of the equal algorithms runs, chosen once a pass
   cross_entropy.py  the loss without holding all logits
   cost.py           parameters, FLOPs, cache bytes, GPU hours
-  checkpoint.py     published tensor names <-> ours; training states
-  files/            what checkpoint stands on: tensors read, files written whole
+  checkpoint.py     folders in the published format, loaded and saved; training states
+  files/            what it stands on: published names, tensors read, files written whole
   inference/        generate, evaluate, fp8_model
   training/         setup, recipe, ladder, optim, adamw8, memory, machine, watching,
                     pretrain, run_folder (what survives a kill)

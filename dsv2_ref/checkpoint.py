@@ -2,148 +2,139 @@
 """Models on disk in the published format, and training states. Only safetensors and JSON are read.
 
 A published checkpoint is a directory: config.json, one or more .safetensors files with one tensor
-per linear layer and expert, and an index where there are several files. The rows of three of its
-matrices are interleaved where the paper has separate ones:
+per linear layer and expert, and an index where there are several files. files/published.py knows
+the names of the tensors and which of our weights they hold.
 
-  q_proj / q_b_proj     per head [W_UQ ; W_QR]
-  kv_a_proj_with_mqa    [W_DKV ; W_KR]
-  kv_b_proj             per head [W_UK ; W_UV]
-
-FP8 files (see kernels/fp8.py) hold codes for every `_proj`, X.weight, and for each 128×128 block of
-its published rows a scale under V3's name, X.weight_scale_inv.
-
-Only this file knows those names. Loading streams: the model is allocated once, and one published
-tensor at a time is copied into it. Nothing is unpickled and no remote code is run. Saving writes a
-neighbouring directory first and renames it when it is complete.
+Loading streams: the model is allocated once, and one published tensor at a time is copied into it.
+Nothing is unpickled and no remote code is run. Saving writes a neighbouring directory first and
+renames it when it is complete. Beside the model lies a manifest.json: by it `save` can prove that
+it wrote all of a directory that it is to replace, and it replaces no other.
 """
 
 import json
-import os
-import shutil
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from dsv2_ref.config import FP8, Config
-from dsv2_ref.files.tensors import INDEX, SCALE, check_names, checked, open_file, read, tensor_files
+from dsv2_ref.config import Config
+from dsv2_ref.config_json import FP8
+from dsv2_ref.files.manifest import MANIFEST, write_manifest, written_files
+from dsv2_ref.files.published import (
+    EMBEDDING,
+    HEAD,
+    Entry,
+    check_model,
+    has_scales,
+    published_entries,
+)
+from dsv2_ref.files.tensors import (
+    INDEX,
+    PLAIN,
+    SCALE,
+    check_names,
+    checked,
+    open_file,
+    read,
+    stored_dtype,
+    tensor_files,
+)
+from dsv2_ref.files.whole import whole_file, whole_folder
 from dsv2_ref.kernels.fp8 import quantise, scale_shape
-from dsv2_ref.model import Block, DeepSeekV2
-from dsv2_ref.moe.experts import FeedForward
+from dsv2_ref.model import DeepSeekV2
 
-
-@dataclass(frozen=True)
-class Entry:
-    """A published tensor and the views of our parameters that it is made of.
-
-    Each part is (groups, rows, columns); group by group their rows are stacked, which is how the
-    published rows interleave heads.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    parts: tuple[Tensor, ...]
-
-    def read(self) -> Tensor:
-        """Our values in the published layout, a contiguous copy on the CPU."""
-        return torch.cat(self.parts, 1).reshape(self.shape).cpu()
-
-    def write(self, published: Tensor) -> None:
-        """Copy a published tensor into our parameters, casting to their dtype."""
-        rows = [part.shape[1] for part in self.parts]
-        pieces = published.reshape(self.parts[0].shape[0], sum(rows), -1).split(rows, 1)
-        for part, piece in zip(self.parts, pieces, strict=True):
-            part.copy_(piece)
-
-
-def _entry(name: str, *weights: Tensor, heads: int = 1) -> Entry:
-    weights = tuple(w.detach() for w in weights)
-    shape = (sum(len(w) for w in weights), *weights[0].shape[1:])
-    return Entry(name, shape, tuple(w.reshape(heads, len(w) // heads, -1) for w in weights))
-
-
-def _feed_forward(prefix: str, ffn: FeedForward) -> Iterator[Entry]:
-    yield _entry(f"{prefix}.gate_proj.weight", ffn.W_gate.weight)
-    yield _entry(f"{prefix}.up_proj.weight", ffn.W_up.weight)
-    yield _entry(f"{prefix}.down_proj.weight", ffn.W_down.weight)
-
-
-def _block(prefix: str, block: Block) -> Iterator[Entry]:
-    a, c = block.attention, block.config
-    yield _entry(f"{prefix}.input_layernorm.weight", block.norm_attention.weight)
-    query = "q_proj"
-    if c.d_cq is not None:
-        query = "q_b_proj"
-        yield _entry(f"{prefix}.self_attn.q_a_proj.weight", a.W_DQ.weight)
-        yield _entry(f"{prefix}.self_attn.q_a_layernorm.weight", a.norm_q.weight)
-    yield _entry(f"{prefix}.self_attn.{query}.weight", a.W_UQ.weight, a.W_QR.weight, heads=c.n_h)
-    yield _entry(f"{prefix}.self_attn.kv_a_proj_with_mqa.weight", a.W_DKV.weight, a.W_KR.weight)
-    yield _entry(f"{prefix}.self_attn.kv_a_layernorm.weight", a.norm_kv.weight)
-    yield _entry(f"{prefix}.self_attn.kv_b_proj.weight", a.W_UK.weight, a.W_UV.weight, heads=c.n_h)
-    yield _entry(f"{prefix}.self_attn.o_proj.weight", a.W_O.weight)
-    yield _entry(f"{prefix}.post_attention_layernorm.weight", block.norm_ffn.weight)
-    if not c.is_moe(block.layer):
-        yield from _feed_forward(f"{prefix}.mlp", block.ffn)
-        return
-    yield _entry(f"{prefix}.mlp.gate.weight", block.router.weight)
-    yield from _feed_forward(f"{prefix}.mlp.shared_experts", block.experts.shared)
-    for e in range(c.n_routed):
-        expert = f"{prefix}.mlp.experts.{e}"
-        yield _entry(f"{expert}.gate_proj.weight", block.experts.W_gate[e])
-        yield _entry(f"{expert}.up_proj.weight", block.experts.W_up[e])
-        yield _entry(f"{expert}.down_proj.weight", block.experts.W_down[e])
-
-
-def published_entries(model: DeepSeekV2) -> Iterator[Entry]:
-    """Every published tensor of a model, in file order."""
-    yield _entry("model.embed_tokens.weight", model.embedding.weight)
-    for layer, block in enumerate(model.blocks):
-        yield from _block(f"model.layers.{layer}", block)
-    yield _entry("model.norm.weight", model.norm.weight)
-    if not model.config.tie_embeddings:
-        yield _entry("lm_head.weight", model.head.weight)
-
-
-def has_scales(name: str) -> bool:
-    """Which tensors are codes in an FP8 file: every linear layer and expert, no router, no head."""
-    return "_proj" in name
+__all__ = ["INDEX", "Entry", "check_place", "load", "load_state", "open_file",
+           "published_entries", "save", "save_state"]
+CONFIG = "config.json"
 
 
 def load(
-    path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    path: str | Path, dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
 ) -> DeepSeekV2:
-    """The model in a published directory, in eval mode.  dtype None: as stored; device None: CPU.
+    """The model in a published directory, in eval mode.  device None: CPU.
 
-    ValueError names the tensor that is missing, extra or misshapen, or the file that is damaged.
+    dtype None: as stored, the narrowest that holds every tensor exactly where they differ. It may
+    be a name, "bfloat16". ValueError names the tensor that is missing, extra, misshapen or outside
+    the dtype's range, or the file that is damaged.
     """
-    path = Path(path)
+    dtype = None if dtype is None else _dtype(dtype)
+    _check_device(device := device or "cpu")
+    with torch.device("cpu"):                # whatever the default: the files are read there
+        return _load(Path(path), dtype, device)
+
+
+def _load(path: Path, dtype: torch.dtype | None, device: torch.device | str) -> DeepSeekV2:
     config = Config.from_hf(path)
     files = tensor_files(path)
     with torch.device("meta"):
         model = DeepSeekV2(config)
     expected = {entry.name: entry.shape for entry in published_entries(model)}
-    if json.loads((path / "config.json").read_text(encoding="utf-8")).get("quantization_config"):
-        expected |= {n + SCALE: scale_shape(s) for n, s in expected.items() if has_scales(n)}
+    weights = set(expected)
+    if json.loads((path / CONFIG).read_text(encoding="utf-8")).get("quantization_config"):
+        scaled = {n: scale_shape(s) for n, s in expected.items() if has_scales(n)}
+        expected |= {n + SCALE: s for n, s in scaled.items()}
+        weights -= set(scaled)
+    if config.tie_embeddings and HEAD in files:              # some store the one matrix twice
+        expected[HEAD] = expected[EMBEDDING]
     check_names(path, expected, files)
-    if dtype is None:
-        name = "model.embed_tokens.weight"
-        with open_file(files[name]) as reader:
-            dtype = checked(reader, files[name], name, expected[name]).dtype
-    model = model.to(dtype).to_empty(device=device or "cpu")
-    if config.tie_embeddings:                                  # to_empty unties
+    model = model.to(dtype or stored_dtype(files, weights)).to_empty(device=device)
+    if config.tie_embeddings:                                # to_empty unties
         model.head.weight = model.embedding.weight
     entries = {entry.name: entry for entry in published_entries(model)}
     for file in sorted(set(files.values())):
         with open_file(file) as reader:
             for name in sorted(n for n, f in files.items() if f == file and n in entries):
                 entries[name].write(read(reader, files, name, expected))
+    if config.tie_embeddings and HEAD in files:
+        both = []
+        for name in (EMBEDDING, HEAD):
+            with open_file(files[name]) as reader:
+                both.append(checked(reader, files[name], name, expected[name]).double())
+        if not torch.equal(*both):
+            raise ValueError(f"{HEAD}: differs from {EMBEDDING}, expected the same numbers, as "
+                             "tie_word_embeddings is true")
     return model.eval()
+
+
+def _dtype(dtype: torch.dtype | str) -> torch.dtype:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if found not in PLAIN.values():
+        names = ", ".join(str(plain)[6:] for plain in PLAIN.values())
+        raise ValueError(f"dtype: {dtype!r}, expected one of {names}")
+    return found
+
+
+def _check_device(device: torch.device | str) -> None:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        first = str(error).partition("\n")[0]
+        raise ValueError(f"device: {device!r}, expected one that is here ({first})") from None
+
+
+def check_place(path: str | Path, overwrite: bool = False) -> list[str]:
+    """The files in `path` that `save` would replace: none in a new or empty directory.
+
+    ValueError, and nothing is touched, where `save` would refuse: a file, a directory that holds
+    anything and may not be overwritten, or anything that `save` did not write.
+    """
+    if path == "":
+        raise ValueError("path: '', expected the name of a directory")
+    path = Path(path)
+    try:
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"{path}: a file, expected a directory to save into")
+        there = path.is_dir() and any(path.iterdir())
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    if there and not overwrite:
+        raise ValueError(f"{path}: not empty, expected a new or empty directory")
+    return written_files(path) if there else []
 
 
 def save(
@@ -153,41 +144,72 @@ def save(
     """Write the published format into the directory `path`, which must not hold anything yet.
 
     `files` are further text files, name -> content (a tokenizer.json). `overwrite` replaces a
-    directory that exists, once the new one is complete. Nothing is ever half-written. `fp8` halves
-    the file; `load` then gives the dequantised model.
+    directory that holds what an earlier `save` wrote and nothing else, once the new one is
+    complete. Nothing is ever half-written. `fp8` halves the file; `load` then gives the dequantised
+    model. ValueError names what the format cannot hold, or what is in the way.
     """
-    path = Path(path).absolute()
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"{path}: a file, expected a directory to save into")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise ValueError(f"{path}: not empty, expected a new or empty directory")
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    check_model(model)
+    replaced = check_place(path, overwrite)
+    shards = _shards(model, shard_bytes, fp8)
+    for name in files or {}:
+        if Path(name).name != name or name in (CONFIG, *shards, INDEX, MANIFEST):
+            raise ValueError(f"files: {name!r}, expected a file name that the model does not use")
+    with whole_folder(path, replaced) as folder:
+        entries = published_entries(model)
+        for name, sizes in shards.items():
+            tensors: dict[str, Tensor] = {}
+            while len(tensors) < len(sizes):
+                tensors |= _stored(next(entries), fp8)
+            _save_file(tensors, folder / name, {"format": "pt"})
+        for name, text in (_texts(model, shards, fp8) | (files or {})).items():
+            (folder / name).write_bytes(text.encode())       # the same bytes on every system
+        write_manifest(folder)
+
+
+def _shards(model: DeepSeekV2, shard_bytes: int, fp8: bool) -> dict[str, dict[str, int]]:
+    """File name -> the tensors in it, in file order, and their bytes."""
+    shards: list[dict[str, int]] = [{}]
+    for entry in published_entries(model):
+        numbers = torch.Size(entry.shape).numel()
+        sizes = {entry.name: numbers * entry.dtype.itemsize}
+        if fp8 and has_scales(entry.name):
+            scales = torch.Size(scale_shape(entry.shape)).numel()
+            sizes = {entry.name: numbers, entry.name + SCALE: 4 * scales}
+        if shards[-1] and sum(shards[-1].values()) + sum(sizes.values()) > shard_bytes:
+            shards.append({})
+        shards[-1] |= sizes
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    n = len(shards)
+    return {f"model-{i:05d}-of-{n:05d}.safetensors": s for i, s in enumerate(shards, 1)}
+
+
+def _texts(model: DeepSeekV2, shards: dict[str, dict[str, int]], fp8: bool) -> dict[str, str]:
+    """The small files of the format: name -> content."""
+    dtype = model.embedding.weight.dtype
+    config = model.config.to_hf() | {"torch_dtype": str(dtype)[6:]}
+    config |= {"quantization_config": FP8} if fp8 else {}
+    texts = {CONFIG: json.dumps(config, indent=2) + "\n"}
+    if len(shards) > 1:
+        total = sum(sum(sizes.values()) for sizes in shards.values())
+        where = {name: file for file, sizes in shards.items() for name in sizes}
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        texts[INDEX] = json.dumps(index, indent=2) + "\n"
+    return texts
+
+
+def _stored(entry: Entry, fp8: bool) -> dict[str, Tensor]:
+    if not fp8 or not has_scales(entry.name):
+        return {entry.name: entry.read()}
+    codes, scale = quantise(entry.read(), name=entry.name)
+    return {entry.name: codes, entry.name + SCALE: scale}
+
+
+def _save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(scratch, ignore_errors=True)      # of a killed process with the same id
-        scratch.mkdir()
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be written ({error.strerror})") from None
-    try:
-        _write_shards(model, scratch, shard_bytes, fp8)
-        config = model.config.to_hf() | {"torch_dtype": str(model.embedding.weight.dtype)[6:]}
-        config |= {"quantization_config": FP8} if fp8 else {}
-        texts = {"config.json": json.dumps(config, indent=2) + "\n"} | (files or {})
-        for name, text in texts.items():
-            (scratch / name).write_text(text, encoding="utf-8")
-        if path.is_dir() and any(path.iterdir()):
-            old = scratch.with_suffix(".old")
-            path.rename(old)
-            try:
-                scratch.rename(path)
-            except BaseException:
-                old.rename(path)
-                raise
-            shutil.rmtree(old)
-        else:
-            os.replace(scratch, path)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:                         # a full disk, as safetensors says it
+        raise OSError(str(error)) from None
 
 
 def save_state(path: str | Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -195,27 +217,14 @@ def save_state(path: str | Path, tensors: dict[str, Tensor], state: dict[str, An
 
     An interruption at any moment leaves the file that was there before.
     """
-    path = Path(path)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     seen: set[int] = set()
     whole = {}
     for name, t in tensors.items():            # a tied matrix is written under both its names
         t = t.detach().contiguous().cpu()
         whole[name] = t.clone() if t.data_ptr() in seen else t
         seen.add(t.data_ptr())
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be written ({error.strerror})") from None
-    try:
-        save_file(whole, scratch, metadata={"state": json.dumps(state), "crc32": _crc32(whole)})
-        _flush(scratch)
-        os.replace(scratch, path)
-        _flush(path.parent)                                      # the new name, too
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: cannot be written ({error})") from None
-    finally:
-        scratch.unlink(missing_ok=True)
+    with whole_file(path) as scratch:
+        _save_file(whole, scratch, {"state": json.dumps(state), "crc32": _crc32(whole)})
 
 
 def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -237,46 +246,3 @@ def _crc32(tensors: dict[str, Tensor]) -> str:
         flat = tensors[name].reshape(-1).view(torch.uint8)
         total = zlib.crc32(flat.numpy(), total)
     return f"{total:08x}"
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file or a folder is on the disk."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
-
-
-def _stored(entry: Entry, fp8: bool) -> dict[str, Tensor]:
-    if not fp8 or not has_scales(entry.name):
-        return {entry.name: entry.read()}
-    codes, scale = quantise(entry.read(), name=entry.name)
-    return {entry.name: codes, entry.name + SCALE: scale}
-
-
-def _write_shards(model: nn.Module, folder: Path, shard_bytes: int, fp8: bool) -> None:
-    shards: list[list[Entry]] = [[]]
-    room = shard_bytes
-    size = model.embedding.weight.element_size()
-    for entry in published_entries(model):
-        nbytes = size * torch.Size(entry.shape).numel()
-        if fp8 and has_scales(entry.name):
-            nbytes = nbytes // size + 4 * torch.Size(scale_shape(entry.shape)).numel()
-        if nbytes > room and shards[-1]:
-            shards.append([])
-            room = shard_bytes
-        room -= nbytes
-        shards[-1].append(entry)
-    where, total = {}, 0
-    for i, shard in enumerate(shards, 1):
-        name = "model.safetensors"
-        if len(shards) > 1:
-            name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: t for entry in shard for name, t in _stored(entry, fp8).items()}
-        total += sum(t.nbytes for t in tensors.values())
-        where |= dict.fromkeys(tensors, name)
-        save_file(tensors, folder / name, metadata={"format": "pt"})
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": where}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

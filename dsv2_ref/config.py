@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: MIT
-"""One flat description of a model, the presets, and the published config.json <-> ours.
+"""One flat description of a model, and the presets.
 
-The field comments give the paper's symbol, the meaning, and the published key. Only this file
-knows the published keys.
+The field comments give the paper's symbol, the meaning, and the published key; config_json.py
+translates.
 """
 
 import json
-from dataclasses import MISSING, dataclass, fields, replace
+import sys
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
+
+from dsv2_ref.config_json import from_published, to_published
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +51,12 @@ class Config:
     max_positions: int = 4096                # longest context             max_position_embeddings
     init_std: float = 0.006                  # of the weights' normal init       initializer_range
     tie_embeddings: bool = False             # one matrix in and out           tie_word_embeddings
-    bos: int = 0                             # begin-of-document id                bos_token_id
-    eos: int = 1                             # end-of-document id                  eos_token_id
+    bos: int | None = 0                      # begin-of-document id                bos_token_id
+    eos: int | tuple[int, ...] | None = 1    # end-of-document id or ids           eos_token_id
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            kinds = get_args(f.type) or (f.type,)
+            kinds = [get_origin(kind) or kind for kind in get_args(f.type) or (f.type,)]
             value = getattr(self, f.name)
             fits = type(value) in kinds or (type(value) is int and float in kinds)
             self._expect(f.name, fits, f"of type {' or '.join(_plain_name(k) for k in kinds)}")
@@ -74,19 +77,36 @@ class Config:
         self._expect("top_k", self.top_k <= reach, f"at most {reach}, what a token can reach")
         for name in ("alpha_expert", "alpha_device", "alpha_comm", "init_std"):
             self._expect(name, getattr(self, name) >= 0, "a number >= 0")
-        for name in ("routed_scaling_factor", "norm_eps", "rope_theta"):
+        for name in ("routed_scaling_factor", "norm_eps", "rope_theta", "yarn_beta_fast",
+                     "yarn_beta_slow"):
             self._expect(name, getattr(self, name) > 0, "a number > 0")
         self._expect("drop_capacity", self.drop_capacity is None or self.drop_capacity > 0,
                      "a number > 0, or None for no dropping")
         self._expect("yarn_factor", self.yarn_factor is None or self.yarn_factor >= 1,
                      "a number >= 1, or None for plain RoPE")
+        if self.yarn_factor is not None:      # a pair's turns are counted in powers of theta
+            self._expect("rope_theta", self.rope_theta > 1, "a number > 1 under YaRN")
+        self._expect("yarn_mscale", self.yarn_mscale is None or self.yarn_mscale > 0,
+                     "a number > 0 or None")
+        self._expect("yarn_mscale_all_dim", (self.yarn_mscale_all_dim or 0) >= 0,
+                     "a number >= 0 or None")
         for name in ("bos", "eos"):
-            self._expect(name, 0 <= getattr(self, name) < self.vocab,
-                         f"a token id below vocab = {self.vocab}")
+            ids = self._ids(name)
+            holds = all(type(i) is int and 0 <= i < self.vocab for i in ids)
+            self._expect(name, holds and ids != () or getattr(self, name) is None,
+                         f"a token id below vocab = {self.vocab}, or None")
+        for f in fields(self):
+            value = getattr(self, f.name)     # last: a bound that is told above says more
+            if isinstance(value, int | float):
+                self._expect(f.name, abs(value) <= sys.float_info.max, "a finite number")
 
     def _expect(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
             raise ValueError(f"{name}: {getattr(self, name)!r}, expected {expected}")
+
+    def _ids(self, name: str) -> tuple[int, ...]:
+        value = getattr(self, name)
+        return value if isinstance(value, tuple) else () if value is None else (value,)
 
     def with_(self, **changes: Any) -> "Config":
         """A copy with some fields changed; an unknown field raises ValueError."""
@@ -104,141 +124,49 @@ class Config:
         """M: how many devices a token may be sent to."""
         return self.n_devices if self.max_devices is None else self.max_devices
 
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """The ids that end a document: none, one or several."""
+        return self._ids("eos")
+
     @classmethod
     def from_hf(cls, source: dict[str, Any] | str | Path) -> "Config":
-        """From a published config.json: its content, its path, or the directory it lies in."""
+        """From a published config.json: its content, its path, or the directory it lies in.
+
+        A generation_config.json that lies beside the file may name other ids that end a document.
+        """
         if isinstance(source, dict):
-            return _from_hf(source)
+            return cls(**from_published(source))
         path = Path(source)
         path = path / "config.json" if path.is_dir() else path
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ValueError(f"{path}: no such file, expected a config.json") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: not valid JSON ({error})") from None
-        if not isinstance(content, dict):
-            raise ValueError(f"{path}: {type(content).__name__}, expected a JSON object")
-        return _from_hf(content)
+        content = _read_object(path)
+        generation = path.with_name("generation_config.json")
+        if generation.exists() and "eos_token_id" in (said := _read_object(generation)):
+            content["eos_token_id"] = said["eos_token_id"]
+        return cls(**from_published(content))
 
     def to_hf(self) -> dict[str, Any]:
         """The published config.json as a dictionary; `from_hf` gives an equal Config back."""
-        hf = {theirs: getattr(self, ours) for ours, theirs in _KEYS.items()}
-        greedy = self.max_devices is None
-        hf |= _FIXED | {
-            "architectures": ["DeepseekV2ForCausalLM"], "num_key_value_heads": self.n_h,
-            "topk_method": "greedy" if greedy else "group_limited_greedy",
-            "topk_group": self.n_devices if greedy else self.max_devices, "seq_aux": True,
-            "rope_theta": self.rope_theta, "rope_scaling": None,
-        }
-        if self.yarn_factor is not None:
-            scaling = {theirs: getattr(self, ours) for ours, theirs in _YARN_KEYS.items()}
-            scaling = {key: value for key, value in scaling.items() if value is not None}
-            hf["rope_scaling"] = {"type": "yarn", **scaling}
-        return hf
+        return to_published(asdict(self))
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. ValueError, naming the file, if there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file, expected a config.json") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: {type(content).__name__}, expected a JSON object")
+    return content
 
 
 def _plain_name(kind: type) -> str:
     return "None" if kind is type(None) else kind.__name__
-
-
-# ours -> published, where the meaning is the same
-_KEYS = {
-    "vocab": "vocab_size", "d": "hidden_size", "n_layers": "num_hidden_layers",
-    "n_h": "num_attention_heads", "d_h": "qk_nope_head_dim", "d_r": "qk_rope_head_dim",
-    "d_v": "v_head_dim", "d_c": "kv_lora_rank", "d_cq": "q_lora_rank",
-    "n_dense": "first_k_dense_replace", "dense_width": "intermediate_size",
-    "n_shared": "n_shared_experts", "n_routed": "n_routed_experts",
-    "top_k": "num_experts_per_tok", "expert_width": "moe_intermediate_size",
-    "n_devices": "n_group", "routed_scaling_factor": "routed_scaling_factor",
-    "alpha_expert": "aux_loss_alpha", "alpha_device": "device_loss_alpha",
-    "alpha_comm": "communication_loss_alpha", "drop_capacity": "drop_capacity",
-    "norm_eps": "rms_norm_eps", "max_positions": "max_position_embeddings",
-    "init_std": "initializer_range", "tie_embeddings": "tie_word_embeddings",
-    "bos": "bos_token_id", "eos": "eos_token_id",
-}
-_YARN_KEYS = {
-    "yarn_factor": "factor", "yarn_original_positions": "original_max_position_embeddings",
-    "yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow",
-    "yarn_mscale": "mscale", "yarn_mscale_all_dim": "mscale_all_dim",
-}
-# what this implementation takes for granted; any other value is refused, not ignored
-_FIXED = {
-    "model_type": "deepseek_v2", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-    "attention_dropout": 0.0, "scoring_func": "softmax", "norm_topk_prob": False,
-    "moe_layer_freq": 1,
-}
-# the only quantised files that are read and written, block-scaled FP8 as V3 published it
-FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128],
-       "activation_scheme": "dynamic"}
-# keys that say nothing about the mathematics
-_IGNORED = set(
-    "architectures auto_map torch_dtype dtype transformers_version use_cache pretraining_tp "
-    "ep_size pad_token_id seq_aux output_router_logits num_experts _name_or_path head_dim "
-    "qk_head_dim return_dict output_attentions output_hidden_states chunk_size_feed_forward "
-    "is_encoder_decoder id2label label2id problem_type".split()
-)
-
-
-def _from_hf(hf: dict[str, Any]) -> Config:
-    known = set(_KEYS.values()) | set(_FIXED) | _IGNORED | {
-        "num_key_value_heads", "topk_method", "topk_group", "rope_theta", "rope_scaling",
-        "rope_parameters", "quantization_config",
-    }
-    for key in hf:
-        if key not in known:
-            raise ValueError(f"{key}: unknown key of a deepseek_v2 config.json")
-    for key, only in _FIXED.items():
-        if hf.get(key) not in (only, None):
-            raise ValueError(f"{key}: {hf[key]!r}, expected {only!r}, all that is implemented")
-    if hf.get("quantization_config") not in (FP8, None):
-        raise ValueError(f"quantization_config: {hf['quantization_config']!r}, unknown key or "
-                         f"value, expected {FP8!r}")
-    if hf.get("num_key_value_heads") not in (hf.get("num_attention_heads"), None):
-        raise ValueError(f"num_key_value_heads: {hf['num_key_value_heads']!r}, expected "
-                         f"num_attention_heads = {hf.get('num_attention_heads')!r}, as MLA has it")
-    required = {f.name for f in fields(Config) if f.default is MISSING}
-    values: dict[str, Any] = {}
-    for ours, theirs in _KEYS.items():
-        if hf.get(theirs) is not None:
-            values[ours] = hf[theirs]
-        elif ours in required:
-            raise ValueError(f"{theirs}: missing from config.json")
-    values.setdefault("n_dense", 0)          # the format's default, not ours
-    method = hf.get("topk_method") or "greedy"
-    if method not in ("greedy", "group_limited_greedy"):
-        raise ValueError(f"topk_method: {method!r}, expected 'greedy' or 'group_limited_greedy'")
-    if method == "group_limited_greedy":
-        if hf.get("n_group") is None or hf.get("topk_group") is None:
-            raise ValueError("topk_method: 'group_limited_greedy', expected n_group and topk_group")
-        values["max_devices"] = hf["topk_group"]
-    return Config(**values, **_rope_from_hf(hf))
-
-
-def _rope_from_hf(hf: dict[str, Any]) -> dict[str, Any]:
-    """rope_theta + rope_scaling, or the newer rope_parameters which holds both."""
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise ValueError(f"rope_scaling: {rope!r}, expected an object or null")
-    rope = dict(rope)
-    theta = rope.pop("rope_theta", None) or hf.get("rope_theta") or 1e4
-    values = {"rope_theta": float(theta) if type(theta) is int else theta}
-    kinds = [rope.pop(key) for key in ("rope_type", "type") if key in rope]
-    if any(kind not in ("yarn", "default") for kind in kinds) or (rope and not kinds):
-        raise ValueError(f"rope_scaling: type {kinds[0] if kinds else None!r}, expected 'yarn' or "
-                         "'default'")
-    if "yarn" not in kinds:
-        rope = {}
-    elif "factor" not in rope:
-        raise ValueError("rope_scaling: no factor, expected one for type 'yarn'")
-    if rope and hf.get("max_position_embeddings") is not None:
-        rope.setdefault("original_max_position_embeddings", hf["max_position_embeddings"])
-    for ours, theirs in _YARN_KEYS.items():
-        if (value := rope.pop(theirs, None)) is not None:
-            values[ours] = value
-    if rope:
-        raise ValueError(f"rope_scaling.{sorted(rope)[0]}: unknown key")
-    return values
 
 
 _PUBLISHED = dict(

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What a model costs, in closed form: parameters, cache, arithmetic, GPU-hours.
+"""What a model costs, in closed form: parameters, cache, arithmetic.
 
 Everything here follows from a `Config`, without building the model; tests compare it with the live
-one, module by module. One function is an experiment instead: `measured_cache_bytes` runs real
-attention modules and looks at what their caches occupy.
+one, module by module. What live caches occupy is measured by inference/live_cache.py.
 
 Three conventions, because published numbers differ by them:
 
@@ -13,24 +12,18 @@ Three conventions, because published numbers differ by them:
      V2 where 21.38B would include it.
   2. *Elements* of a cache are numbers, all layers together, for one token (Table 1 and Table 9).
      Bytes need a precision on top; a comparison has to say whether both sides have the same one.
-  3. One multiplication and one addition are two FLOPs. A forward pass takes 2 a parameter and
-     token, a training step 6 (the backward pass is two more products of the same size); both rules
-     count norms, a few hundred-thousandths of it, and leave the attention scores out.
+  3. One multiplication and one addition are two FLOPs. A forward pass takes 2 per parameter
+     and token, a training step 6 (the backward pass is two more products of the same size); both
+     rules count norms, a few hundred-thousandths of it, and leave the attention scores out.
 
 "Equal width" of two kinds of attention means: the same number of layers l, of heads n_h, and the
 same head size d_h. What differs is n_kv, the number of key-value heads (n_h in MHA, n_g groups in
 GQA, 1 in MQA), or, for MLA, the row of d_c + d_r numbers that takes their place.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
-from dsv2_ref.attention.kv_cache import LatentCache, PerHeadCache
-from dsv2_ref.attention.mha import MultiHeadAttention
-from dsv2_ref.attention.mla import MultiHeadLatentAttention
-from dsv2_ref.attention.rope import rope_frequencies, rope_tables
 from dsv2_ref.config import Config
 
 KINDS = ("MHA", "GQA", "MQA", "MLA")
@@ -89,17 +82,17 @@ def activated_parameters(config: Config, with_embedding: bool = False) -> int:
 
 
 def per_head_elements(n_layers: int, n_kv: int, d_h: int) -> int:
-    """Cached numbers a token: n_kv keys and n_kv values in each layer (Table 1)."""
+    """Cached numbers per token: n_kv keys and n_kv values in each layer (Table 1)."""
     return 2 * n_kv * d_h * n_layers
 
 
 def latent_elements(n_layers: int, d_c: int, d_r: int) -> int:
-    """Cached numbers a token: one latent and one RoPE key in each layer (Table 1)."""
+    """Cached numbers per token: one latent and one RoPE key in each layer (Table 1)."""
     return (d_c + d_r) * n_layers
 
 
 def expanded_elements(config: Config) -> int:
-    """Cached numbers a token if MLA's keys and values were kept expanded: the mistake to avoid."""
+    """Cached numbers per token if keys and values were kept expanded: the mistake to avoid."""
     return config.n_layers * config.n_h * (config.d_h + config.d_r + config.d_v)
 
 
@@ -119,7 +112,7 @@ def kv_heads(kind: str, n_h: int, groups: int | None = None) -> int:
 
 
 def cache_elements_per_token(kind: str, config: Config, groups: int | None = None) -> int:
-    """Cached numbers a token for `kind` (one of KINDS) at the config's n_layers, n_h and d_h.
+    """Cached numbers per token for `kind` (one of KINDS) at the config's n_layers, n_h and d_h.
 
     `groups` are GQA's key-value heads, a divisor of n_h; None means `default_groups`.
     """
@@ -139,56 +132,13 @@ def cache_bytes(elements: int, bits: float = 16.0) -> float:
 
 
 def average_bits(d_c: int, d_r: int, latent_bits: float = 4.75, rope_bits: float = 16.0) -> float:
-    """Bits an element of a row whose latent is quantised and whose RoPE key is not.
+    """Bits per element of a row whose latent is quantised and whose RoPE key is not.
 
     4.75 is 4-bit codes with 24 bits of scale and zero for every 32 of them. For V2's 512 + 64 that
     gives the paper's "6 bits on average" exactly (section 3.2.3); the paper does not say how it
     gets there, so this layout is our reading.
     """
     return (d_c * latent_bits + d_r * rope_bits) / (d_c + d_r)
-
-
-def measured_cache_bytes(
-    config: Config, kinds: Sequence[str] = KINDS, tokens: int = 3, groups: int | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-) -> dict[str, int]:
-    """Bytes a token that live caches occupy after real attention has filled them, by kind.
-
-    Equal width as the module defines it. In the order of `kinds`: MHA, GQA, MQA, MLA.
-    """
-    caches = {kind: filled_cache(kind, config, tokens, groups, dtype) for kind in kinds}
-    return {kind: cache.nbytes // sum(cache.lengths) for kind, cache in caches.items()}
-
-
-@torch.no_grad()
-def filled_cache(
-    kind: str, config: Config, tokens: int = 3, groups: int | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-) -> PerHeadCache | LatentCache:
-    """A cache of exactly `tokens` tokens, every layer of it written by a real attention module.
-
-    No cache depends on the stream's width d, so a narrow stream stands for it, and one module for
-    all layers: V2's own cache, 128 heads and 60 layers, is filled in a second.
-    """
-    c, narrow = config, 32
-    n_kv = c.n_h if kind == "MLA" else kv_heads(kind, c.n_h, groups)
-    with torch.random.fork_rng(devices=[]):      # the caller's random numbers stay as they were
-        torch.manual_seed(0)
-        h = torch.randn(1, tokens, narrow, dtype=dtype)                      # (1, T, d)
-        if kind == "MLA":
-            cache = LatentCache(c.n_layers, 1, tokens, c.d_c, c.d_r, dtype)
-            # no query compression: queries are not cached
-            module = MultiHeadLatentAttention(narrow, c.n_h, c.d_h, c.d_r, c.d_v, c.d_c)
-            tables = rope_tables(torch.arange(tokens), rope_frequencies(c.d_r, c.rope_theta))
-        else:
-            cache = PerHeadCache(c.n_layers, 1, tokens, n_kv, c.d_h, dtype)
-            module = MultiHeadAttention(narrow, c.n_h, c.d_h, n_kv)
-            tables = (None, None)                # equations (1)-(8) know no positions
-        module = module.to(dtype)
-    for layer in range(c.n_layers):
-        module(h, *tables, cache=cache, layer=layer)
-    cache.advance(tokens)
-    return cache
 
 
 def pair_flops_expanded(config: Config) -> int:
@@ -218,7 +168,7 @@ def forward_flops_per_token(
 
 
 def training_flops(n_active: int, tokens: float) -> float:
-    """6·N_active FLOPs a token: forward and backward, without the attention scores."""
+    """6·N_active FLOPs per token: forward and backward, without the attention scores."""
     return 6.0 * n_active * tokens
 
 
@@ -229,11 +179,6 @@ def causal_training_flops(config: Config, sequence: int) -> int:
     """
     pairs = pair_flops_expanded(config) * (sequence + 1) // 2
     return 3 * (forward_flops_per_token(config) + pairs)
-
-
-def gpu_hours(flops: float, tflops_per_gpu: float) -> float:
-    """GPU-hours that `flops` take at a sustained rate of TFLOP/s for each GPU."""
-    return flops / (tflops_per_gpu * 1e12 * 3600)
 
 
 def implied_tflops(flops: float, hours: float) -> float:

@@ -14,6 +14,7 @@ Shapes: N tokens, d width, V vocabulary.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100          # targets of this value do not count
 CHUNK_LOGITS = 2**20    # logits held at a time: what a CPU's cache holds
@@ -56,6 +57,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():          # create_graph: what was made forward has no graph
+            raise ValueError("cross entropy: asked for a second derivative, expected first ones "
+                             "alone (`cross_entropy` of all logits has both)")
         grad_h, grad_W = ctx.saved_tensors
         return grad_h * upstream.to(grad_h.dtype), (grad_W * upstream).to(ctx.W_dtype), *[None] * 3
 
@@ -72,3 +76,28 @@ def linear_cross_entropy(h: Tensor, W: Tensor, targets: Tensor) -> Tensor:
     need = torch.is_grad_enabled() and (h.requires_grad or W.requires_grad)
     with torch.autocast(h.device.type, enabled=False):
         return _LinearCrossEntropy.apply(h, W, targets, dtype, need)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """The same of logits (N, V), all at once: for a head that is more than a matrix."""
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    total = F.cross_entropy(logits.to(exact), targets, ignore_index=IGNORED, reduction="sum")
+    return total / (targets != IGNORED).sum().clamp(min=1)
+
+
+def linear_log_probs(h: Tensor, head: torch.nn.Module, targets: Tensor) -> Tensor:
+    """log softmax(head(h))[target] of each token, a chunk of tokens at a time.
+
+    h (N, d), targets (N,) ids -> (N,) in at least fp32. With gradient the logits of a chunk are
+    made again in the backward pass.
+    """
+
+    def of_chunk(h: Tensor, t: Tensor) -> Tensor:
+        logits = head(h)
+        log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        return log_p.gather(-1, t[:, None])[:, 0]
+
+    rows = chunk_rows(h.device, head.weight.shape[0])
+    return torch.cat([
+        checkpoint(of_chunk, *chunk, use_reentrant=False) if torch.is_grad_enabled()
+        else of_chunk(*chunk) for chunk in zip(h.split(rows), targets.split(rows), strict=True)])

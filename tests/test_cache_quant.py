@@ -167,26 +167,25 @@ def test_numbers_are_rounded_to_the_nearest_code():
 @pytest.mark.parametrize("where", ["c_kv", "k_r"])
 def test_what_cannot_be_stored_is_refused_and_nothing_changes(bad, where):
     cache = SixBitCache(1, 2, 5, 16, 4, F64)
-    cache.append(0, normal(5, 2, 2, 16), normal(6, 2, 2, 4))
-    cache.advance(2)
-    words, scales = cache.words.store.clone(), cache.scales.store.clone()
+    cache.write(0, normal(5, 2, 2, 16), normal(6, 2, 2, 4))
+    cache.advance()
+    words, scales = cache.words.clone(), cache.scales.clone()
     c, r = normal(7, 2, 3, 16), normal(8, 2, 3, 4)
     (c if where == "c_kv" else r)[1, 2, 1] = bad
     what = "NaN" if math.isnan(bad) else "infinity or a number above 1e39"
     with pytest.raises(ValueError, match=f"^{where}: {what} in a row.*expected finite") as error:
-        cache.append(0, c, r)
+        cache.write(0, c, r)
     assert "\n" not in str(error.value)
     assert cache.lengths == [2, 2]
-    assert torch.equal(cache.words.store, words) and torch.equal(cache.scales.store, scales)
+    assert torch.equal(cache.words, words) and torch.equal(cache.scales, scales)
 
 
 def storage_bytes(cache: SixBitCache) -> int:
     """Every tensor it holds, wherever: at most one count for each storage."""
     found = {}
-    for part in (cache, cache.words, cache.scales):
-        for value in vars(part).values():
-            if isinstance(value, Tensor):
-                found[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+    for value in [*vars(cache).values(), *cache.stores]:
+        if isinstance(value, Tensor):
+            found[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
     return sum(found.values())
 
 
@@ -197,8 +196,8 @@ def test_nbytes_counts_everything(d_c, d_r):
     per_row = 6 * (math.ceil(d_c / 8) + math.ceil(d_r / 8)) + 4
     assert cache.nbytes_per_token == 3 * per_row
     if (d_c, d_r) == (512, 64):
-        assert per_row == 436 and cache.words.store.stride(2) * 2 == 432 == 27 * 16
-        assert cache.words.store.data_ptr() % 16 == 0
+        assert per_row == 436 and cache.words.stride(2) * 2 == 432 == 27 * 16
+        assert cache.words.data_ptr() % 16 == 0
 
 
 @pytest.mark.parametrize("chunks", [[9], [1, 3, 2, 3], [1] * 9])
@@ -213,14 +212,15 @@ def test_chunks_come_back_as_they_are_stored(chunks):
         stop = start + T
         assert torch.equal(cache.positions(T), torch.arange(start, stop).expand(3, T))
         for layer in range(2):
-            got = cache.append(layer, c[layer, :, start:stop], r[layer, :, start:stop])
+            cache.write(layer, c[layer, :, start:stop], r[layer, :, start:stop])
+            got = cache.dequantised(layer)
             for x, all_of_it in zip(got, expected, strict=True):
                 assert torch.equal(x, all_of_it[layer, :, :stop])
-        cache.advance(T)
+        cache.advance()
         start = stop
     assert cache.lengths == [9, 9, 9] and (cache.batch, cache.max_tokens) == (3, 11)
     cache.reset()
-    assert cache.lengths == [0, 0, 0] and cache.scales.lengths == [0, 0, 0]
+    assert cache.lengths == [0, 0, 0]
 
 
 def test_sequences_of_different_lengths_share_a_batch():
@@ -228,13 +228,15 @@ def test_sequences_of_different_lengths_share_a_batch():
     kept: list[list[Tensor]] = [[], [], []]
     for seed, real in enumerate([(3, 1, 2), (1, 2, 2), (2, 2, 1)]):
         c, r = normal(20 + seed, 3, max(real), 16), normal(30 + seed, 3, max(real), 4)
-        got = torch.cat(cache.append(0, c, r), -1)
+        cache.positions(max(real), real)
+        cache.write(0, c, r)
+        got = torch.cat(cache.dequantised(0), -1)
         stored = torch.cat(dequantise(*quantise(c, r), F64), -1)
         for b, n in enumerate(real):
             kept[b] += list(stored[b, :n])
-        cache.advance(real)
-        assert got.shape[1] == max(len(k) - n for k, n in zip(kept, real)) + max(real)
-    words, scales = cache.words.store[0], cache.scales.store[0]
+        cache.advance()
+        assert got.shape[1] == max(map(len, kept))
+    words, scales = cache.words[0], cache.scales[0]
     rows = torch.cat(dequantise(*unpack(words, 16, 4), scales, F64), -1)
     assert cache.lengths == [6, 5, 5]
     for b, expected in enumerate(kept):
@@ -245,14 +247,16 @@ def test_lengths_can_be_set_back():
     """As a LatentCache's can: what comes after is written over."""
     cache = SixBitCache(1, 1, 6, 16, 4, F64)
     c, r = normal(11, 1, 6, 16), normal(12, 1, 6, 4)
-    cache.append(0, c, r)
-    cache.advance(6)
+    cache.write(0, c, r)
+    cache.advance()
     cache.lengths = [4]
-    got, _ = cache.append(0, c[:, :1], r[:, :1])
+    cache.write(0, c[:, :1], r[:, :1])
+    got, _ = cache.dequantised(0)
     assert got.shape[1] == 5
     assert torch.equal(got[:, 4], dequantise(*quantise(c, r), F64)[0][:, 0])
+    cache.undo()
     with pytest.raises(ValueError, match="full"):
-        cache.append(0, c[:, :3], r[:, :3])
+        cache.write(0, c[:, :3], r[:, :3])
 
 
 def test_interface_and_messages_are_those_of_the_latent_cache():
@@ -269,9 +273,10 @@ def test_interface_and_messages_are_those_of_the_latent_cache():
 def test_no_autograd_graph_is_kept_and_unwritten_rows_are_finite():
     cache = SixBitCache(1, 2, 5, 16, 4)
     c, r = normal(13, 2, 2, 16).requires_grad_(), normal(14, 2, 2, 4).requires_grad_()
-    assert not any(x.requires_grad for x in cache.append(0, c, r))
+    cache.write(0, c, r)
+    assert not any(x.requires_grad for x in (*cache.rows(0), *cache.dequantised(0)))
     fresh = SixBitCache(1, 2, 5, 16, 4)
-    c, r = dequantise(*unpack(fresh.words.store, 16, 4), fresh.scales.store)
+    c, r = dequantise(*unpack(fresh.words, 16, 4), fresh.scales)
     assert (c == 0).all() and (r == 0).all()
 
 
@@ -295,8 +300,8 @@ def test_attention_on_packed_rows_equals_attention_on_the_stored_ones(T, ragged,
     B, S, n_h, d_h, d_r, d_v, d_c, scale = 2, 11, 3, 5, 4, 6, 16, 0.7
     cache = SixBitCache(1, B, S, d_c, d_r, F64)
     c, r = normal(15, B, S, d_c) * 3, normal(16, B, S, d_r) * 3
-    stored = cache.append(0, c, r)
-    words, scales = cache.packed.append(0, c, r)
+    cache.write(0, c, r)
+    stored, (words, scales) = cache.dequantised(0), cache.rows(0)
     q_c, q_r = normal(17, B, T, n_h, d_h), normal(18, B, T, n_h, d_r)
     W_UK, W_UV = normal(19, n_h, d_h, d_c), normal(20, n_h, d_v, d_c)
     last = [[S - T + t for t in range(T)]] * B
@@ -313,9 +318,39 @@ def test_large_scores_do_not_overflow():
     """Scores of 1e4 and tiles whose largest grows and shrinks: the running maximum holds."""
     cache = SixBitCache(1, 1, 9, 16, 4)
     c, r = normal(21, 1, 9, 16, dtype=torch.float32) * 100, normal(22, 1, 9, 4).float() * 100
-    stored = cache.append(0, c, r)
+    cache.write(0, c, r)
+    stored = cache.dequantised(0)
     q_c, q_r = normal(23, 1, 1, 2, 5).float() * 100, normal(24, 1, 1, 2, 4).float() * 100
     W_UK, W_UV = normal(25, 2, 5, 16).float(), normal(26, 2, 6, 16).float()
-    got = attend_packed(q_c, q_r, *cache.packed.append(0, c, r), W_UK, W_UV, 1.0, tile=2)
+    got = attend_packed(q_c, q_r, *cache.rows(0), W_UK, W_UV, 1.0, tile=2)
     expected = attention(*(x.double() for x in (q_c, q_r, *stored, W_UK, W_UV)), 1.0, [[8]])
     torch.testing.assert_close(got, expected.float(), atol=1e-2, rtol=1e-4)
+
+
+@pytest.mark.parametrize("tiny_keys", [False, True])
+def test_half_precision_keeps_its_range(tiny_keys):
+    """fp16 ends at 65,504: integers of 32 steps times a query of 100 are beyond it before the
+    scale comes, and a small key's scale must not meet an infinite product either."""
+    d_c, d_r, n_h = 512, 64, 2
+    cache = SixBitCache(1, 1, 40, d_c, d_r, torch.float16)
+    c = normal(31, 1, 40, d_c).half()
+    r = (normal(32, 1, 40, d_r) * (1e-4 if tiny_keys else 1)).half()
+    cache.write(0, c, r)
+    q_c, q_r = normal(33, 1, 1, n_h, 128).half() * 12, normal(34, 1, 1, n_h, d_r).half() * 100
+    W_UK, W_UV = normal(35, n_h, 128, d_c).half() / 11, normal(36, n_h, 128, d_c).half() / 22
+    got = attend_packed(q_c, q_r, *cache.rows(0), W_UK, W_UV, 0.02)
+    stored = [x.double() for x in cache.dequantised(0)]
+    expected = attention(q_c.double(), q_r.double(), *stored, W_UK.double(), W_UV.double(), 0.02,
+                         [[39]])
+    assert got.dtype == torch.float16 and got.isfinite().all()
+    error = (got.double() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+    assert error < 5e-3
+
+
+def test_on_another_device_a_row_that_is_no_number_reads_back_as_nan():
+    """Asking would wait for it: no value is looked at, and whoever reads the logits is told."""
+    quantise(torch.full((3, 16), math.nan, device="meta"), torch.zeros(3, 4, device="meta"))
+    for bad in (math.nan, math.inf):
+        scale = torch.tensor([bad]).to(torch.bfloat16)
+        read = dequantise(torch.tensor([[0, 3]]), torch.tensor([[1]]), torch.cat((scale, scale)))
+        assert not torch.cat(read, -1).isfinite().any()

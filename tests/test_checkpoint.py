@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from refusals import refused
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dsv2_ref import checkpoint
 from dsv2_ref.config import TINY
+from dsv2_ref.files import whole
 from dsv2_ref.model import DeepSeekV2
 
 B, T = 8, 29
@@ -316,6 +317,128 @@ def test_dtype_is_what_is_asked_for(tmp_path, stored: torch.dtype, asked: torch.
         assert torch.equal(weight, model.state_dict()[name].to(asked)), name
 
 
+@pytest.mark.parametrize("asked", ["float64", "float32", "bfloat16", "float16"])
+def test_a_dtype_may_be_named(saved: Path, asked: str) -> None:
+    back = checkpoint.load(saved, asked)
+    assert {p.dtype for p in back.parameters()} == {getattr(torch, asked)}
+
+
+@pytest.mark.parametrize("dtype", ["cuda", "bf16", "int8", torch.int8, torch.complex64, "nn", 16])
+def test_another_dtype_is_refused(saved: Path, dtype) -> None:
+    refused(lambda: checkpoint.load(saved, dtype=dtype), f"dtype: {dtype!r}", "bfloat16")
+
+
+@pytest.mark.parametrize("device", ["graphics", "cuda:99", "float32", torch.float32])
+def test_another_device_is_refused(saved: Path, device) -> None:
+    refused(lambda: checkpoint.load(saved, device=device), f"device: {device!r}", "expected")
+
+
+def _save_mixed(path: Path, kinds: dict[str, torch.dtype]) -> dict[str, Tensor]:
+    """A bf16 model, some of whose tensors are of other dtypes; what is stored."""
+    checkpoint.save(_model(init_std=0.5).bfloat16(), path)
+    tensors = load_file(path / "model.safetensors")
+    g = torch.Generator().manual_seed(3)
+    for name, dtype in kinds.items():
+        tensors[name] = torch.randn(tensors[name].shape, generator=g).to(dtype)
+    save_file(tensors, path / "model.safetensors")
+    return tensors
+
+
+@pytest.mark.parametrize("kinds, expected", [
+    ({"norm": torch.float16}, torch.float32), ({"embed_tokens": torch.float16}, torch.float32),
+    ({"norm": torch.float32}, torch.float32), ({"embed_tokens": torch.float64}, torch.float64),
+    ({"norm": torch.bfloat16}, torch.bfloat16),
+])
+def test_files_of_several_dtypes_lose_nothing(tmp_path, kinds: dict, expected) -> None:
+    """bf16 beside fp16: neither holds the other."""
+    stored = _save_mixed(tmp_path / "m", {f"model.{k}.weight": v for k, v in kinds.items()})
+    back = checkpoint.load(tmp_path / "m")
+    assert {p.dtype for p in back.parameters()} == {expected}
+    for entry in checkpoint.published_entries(back):
+        assert torch.equal(entry.read(), stored[entry.name].to(expected)), entry.name
+
+
+def test_a_model_of_several_dtypes_is_saved_exactly(tmp_path) -> None:
+    model = _model(init_std=0.5).bfloat16()
+    a = model.blocks[1].attention
+    g = torch.Generator().manual_seed(3)
+    for linear, dtype in ((a.W_UV, torch.float16), (a.W_O, torch.float32)):
+        value = torch.randn(linear.weight.shape, generator=g).to(dtype)
+        linear.weight = torch.nn.Parameter(value)
+    for shard_bytes in (10**9, 20_000):
+        path = tmp_path / str(shard_bytes)
+        checkpoint.save(model, path, shard_bytes=shard_bytes)
+        back = checkpoint.load(path).state_dict()
+        assert all(torch.equal(back[n], w.float()) for n, w in model.state_dict().items())
+        if shard_bytes == 20_000:
+            index = json.loads((path / checkpoint.INDEX).read_text())
+            tensors = _all_tensors(path)
+            assert sum(t.nbytes for t in tensors.values()) == index["metadata"]["total_size"]
+
+
+def test_numbers_outside_the_dtype_are_named(tmp_path) -> None:
+    """bf16 reaches 3e38, fp16 65504; an infinity in the file stays one."""
+    model = _model().bfloat16()
+    with torch.no_grad():
+        model.blocks[1].attention.W_UV.weight[3, 4] = 65504 * 1.1
+        model.norm.weight[0] = torch.inf
+    checkpoint.save(model, tmp_path / "m")
+    refused(lambda: checkpoint.load(tmp_path / "m", "float16"),
+            "layers.1.self_attn.kv_b_proj", "torch.float16", "torch.bfloat16")
+    with torch.no_grad():
+        model.blocks[1].attention.W_UV.weight[3, 4] = 60000
+    checkpoint.save(model, tmp_path / "m", overwrite=True)
+    assert checkpoint.load(tmp_path / "m", "float16").norm.weight[0] == torch.inf
+
+
+def test_the_default_device_does_not_matter(saved: Path) -> None:
+    expected = checkpoint.load(saved)
+    torch.set_default_device("meta")
+    try:
+        back = checkpoint.load(saved)
+    finally:
+        torch.set_default_device(None)
+    assert {p.device.type for p in back.parameters()} == {"cpu"}
+    for name, weight in back.state_dict().items():
+        assert torch.equal(weight, expected.state_dict()[name]), name
+
+
+def test_a_tied_matrix_may_be_stored_twice(saved: Path) -> None:
+    expected = checkpoint.load(saved)
+    name = "model.embed_tokens.weight"
+    _rewrite(saved, lambda t: t.update({"lm_head.weight": t[name].clone()}))
+    back = checkpoint.load(saved)
+    assert back.head.weight is back.embedding.weight
+    assert torch.equal(back.head.weight, expected.head.weight)
+    _rewrite(saved, lambda t: t["lm_head.weight"][5, 7].add_(1e-3))
+    refused(lambda: checkpoint.load(saved), "lm_head.weight: differs", name, "tie_word_embeddings")
+    _rewrite(saved, lambda t: t.update({"lm_head.weight": torch.zeros(3, 4)}))
+    refused(lambda: checkpoint.load(saved), "lm_head.weight: shape (3, 4)", "(67, 40)")
+
+
+def test_two_spellings_of_rope_in_one_file(transformers, tmp_path) -> None:
+    """rope_parameters "default" beside rope_scaling "yarn": transformers takes the yarn."""
+    _their_model(transformers, CONFIGS["plain-greedy-yarn"]).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    yarn = config["rope_parameters"]
+    config |= {"rope_scaling": yarn, "rope_parameters": {"rope_type": "default",
+                                                         "rope_theta": 300.0}}
+    file.write_text(json.dumps(config))
+    theirs, ours = _from_disk(transformers, tmp_path), checkpoint.load(tmp_path)
+    assert ours.config.yarn_factor == 40.0
+    tokens = _tokens(101)
+    with torch.no_grad():
+        assert _far(ours(tokens), theirs(tokens).logits) < 1e-5
+
+
+def test_ends_in_generation_config(transformers, tmp_path) -> None:
+    theirs = _their_model(transformers, CONFIGS["plain-greedy"])
+    theirs.generation_config.eos_token_id = [7, 9]
+    theirs.save_pretrained(tmp_path)
+    assert checkpoint.load(tmp_path).config.stops == (7, 9)
+
+
 def test_further_files_are_written_beside_the_model(tmp_path) -> None:
     checkpoint.save(_model(), tmp_path / "m", files={"tokenizer.json": "{\"a\": \"ä\"}"})
     assert (tmp_path / "m" / "tokenizer.json").read_text(encoding="utf-8") == "{\"a\": \"ä\"}"
@@ -374,7 +497,8 @@ def test_config_of_another_model(saved: Path) -> None:
     refused(lambda: checkpoint.load(saved), "model.layers.3.", "missing")
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.int64, torch.bool,
+                                   torch.uint16, torch.complex64, torch.float8_e4m3fn])
 @pytest.mark.parametrize("names", [["model.embed_tokens.weight"], [Q], []])
 def test_quantised_weights(saved: Path, dtype: torch.dtype, names: list[str]) -> None:
     """Codes without their scales are not weights, be it one tensor or all of them."""
@@ -452,15 +576,75 @@ def test_save_accepts_an_empty_directory_and_new_parents(tmp_path) -> None:
 
 
 def test_save_refuses_what_is_not_empty_and_replaces_when_told(saved: Path) -> None:
-    (saved / "notes.txt").write_text("mine")
     before = _listing(saved.parent)
     refused(lambda: checkpoint.save(_model(), saved), saved, "not empty", "expected")
     assert _listing(saved.parent) == before
-    other = _model(n_layers=2)
-    checkpoint.save(other, saved, overwrite=True, shard_bytes=20_000)
-    assert checkpoint.load(saved).config == other.config
-    assert not (saved / "notes.txt").exists() and not (saved / "model.safetensors").exists()
+    for shard_bytes in (20_000, 50_000, 10**9):          # from one file to many and back
+        other = _model(n_layers=2, init_std=shard_bytes / 10**9)
+        checkpoint.save(other, saved, {"a.txt": "a"}, overwrite=True, shard_bytes=shard_bytes)
+        assert torch.equal(checkpoint.load(saved).norm.weight, other.norm.weight)
+        assert torch.equal(checkpoint.load(saved).head.weight, other.head.weight)
+        assert (saved / checkpoint.INDEX).exists() == (saved / "model.safetensors").exists() ^ True
+    checkpoint.save(other, saved, overwrite=True)
+    assert set(_listing(saved)) == {"config.json", "model.safetensors", "manifest.json"}
     assert os.listdir(saved.parent) == [saved.name]
+
+
+def test_the_place_is_known_before_the_work() -> None:
+    refused(lambda: checkpoint.check_place(""), "path: ''", "expected")
+    refused(lambda: checkpoint.save(_model(), "", overwrite=True), "path: ''", "expected")
+    refused(lambda: checkpoint.check_place("x" * 300), "x" * 300, "cannot be read")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_save_through_a_link(tmp_path, there: bool) -> None:
+    """What the link leads to is replaced; the link stays."""
+    if there:
+        checkpoint.save(_model(), tmp_path / "far" / "disk")
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "disk")
+    other = _model(n_layers=2)
+    checkpoint.save(other, tmp_path / "link", overwrite=True)
+    assert (tmp_path / "link").is_symlink() and not (tmp_path / "far" / "disk").is_symlink()
+    assert checkpoint.load(tmp_path / "far" / "disk").config == other.config
+    assert sorted(os.listdir(tmp_path)) == ["far", "link"]
+    assert os.listdir(tmp_path / "far") == ["disk"]
+
+
+def test_save_onto_links_in_a_circle(tmp_path) -> None:
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    refused(lambda: checkpoint.save(_model(), tmp_path / "a"), tmp_path / "a", "cannot be")
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+
+def test_save_onto_a_mount_point(saved: Path, monkeypatch) -> None:
+    before = _listing(saved.parent)
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == saved)
+    refused(lambda: checkpoint.save(_model(), saved, overwrite=True), saved, "a mount point")
+    monkeypatch.undo()
+
+    def busy(self: Path, target: Path) -> None:         # a mount that `ismount` does not see
+        raise OSError(16, "Device or resource busy")
+
+    monkeypatch.setattr(Path, "rename", busy)
+    refused(lambda: checkpoint.save(_model(), saved, overwrite=True), saved, "resource busy")
+    assert _listing(saved.parent) == before and os.listdir(saved.parent) == [saved.name]
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "manifest.json",
+                                  checkpoint.INDEX, "../up.txt", "a/b.txt"])
+def test_further_files_do_not_take_the_models_names(tmp_path, name: str) -> None:
+    refused(lambda: checkpoint.save(_model(), tmp_path / "m", {name: "x"}), "files", repr(name))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_saved_model_is_on_the_disk_before_it_is_renamed(tmp_path, monkeypatch) -> None:
+    flushed = []
+    monkeypatch.setattr(whole, "flush", lambda path: flushed.append((path, path.exists())))
+    checkpoint.save(_model(), tmp_path / "m", shard_bytes=20_000)
+    assert {path.name for path, _ in flushed[:-2]} == set(os.listdir(tmp_path / "m"))
+    assert flushed[-2][0].suffix == ".tmp" and flushed[-1][0] == tmp_path
+    assert all(there for _, there in flushed)
 
 
 def test_save_refuses_a_file_as_directory_or_parent(tmp_path) -> None:
@@ -473,7 +657,8 @@ def test_save_refuses_a_file_as_directory_or_parent(tmp_path) -> None:
     assert _listing(tmp_path) == {"file": b"mine"}
 
 
-@pytest.mark.parametrize("accident", [RuntimeError("disk"), OSError("disk"), KeyboardInterrupt()])
+@pytest.mark.parametrize("accident", [RuntimeError("disk"), OSError("disk"), KeyboardInterrupt(),
+                                      SafetensorError("disk is full")])
 @pytest.mark.parametrize("at", ["first shard", "second shard", "config"])
 def test_interrupted_save_leaves_what_was_there(
     saved: Path, monkeypatch, accident: BaseException, at: str
@@ -491,12 +676,16 @@ def test_interrupted_save_leaves_what_was_there(
     def failing_config(_):
         raise accident
 
+    # what the disk says is told in one line, whoever heard it
+    disk = OSError if at == "config" else OSError | SafetensorError
+    kind = ValueError if isinstance(accident, disk) else type(accident)
+
     monkeypatch.setattr(checkpoint, "save_file", failing_save)
     if at == "config":
         monkeypatch.setattr(type(SMALL), "to_hf", failing_config)
     for path, overwrite in ((saved, True), (saved.parent / "new", False)):
         calls.clear()
-        with pytest.raises(type(accident)):
+        with pytest.raises(kind, match="disk|^$"):
             checkpoint.save(_model(), path, overwrite=overwrite, shard_bytes=20_000)
         assert calls
         assert _listing(saved.parent) == before
@@ -514,8 +703,7 @@ def test_failed_exchange_puts_the_old_directory_back(saved: Path, monkeypatch) -
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises((OSError, ValueError)):
-        checkpoint.save(_model(n_layers=2), saved, overwrite=True)
+    refused(lambda: checkpoint.save(_model(n_layers=2), saved, overwrite=True), saved, "no")
     assert _listing(saved.parent) == before
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Config: the published config.json in and out, and a clear refusal of everything else."""
 
+import copy
 import dataclasses
 import json
 
@@ -103,6 +104,81 @@ def test_newer_spelling_of_rope() -> None:
     assert config.yarn_factor is None and config.rope_theta == 5e5
 
 
+def test_rope_is_read_as_transformers_reads_it() -> None:
+    """rope_scaling before rope_parameters; the theta inside before the one outside; null is none"""
+    yarn = {"type": "yarn", "factor": 4, "truncate": True, "attention_factor": None}
+    base = PUBLISHED_LITE | {"rope_scaling": None, "rope_theta": 7e3}
+
+    def read(**keys) -> tuple[float, float | None]:
+        config = Config.from_hf(base | keys)
+        return config.rope_theta, config.yarn_factor
+
+    default = {"rope_type": "default", "rope_theta": 5e5}
+    assert read(rope_parameters=default) == (5e5, None)
+    assert read(rope_parameters=default, rope_scaling={}) == (5e5, None)
+    assert read(rope_parameters=default, rope_scaling=yarn) == (7e3, 4.0)
+    assert read(rope_scaling=yarn | {"rope_theta": 9e3}) == (9e3, 4.0)
+    assert read(rope_parameters=yarn, rope_theta=None) == (1e4, 4.0)
+    assert read(rope_parameters={"rope_theta": 3e3}) == (3e3, None)
+
+
+def test_absent_keys_have_the_formats_defaults() -> None:
+    defaults = dict(
+        q_lora_rank=1536, first_k_dense_replace=0, rms_norm_eps=1e-6, initializer_range=0.02,
+        max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
+        routed_scaling_factor=1.0,
+    )
+    for key, value in defaults.items():
+        base = PUBLISHED_LITE | {"rope_scaling": None}
+        absent = {k: v for k, v in base.items() if k != key}
+        assert Config.from_hf(absent) == Config.from_hf(base | {key: value}), key
+
+
+@pytest.mark.parametrize("published, ours, stops", [
+    (5, 5, (5,)), (None, None, ()), ([5], (5,), (5,)), ([5, 0, 7], (5, 0, 7), (5, 0, 7)),
+])
+def test_ends_of_a_document(published, ours, stops) -> None:
+    config = Config.from_hf(PUBLISHED_V2 | {"eos_token_id": published, "bos_token_id": None})
+    assert config.eos == ours and config.stops == stops and config.bos is None
+    assert config.to_hf()["eos_token_id"] == published and config.to_hf()["bos_token_id"] is None
+    assert Config.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+    assert hash(config) == hash(Config.from_hf(config.to_hf()))
+
+
+@pytest.mark.parametrize("content, eos", [
+    ({"eos_token_id": [3, 4], "temperature": 0.7}, (3, 4)), ({"eos_token_id": None}, None),
+    ({"temperature": 0.3}, 100001), ({"bos_token_id": 5}, 100001),
+])
+def test_ends_that_the_generation_config_names(tmp_path, content: dict, eos) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED_LITE))
+    (tmp_path / "generation_config.json").write_text(json.dumps(content))
+    expected = LITE.with_(init_std=0.02, eos=eos)
+    assert Config.from_hf(tmp_path) == Config.from_hf(tmp_path / "config.json") == expected
+    (tmp_path / "generation_config.json").write_text("{")
+    refused(lambda: Config.from_hf(tmp_path), "generation_config.json", "not valid JSON")
+
+
+@pytest.mark.parametrize("foreign", [
+    {"tokenizer_class": "LlamaTokenizerFast"}, {"is_decoder": True}, {"unsloth_fixed": True},
+    {"unsloth_version": "2025.1"}, {"task_specific_params": {"a": 1}}, {"_commit_hash": "ab"},
+    {"transformers.js_config": {}}, {"temperature": 0.3, "top_k": 50}, {"num_labels": 2},
+    {"head_dim": 64, "qk_head_dim": 192, "num_experts": 64}, {"rope_parameters": None},
+])
+def test_foreign_keys_that_change_nothing(foreign: dict) -> None:
+    assert Config.from_hf(PUBLISHED_LITE | foreign) == Config.from_hf(PUBLISHED_LITE)
+
+
+def test_every_key_that_transformers_may_write_is_known() -> None:
+    library = pytest.importorskip("transformers")
+    base = library.PretrainedConfig().to_dict() | {"model_type": "deepseek_v2"}
+    base |= library.GenerationConfig._get_default_generation_params()
+    assert len(base) > 40
+    assert Config.from_hf(base | PUBLISHED_V2) == Config.from_hf(PUBLISHED_V2)
+    theirs = copy.deepcopy(PUBLISHED_V2) | {"torch_dtype": None}       # they write into it
+    saved = library.DeepseekV2Config(**theirs).to_dict()
+    assert Config.from_hf(saved).with_(alpha_expert=0.001) == Config.from_hf(PUBLISHED_V2)
+
+
 def test_from_a_file_and_from_its_directory(tmp_path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(PUBLISHED_LITE))
     assert Config.from_hf(tmp_path) == Config.from_hf(str(tmp_path / "config.json"))
@@ -138,13 +214,26 @@ def test_bad_files(tmp_path, content: str | bytes | None, words: list[str]) -> N
     (dict(topk_method="noaux_tc"), ["topk_method", "'noaux_tc'", "group_limited_greedy"]),
     (dict(n_group=None), ["topk_method", "n_group"]),
     (dict(topk_group=None), ["topk_method", "topk_group"]),
-    (dict(hidden_size=None), ["hidden_size", "missing"]),
+    (dict(hidden_size=None), ["hidden_size: missing", "null", "expected a value"]),
+    (dict(n_routed_experts=None), ["n_routed_experts: missing", "null"]),
+    (dict(rms_norm_eps=None), ["rms_norm_eps: missing", "null"]),
     (dict(hidden_size="5120"), ["'5120'", "int"]),
     (dict(hidden_size=5120.0), ["5120.0", "int"]),
     (dict(num_hidden_layers=True), ["True", "int"]),
     (dict(tie_word_embeddings=1), ["1", "bool"]),
     (dict(routed_scaling_factor="16"), ["routed_scaling_factor", "'16'", "float"]),
-    (dict(eos_token_id=[100001]), ["eos", "[100001]", "int"]),
+    (dict(eos_token_id="100001"), ["eos", "'100001'", "int"]),
+    (dict(eos_token_id=[100001, 102400]), ["eos", "102400", "102400"]),
+    (dict(eos_token_id=[100001, True]), ["eos", "True", "token id"]),
+    (dict(eos_token_id=[]), ["eos", "()", "None"]),
+    (dict(bos_token_id=[100000]), ["bos", "[100000]", "int"]),
+    (dict(use_qk_norm=True), ["use_qk_norm", "unknown key"]),
+    (dict(per_layer_config={}), ["per_layer_config", "unknown key"]),
+    (dict(original_max_position_embeddings=9), ["original_max_position_embeddings", "unknown key"]),
+    (dict(partial_rotary_factor=0.5), ["partial_rotary_factor", "0.5", "1.0"]),
+    (dict(is_encoder_decoder=True), ["is_encoder_decoder", "True", "False"]),
+    (dict(num_experts=64), ["num_experts: 64", "n_routed_experts = 160"]),
+    (dict(qk_head_dim=128), ["qk_head_dim: 128", "192"]),
     (dict(topk_group=9), ["max_devices", "9", "8"]),
     (dict(n_group=7), ["n_devices", "7", "160"]),
     (dict(num_experts_per_tok=61), ["top_k", "61", "60"]),
@@ -156,6 +245,18 @@ def test_bad_files(tmp_path, content: str | bytes | None, words: list[str]) -> N
     (dict(rope_scaling={"type": "yarn", "factor": "4"}), ["yarn_factor", "'4'", "float"]),
     (dict(rope_scaling={"type": "yarn", "factor": 0.5}), ["yarn_factor", "0.5", ">= 1"]),
     (dict(rope_scaling={"factor": 4.0}), ["rope_scaling", "type"]),
+    (dict(rope_scaling={"type": "yarn", "factor": None}), ["rope_scaling", "no factor"]),
+    (dict(rope_scaling={"type": "yarn", "rope_type": "default", "factor": 4.0}),
+     ["rope_scaling", "'yarn'", "'default'"]),
+    (dict(rope_scaling={"type": "yarn", "factor": 4.0, "truncate": False}), ["truncate", "False"]),
+    (dict(rope_scaling={"type": "yarn", "factor": 4.0, "attention_factor": 1.0}),
+     ["attention_factor", "unknown"]),
+    (dict(rope_scaling={"type": "default", "partial_rotary_factor": 0.5}),
+     ["partial_rotary_factor", "0.5"]),
+    (dict(rope_theta=0), ["rope_theta: 0", "> 0"]),
+    (dict(rope_scaling={"type": "default", "rope_theta": 0.0}), ["rope_theta: 0", "> 0"]),
+    (dict(rope_theta=1), ["rope_theta: 1", "> 1"]),
+    (dict(rope_theta=10**400), ["rope_theta: 1000", "finite"]),
     (dict(rope_scaling="yarn"), ["rope_scaling", "'yarn'"]),
     (dict(rope_scaling=4), ["rope_scaling", "4"]),
     (dict(rope_scaling={"type": ["yarn"], "factor": 4.0}), ["rope_scaling", "yarn"]),
@@ -188,12 +289,23 @@ def test_refuses_published_files_it_cannot_honour(changes: dict, words: list[str
     (dict(routed_scaling_factor=0.0), ["routed_scaling_factor: 0.0", "> 0"]),
     (dict(norm_eps=0.0), ["norm_eps: 0.0", "> 0"]),
     (dict(yarn_factor=0.9), ["yarn_factor: 0.9", ">= 1"]),
+    (dict(yarn_factor=4.0, yarn_beta_slow=0.0), ["yarn_beta_slow: 0.0", "> 0"]),
+    (dict(yarn_factor=4.0, yarn_beta_fast=0.0), ["yarn_beta_fast: 0.0", "> 0"]),
+    (dict(yarn_mscale=0.0), ["yarn_mscale: 0.0", "> 0"]),
+    (dict(yarn_mscale_all_dim=-0.1), ["yarn_mscale_all_dim: -0.1", ">= 0"]),
     (dict(bos=512), ["bos: 512", "512"]),
     (dict(eos=-1), ["eos: -1", "512"]),
     (dict(tie_embeddings="yes"), ["tie_embeddings: 'yes'", "bool"]),
 ])
 def test_refuses_contradictory_values(changes: dict, words: list[str]) -> None:
     refused(lambda: TINY.with_(**changes), *words)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), -float("inf"), 10**400])
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(Config)
+                                  if "float" in str(f.type)])
+def test_no_number_is_infinite(name: str, value: float) -> None:
+    refused(lambda: TINY.with_(**{name: value}), f"{name}: {value}", "expected")
 
 
 def test_with_changes_a_copy_and_refuses_unknown_fields() -> None:

@@ -22,7 +22,7 @@ ALONE = ("import sys; sys.modules['dsv2_ref'] = None; import pytest; "
 def test_a_copy_stands_alone(tmp_path, name):
     files = copying.copy(name, tmp_path)
     assert {f"{name}.py", f"test_{name}.py", "LICENSE"} <= set(files)
-    assert len([f for f in files if f in {f"{n}.py" for n in copying.concepts()}]) <= 4
+    assert len([f for f in files if f in {f"{n}.py" for n in copying.concepts()}]) <= 5
     done = subprocess.run(
         [sys.executable, "-c", ALONE, f"--rootdir={tmp_path}", str(tmp_path)], cwd=tmp_path,
         env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,

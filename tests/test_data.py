@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import json
 import lzma
+import os
 import sys
 import sysconfig
 from collections import Counter
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from refusals import refused
 
 from dsv2_ref.inference.evaluate import compressed_bits_per_byte
 from dsv2_ref.text import corpora
@@ -27,7 +29,7 @@ from dsv2_ref.text.corpora import (
     split,
     stories_corpus,
 )
-from dsv2_ref.text.data import PackedBatches, encode, some_of
+from dsv2_ref.text.data import PackedBatches, encode, marked, some_of
 from dsv2_ref.text.tokenizer import train_tokenizer
 
 
@@ -73,7 +75,7 @@ def test_packages_corpus_is_what_is_installed(tmp_path, monkeypatch):
     for i in range(30):
         for name in (f"one/m{i}.py", f"one/tests/t{i}.py", f"two/__pycache__/m{i}.py"):
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / name).write_text(f"x = {i}\n" * 50)
+            (tmp_path / name).write_text(f"{name[4]} = {i}\n" * 50)
     (tmp_path / "two" / "data.txt").write_text("no source")
     (tmp_path / "two" / "latin.py").write_bytes("é".encode("latin-1"))
     (tmp_path / "nowhere.py").symlink_to(tmp_path / "gone.py")
@@ -98,7 +100,7 @@ def test_split_does_not_depend_on_the_order_and_is_stable():
         assert sorted(names(one)) == sorted(names(other))
     assert sum(map(len, parts(corpus))) == 100
     # dealt in turn by sha256 of the name: the same in every process and on every release
-    letters = [Document(letter, "x") for letter in "abcdefghijklmnopqrst"]
+    letters = [Document(letter, letter) for letter in "abcdefghijklmnopqrst"]
     dealt = sorted("abcdefghijklmnopqrst", key=lambda s: hashlib.sha256(s.encode()).hexdigest())
     few = split("c", letters, "", held_out_bytes=5)
     assert (names(few.validation), names(few.test)) == (sorted(dealt[:10:2]), sorted(dealt[1:10:2]))
@@ -119,6 +121,32 @@ def test_split_sizes_and_small_corpora():
         split("c", [Document("empty", "")], "")
     with pytest.raises(ValueError, match="too small for 10000000 held-out bytes"):
         split("c", documents(50), "", held_out_bytes=10**7)
+
+
+def test_a_text_that_occurs_twice_is_never_in_two_parts():
+    texts = [str(i) * (20 + i) for i in range(100)]
+    twice = [Document(f"{copy}/{i}", text) for copy in "ab" for i, text in enumerate(texts)]
+    corpus = split("c", twice, "")
+    train, validation, test = ({d.text for d in part} for part in parts(corpus))
+    assert train | validation | test == set(texts)
+    assert not (train & validation or train & test or validation & test)
+    assert len(validation) > 3 < len(test)
+    assert len(corpus.train) > len(train)                   # trained on as often as it occurs
+    refused(lambda: split("c", [Document(n, "same") for n in "abcd"], ""),
+            "'c' is too small", "no text is left for validation, expected more that differ")
+    refused(lambda: split("c", [Document("a", "x\n" * 90)] * 2, ""), "expected more that differ")
+
+
+def test_a_file_that_is_reached_twice_is_read_once(tmp_path):
+    for i in range(30):
+        (tmp_path / f"{i}.txt").write_text(f"{i} " * 20)
+        (tmp_path / f"link to {i}.txt").symlink_to(tmp_path / f"{i}.txt")
+        os.link(tmp_path / f"{i}.txt", tmp_path / f"hard {i}.txt")
+    corpus = local_corpus(tmp_path)
+    every = [d.text for part in parts(corpus) for d in part]
+    assert len(every) <= 60 and len(set(every)) == 30
+    held_out = {d.text for d in corpus.validation + corpus.test}
+    assert held_out and not held_out & {d.text for d in corpus.train}
 
 
 def test_some_of_a_corpus_is_whole_documents_drawn_once():
@@ -217,9 +245,68 @@ def test_path_errors(tmp_path):
         local_corpus(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="'pyhton': expected python, packages, stories, hub:NAME"):
         open_corpus("pyhton")
+    refused(lambda: open_corpus(""), "corpus '': expected python, packages, stories, hub:NAME or")
     (tmp_path / "image.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="image.txt: not UTF-8"):
         local_corpus(tmp_path)
+
+
+def test_what_is_left_out_of_a_folder_is_told(tmp_path):
+    for i in range(4):
+        (tmp_path / f"{i}.TXT").write_text(f"text {i}")
+        (tmp_path / f"{i}.csv").write_text("1,2")
+    (tmp_path / "ROWS.JSONL").write_text(lines({"text": "a row"}))
+    (tmp_path / "._0.txt").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")     # beside 0.txt, on macOS
+    (tmp_path / ".#1.txt").symlink_to("user@host.123")                      # Emacs, while it edits
+    (tmp_path / "README").write_text("no suffix")
+    (tmp_path / "elsewhere").symlink_to(tmp_path.parent)
+    corpus = local_corpus(tmp_path)
+    assert sorted(n for part in parts(corpus) for n in names(part)) == [
+        "0.TXT", "1.TXT", "2.TXT", "3.TXT", "ROWS.JSONL:1"]
+    assert corpus.origin == (f"local: {tmp_path.name} (left out: 4 .csv, 2 hidden, "
+                             "1 no suffix, 1 linked folder)")
+
+
+def test_a_folder_without_text_says_what_is_there(tmp_path):
+    for name in ("a.csv", "b.CSV", "c.json", "d", "e.1", "e.2", "e.3"):
+        (tmp_path / name).write_text("words")
+    message = refused(lambda: local_corpus(tmp_path), f"corpus '{tmp_path}' is empty: found 2 .csv",
+                      "1 .json, 1 no suffix, 1 .1", ", ..., expected files that end in .c .cpp ")
+    assert message.endswith(".jsonl .md .parquet .py .rs .rst .tex .txt")
+    (tmp_path / "empty").mkdir()
+    refused(lambda: local_corpus(tmp_path / "empty"), "is empty: expected some text, found none")
+
+
+def test_what_cannot_be_read_is_refused_by_name(tmp_path, monkeypatch):
+    (tmp_path / "good.txt").write_text("a\nb\nc\nd\n")
+    (tmp_path / "nowhere.txt").symlink_to(tmp_path / "gone.txt")
+    refused(lambda: local_corpus(tmp_path), "nowhere.txt: cannot be read (No such file")
+    (tmp_path / "nowhere.txt").unlink()
+    os.mkfifo(tmp_path / "pipe.txt")
+    refused(lambda: local_corpus(tmp_path), "pipe.txt: a pipe or a device, expected a file")
+    refused(lambda: local_corpus(tmp_path / "pipe.txt"), "pipe.txt: a pipe or a device")
+    (tmp_path / "pipe.txt").unlink()
+    (tmp_path / "loop.txt").symlink_to(tmp_path / "loop.txt")
+    refused(lambda: local_corpus(tmp_path), "loop.txt: cannot be read (Too many levels")
+    (tmp_path / "loop.txt").unlink()
+
+    real, folder = os.scandir, tmp_path / "closed"
+    folder.mkdir()
+
+    def scandir(path):                      # the superuser, who may run this, can read everything
+        if str(path) == str(folder):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    refused(lambda: local_corpus(tmp_path), "closed: cannot be read (Permission denied)")
+    folder.rmdir()
+
+    def read_bytes(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    refused(lambda: local_corpus(tmp_path), "good.txt: cannot be read (Permission denied)")
 
 
 def test_hub(monkeypatch):
@@ -254,6 +341,7 @@ def test_encode_marks_every_document():
         assert ids[at : at + len(own)].tolist() == own
         at += len(own)
     assert at == len(ids)
+    assert [i for document in marked(docs, tokenizer) for i in document] == ids.tolist()
     assert encode([], tokenizer).shape == (0,)
     large = SimpleNamespace(vocab=2**16 + 1, bos=2**16, eos=1, encode_batch=lambda texts: [[2]])
     assert encode(docs[:1], large).tolist() == [2**16, 2, 1]
@@ -283,7 +371,9 @@ def epochs(batches, n):
 
 
 def test_batches_are_contiguous_windows_and_next_tokens():
-    for _, (tokens, targets) in zip(range(30), packed()):
+    batches = packed()
+    for _ in range(30):
+        tokens, targets = batches.next_batch()
         assert tokens.shape == targets.shape == (3, 7)
         assert tokens.dtype == targets.dtype == torch.int64
         assert torch.equal(tokens + 1, targets)  # the array counts up
@@ -305,7 +395,7 @@ def test_an_epoch_visits_every_window_of_its_phase_once():
 
 def test_the_position_counts_windows_not_batches():
     one, ramp = packed(batch=1), packed()
-    single = torch.cat([next(one)[0] for _ in range(60)])
+    single = torch.cat([one.next_batch()[0] for _ in range(60)])
     ramped = torch.cat([ramp.next_batch(b)[0] for b in (1, 2, 3, 5, 8, 13, 28)])
     assert torch.equal(single, ramped)
     assert one.state() == ramp.state()
@@ -315,14 +405,14 @@ def test_resume_is_bit_identical_everywhere_epoch_borders_included():
     source = packed(batch=4)
     states, batches = [source.state()], []
     for _ in range(40):
-        batches.append(next(source))
+        batches.append(source.next_batch())
         states.append(json.loads(json.dumps(source.state())))
     assert {state["window"] for state in states} >= {0, 14}  # an epoch's first and last position
     for at, state in enumerate(states[:-3]):
         resumed = packed(batch=4)
         resumed.load(state)
         for expected in batches[at : at + 3]:
-            got = next(resumed)
+            got = resumed.next_batch()
             assert torch.equal(expected[0], got[0]) and torch.equal(expected[1], got[1])
         assert resumed.state() == states[at + 3]
 
@@ -347,7 +437,7 @@ def test_resume_refuses_other_data():
 
 
 def test_packing_errors_and_the_smallest_array():
-    tokens, targets = next(PackedBatches(np.arange(8, dtype=np.int32), 2, 7, 0))
+    tokens, targets = PackedBatches(np.arange(8, dtype=np.int32), 2, 7, 0).next_batch()
     assert torch.equal(tokens, torch.arange(7).expand(2, 7))
     assert torch.equal(targets, torch.arange(1, 8).expand(2, 7))
     with pytest.raises(ValueError, match=r"7 tokens are too few, .* sequence \+ 1 = 8"):

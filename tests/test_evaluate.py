@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: MIT
+"""Log-probabilities of next tokens against all logits, bits per byte against a slow count."""
+
 import math
 
 import pytest
 import torch
+from refusals import refused
 
+from dsv2_ref import cross_entropy
 from dsv2_ref.config import TINY
-from dsv2_ref.inference.evaluate import bits_per_byte
+from dsv2_ref.inference.evaluate import bits_per_byte, token_log_probs
 from dsv2_ref.model import DeepSeekV2
 
 DOCUMENTS = [[0, 5, 6, 7, 1], [0, *range(2, 40), 1], [0, 9, 1]]
@@ -56,3 +60,67 @@ def test_mode_is_restored_and_nothing_is_dropped(model):
 def test_no_text(model):
     with pytest.raises(ValueError, match="documents: 0 with 0 bytes, expected some text"):
         bits_per_byte(model, [], 0, 16)
+
+
+# ---- log-probabilities of the next tokens
+
+def tiny() -> DeepSeekV2:
+    torch.manual_seed(3)
+    return DeepSeekV2(TINY.with_(vocab=53, init_std=0.2, max_positions=64)).double()
+
+
+def by_hand(model: DeepSeekV2, ids: torch.Tensor) -> torch.Tensor:
+    """(B, T-1), from all logits, token by token."""
+    logits = model(ids[:, :-1]).double()
+    rows = [[logits[b, t, ids[b, t + 1]] - logits[b, t].exp().sum().log()
+             for t in range(ids.shape[1] - 1)] for b in range(len(ids))]
+    return torch.stack([torch.stack(row) for row in rows])
+
+
+@pytest.mark.parametrize("chunk", [7, 2**20])
+def test_log_probabilities_are_those_of_the_logits(chunk, monkeypatch):
+    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", chunk * 53)
+    m, ids = tiny(), torch.randint(53, (3, 9), generator=torch.Generator().manual_seed(1))
+    expected = by_hand(m, ids)
+    torch.testing.assert_close(token_log_probs(m, ids), expected, atol=1e-10, rtol=0)
+    m.train()                                     # nothing is dropped, in training mode either
+    got = token_log_probs(m, ids, [9, 1, 5])
+    real = torch.arange(1, 9) < torch.tensor([9, 1, 5])[:, None]
+    torch.testing.assert_close(got, expected * real, atol=1e-10, rtol=0)
+    assert (got[1] == 0).all() and (got[2, 4:] == 0).all() and (got[2, :4] != 0).all()
+    padded = ids.clone()
+    padded[2, 5:] = 0                             # padding that must not matter
+    torch.testing.assert_close(token_log_probs(m, padded, [9, 9, 5])[2], got[2])
+
+
+@pytest.mark.parametrize("chunk", [7, 2**20])
+def test_log_probabilities_carry_their_gradient(chunk, monkeypatch):
+    """Weighted as GRPO weights them, against autograd through all logits."""
+    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", chunk * 53)
+    ids = torch.randint(53, (3, 9), generator=torch.Generator().manual_seed(1))
+    weights = torch.randn(3, 8, generator=torch.Generator().manual_seed(2)).double()
+    gradients = []
+    for log_probs in (by_hand, token_log_probs):
+        m = tiny()
+        (log_probs(m, ids) * weights).sum().backward()
+        gradients.append({name: p.grad for name, p in m.named_parameters()})
+    for name, expected in gradients[0].items():
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(gradients[1][name], expected, atol=1e-10, rtol=0)
+
+
+def test_log_probabilities_refuse_what_they_cannot_read():
+    m = tiny()
+    refused(lambda: token_log_probs(m, torch.zeros(3, dtype=torch.int64)), "ids: shape (3,)")
+    refused(lambda: token_log_probs(m, torch.zeros(3, 1, dtype=torch.int64)), "at least two")
+    refused(lambda: token_log_probs(m, torch.tensor([[1, 53]])), "ids: 53, expected 0 to 52")
+    refused(lambda: token_log_probs(m, torch.tensor([[1, 2]]), [3]), "lengths: [3]", "1 to 2")
+
+
+def test_evaluation_keeps_no_graph():
+    """762 MB where 355 were needed, once: no tensor that is left asks for a gradient."""
+    m, asked = tiny(), []
+    hook = m.norm.register_forward_hook(lambda _, __, h: asked.append(h.requires_grad))
+    bits_per_byte(m, [list(range(30))], 60, sequence=8)
+    hook.remove()
+    assert asked and not any(asked)

@@ -209,3 +209,14 @@ def test_grouped_equals_loop(dropping, dtype, rtol):
     for a, b in zip(*results, strict=True):
         a, b = a.double(), b.double()
         assert (a - b).square().mean().sqrt() <= rtol * a.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("form", [experts_loop, experts_padded, experts_grouped])
+@pytest.mark.parametrize("bad", [5, -1, 400])
+def test_experts_that_do_not_exist_are_refused(form, bad):
+    """Once their slots were left out without a word."""
+    x, gates = torch.ones(3, 8), torch.ones(3, 2)
+    indices = torch.tensor([[0, 1], [4, bad], [2, 3]])
+    W = torch.ones(5, 4, 8)
+    with pytest.raises(ValueError, match=f"indices: expert {bad}, expected 0 to 4"):
+        form(x, indices, gates, W, W, W.mT.contiguous())

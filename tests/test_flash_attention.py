@@ -28,7 +28,6 @@ from dsv2_ref.kernels.flash_attention import (
     attend_flash,
     flash_attention,
     padded,
-    target,
     tile,
 )
 
@@ -266,8 +265,9 @@ def test_in_a_model_with_a_ragged_cache():
     m.float()
     cache = LatentCache(1, 2, 45, 12, 4, device=DEVICE)
     with torch.no_grad():
+        cache.positions(40, [40, 33])
         close(m(h[:, :40], cos[:40], sin[:40], attend_flash, cache), full[:, :40])
-        cache.advance([40, 33])
+        cache.advance()
         for n in (3, 1):
             at = cache.positions(n)
             new = torch.stack([h[b, at[b]] for b in range(2)])
@@ -300,7 +300,7 @@ def test_tiles():
     for kernels in TILES.values():
         assert kernels.keys() == {"forward", "dq", "dkdv"}
         assert all(BM >= 16 and BN >= 16 for BM, BN, _, _ in kernels.values())
-    assert target(DEVICE) in TILES and target(torch.device("cpu")) == "cpu"
+    assert TILES.keys() == {"sm_90", "sm_80", "consumer", "gfx942", "cpu", "small"}
     assert [padded(width) for width in (1, 16, 17, 128)] == [16, 16, 32, 128]
 
 

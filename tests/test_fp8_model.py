@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dsv2_ref import checkpoint
-from dsv2_ref.config import FP8, LITE, TINY, Config
+from dsv2_ref.config import LITE, TINY, Config
+from dsv2_ref.config_json import FP8
 from dsv2_ref.inference.fp8_model import quantise_model, stored_bytes
 from dsv2_ref.inference.generate import generate
 from dsv2_ref.kernels.fp8 import Fp8Linear, Fp8Stack, dequantise, quantise

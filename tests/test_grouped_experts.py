@@ -167,7 +167,7 @@ def test_half_precision():
     compare({k: v.float() for k, v in ours.items()}, twins, 1e-3)
 
 
-@pytest.mark.parametrize("target", ["sm_90", "few", "sm_80", "gfx942"])
+@pytest.mark.parametrize("target", ["sm_90", "few", "sm_80", "gfx942", "small"])
 @pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter alone takes the tiles of any target")
 @pytest.mark.parametrize("descriptors", [False, True])
 def test_the_tiles_of_every_target(monkeypatch, target, descriptors):
@@ -193,6 +193,20 @@ def test_sorted_slots_of_ones_own():
             row = W[2][e] @ (torch.nn.functional.silu(a) * b) * gates.flatten()[slot]
             compare({"a": gate[place], "b": up[place], "row": rows[slot]},
                     {"a": a, "b": b, "row": row})
+
+
+@pytest.mark.parametrize(("target", "few", "many", "descriptors"), [
+    ("sm_90", "few", "sm_90", True), ("sm_80", "sm_80", "sm_80", False),
+    ("consumer", "consumer", "consumer", False), ("gfx942", "gfx942", "gfx942", False)])
+def test_the_plan_of_each_card(monkeypatch, target, few, many, descriptors):
+    monkeypatch.setitem(plan.__globals__, "target_of", lambda device: target)
+    monkeypatch.setitem(plan.__globals__, "multiprocessors", lambda device: 132)
+    x, W = torch.empty(3, 64, dtype=torch.bfloat16), torch.empty(4, 32, 64, dtype=torch.bfloat16)
+    assert plan(x, W, 64) == Plan(TILES[few], descriptors, 132)
+    assert plan(x, W, 65) == Plan(TILES[many], descriptors, 132)
+    assert not plan(x, W, 0).descriptors                      # of nothing there is no descriptor
+    assert plan(x.float(), W.float(), 64) == Plan(TILES["small"], False, 132)
+    assert plan(x[:, :60], W[..., :60], 64) == Plan(TILES["small"], False, 132)
 
 
 def test_a_plan_never_starts_more_programs_than_there_can_be_tiles():

@@ -14,6 +14,8 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import triton
+
 from dsv2_ref.attention.mla import attend_absorbed
 from dsv2_ref.kernels.latent_decode import (
     Tile,
@@ -221,8 +223,8 @@ def test_number_of_splits():
 def test_tiles():
     assert tile_for(16, torch.bfloat16, "sm_90").blocks == 2
     assert tile_for(128, torch.bfloat16, "sm_90").BH == 64
-    assert tile_for(128, torch.bfloat16, "sm_80") == tile_for(16, torch.bfloat16, "sm_80")
-    for target in ("sm_90", "sm_80", "gfx942"):
+    assert tile_for(128, torch.bfloat16, "sm_80") == tile_for(16, torch.bfloat16, "consumer")
+    for target in ("sm_90", "sm_80", "consumer", "gfx942", "cpu"):
         for dtype in (torch.bfloat16, F32):
             for n in (1, 16, 33, 128):
                 assert 64 % tile_for(n, dtype, target).BN == 0               # divides a page
@@ -240,6 +242,16 @@ def test_refusals():
     refused(lambda: decode_latent(q_c, q_r, c, r, positions, 1.0, table), "page", 20, 64)
     refused(lambda: decode_latent(q_c, q_r, c.half(), r, positions, 1.0), "float16", "float32")
     refused(lambda: attend_latent(q_c.requires_grad_(), q_r, c, r, W_UK, W_UV, 1.0), "gradient")
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="is about machines without one")
+def test_what_needs_a_card_is_refused(monkeypatch):
+    """In Triton's interpreter sums in bfloat16 came out 9e8 times too large, without a word."""
+    tensors = inputs(2, 1, 20, d_h=32)
+    refused(lambda: attend_latent(*[x.bfloat16() for x in tensors], 1.0), "q_c", "bfloat16 on cpu")
+    monkeypatch.setitem(decode_latent.__globals__, "decode_kernel",
+                        object.__new__(triton.JITFunction))
+    refused(lambda: attend_latent(*tensors, 1.0), "q_c: on cpu", "TRITON_INTERPRET=1")
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")

@@ -69,8 +69,9 @@ def test_cached_in_chunks_equals_full(n_kv, chunks):
     cache = PerHeadCache(3, B, T + 2, n_kv, D_H, torch.float64)
     out, start = [], 0
     for n in chunks:
-        out.append(m(h[:, start : start + n], *tables(start, start + n), cache, layer=1))
-        cache.advance(n)
+        out += [[m(h[:, start : start + n], *tables(start, start + n), cache, layer)
+                 for layer in range(3)][1]]
+        cache.advance()
         start += n
     close(torch.cat(out, 1), m(h, *tables(0, T)))
 
@@ -79,8 +80,9 @@ def test_sequences_of_different_lengths():
     """Two prompts of 5 and 3 tokens padded to one batch, then two more tokens for each."""
     m, h = module(2), loops.normal(7, B, T, D)
     cache = PerHeadCache(1, B, T, 2, D_H, torch.float64)
+    cache.positions(5, [5, 3])
     m(h[:, :5], *tables(0, 5), cache)
-    cache.advance([5, 3])
+    cache.advance()
     rest = torch.stack((h[0, 5:7], h[1, 3:5]))
     positions = cache.positions(2)
     cos, sin = rope_tables(positions, rope_frequencies(D_H, 20.0))
@@ -93,3 +95,17 @@ def test_sequences_of_different_lengths():
 def test_heads_that_do_not_share_evenly_are_refused(n_kv):
     with pytest.raises(ValueError, match="n_kv"):
         MultiHeadAttention(D, N_H, D_H, n_kv)
+
+
+def test_training_through_the_cache_is_refused():
+    """Old keys and values have no graph: the gradient would be wrong without a word."""
+    m, h = module(2), loops.normal(8, B, 2, D)
+    cache = PerHeadCache(1, B, T, 2, D_H, torch.float64)
+    u = m(h, *tables(0, 2), cache)
+    with pytest.raises(ValueError, match="gradient: asked for through a cache"):
+        (u + h).sum().backward()
+
+
+def test_rotations_of_another_length_are_refused():
+    with pytest.raises(ValueError, match="cos, sin"):
+        module()(loops.normal(8, B, 3, D), *tables(0, 4))

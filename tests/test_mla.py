@@ -75,6 +75,7 @@ def test_values_may_be_wider_than_keys(attend):
 def test_the_cached_row_is_the_normed_latent_and_the_turned_key(attend):
     m, h = module(), loops.normal(4, B, T, D)
     cache = LatentCache(2, B, T, 8, 4, torch.float64)
+    cache.positions(T)
     m(h, *tables(0, T), attend, cache, layer=1)
     for b in range(B):
         _, rows = loops.mla(h[b].tolist(), weights(m), 3, loops.frequencies(4, THETA), 1 / 3)
@@ -132,8 +133,8 @@ def test_cached_in_chunks_equals_full(chunks, attend):
     out, start = [], 0
     for n in chunks:
         turn = tables(start, start + n)
-        out.append(m(h[:, start : start + n], *turn, attend, cache, layer=2))
-        cache.advance(n)
+        out += [[m(h[:, start : start + n], *turn, attend, cache, layer) for layer in range(3)][2]]
+        cache.advance()
         start += n
     close(torch.cat(out, 1), m(h, *tables(0, T)))
 
@@ -144,8 +145,9 @@ def test_sequences_of_different_lengths(attend):
     m, h = module(), loops.normal(11, B, 9, D)
     full = m(h, *tables(0, 9))
     cache = LatentCache(1, B, 9, 8, 4, torch.float64)
+    cache.positions(5, [5, 3])
     m(h[:, :5], *tables(0, 5), attend, cache)
-    cache.advance([5, 3])
+    cache.advance()
     for n in (2, 1, 1):
         first = list(cache.lengths)
         new = torch.stack([h[b, s : s + n] for b, s in enumerate(first)])
@@ -239,3 +241,93 @@ def test_a_ragged_cache_needs_no_positions(attend):
     u = m(torch.stack((h[0, 2:3], h[1, 4:5])), cos[at], sin[at], attend, cache)
     close(u[0, 0], m(h[:1, :3], cos[:3], sin[:3])[0, 2])
     close(u[1, 0], m(h[1:], cos, sin)[0, 4])
+
+
+class Adapter(torch.nn.Module):
+    """A linear layer with a low-rank addition, as adapters wrap one."""
+
+    def __init__(self, base: torch.nn.Linear, seed: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.base, self.drop = base, torch.nn.Dropout(dropout)
+        self.A = torch.nn.Parameter(loops.normal(seed, 2, base.in_features))
+        self.B = torch.nn.Parameter(loops.normal(seed + 1, base.out_features, 2))
+
+    @property
+    def weight(self) -> torch.Tensor:                # the base's alone, as PEFT has it
+        return self.base.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.drop(x) @ self.A.T @ self.B.T
+
+
+@BOTH
+@pytest.mark.parametrize("cached", [False, True])
+def test_adapters_on_every_linear_layer_count(attend, cached):
+    m, merged, h = module(), module(), loops.normal(20, B, T, D)
+    for i, name in enumerate([n for n, child in m.named_children()
+                              if isinstance(child, torch.nn.Linear)]):
+        adapter = Adapter(getattr(m, name), 30 + 2 * i)
+        setattr(m, name, adapter)
+        with torch.no_grad():
+            getattr(merged, name).weight += adapter.B @ adapter.A
+    cache = LatentCache(1, B, T, 8, 4, torch.float64) if cached else None
+    u = m(h, *tables(0, T), attend, cache)
+    close(u, merged(h, *tables(0, T)))
+    if not cached:
+        u.square().sum().backward()
+        for name, p in m.named_parameters():
+            assert p.grad is not None and p.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("name", ["W_UK", "W_UV"])
+def test_what_cannot_be_absorbed_is_refused(name):
+    m, h = module(), loops.normal(20, B, T, D)
+    setattr(m, name, torch.nn.Linear(8, getattr(m, name).out_features).double())
+    with pytest.raises(ValueError, match="W_UK, W_UV: a layer with a bias"):
+        m(h, *tables(0, T))
+    m = module()
+    setattr(m, name, Adapter(getattr(m, name), 40, dropout=0.1))
+    with pytest.raises(ValueError, match="dropout"):
+        m(h, *tables(0, T))
+    m.eval()(h, *tables(0, T))
+
+
+def test_a_hook_on_a_layer_counts():
+    m, h = module(), loops.normal(20, B, T, D)
+    expected = m(h, *tables(0, T))
+    m.W_UK.register_forward_hook(lambda layer, x, out: out * 2)
+    assert (m(h, *tables(0, T)) - expected).abs().max() > 1e-3
+    with torch.no_grad():
+        m.W_UK._forward_hooks.clear()
+        m.W_UK.weight *= 2
+    doubled = m(h, *tables(0, T))
+    m.W_UK.weight.data /= 2
+    m.W_UK.register_forward_hook(lambda layer, x, out: out * 2)
+    close(m(h, *tables(0, T)), doubled)
+
+
+def test_training_through_the_cache_is_refused():
+    m, h = module(), loops.normal(21, B, T, D)
+    cache = LatentCache(1, B, T, 8, 4, torch.float64)
+    u = m(h, *tables(0, T), cache=cache)
+    with pytest.raises(ValueError, match="gradient: asked for through a cache"):
+        (u + h).sum().backward()
+
+
+def test_natural_mistakes_with_a_cache_are_refused():
+    m, h = module(), loops.normal(22, B, T, D)
+    cache = LatentCache(2, B, 2 * T, 8, 4, torch.float64)
+    m(h, *tables(0, T), cache=cache)
+    with pytest.raises(ValueError, match="layer: 0 is written a second time"):
+        m(h, *tables(0, T), cache=cache)             # the layer's number is forgotten
+    with pytest.raises(ValueError, match="layer: 1 is not written"):
+        cache.advance()
+    with pytest.raises(ValueError, match="cos, sin: shape"):
+        m(h, *tables(0, T + 1))
+    with pytest.raises(ValueError, match="cos, sin: shape"):
+        m(h, *rope_tables(torch.arange(T), rope_frequencies(6)))
+    with pytest.raises(ValueError, match="frequencies: torch.bfloat16"):
+        rope_tables(torch.arange(T), rope_frequencies(4).bfloat16())
+    low = LatentCache(1, B, T, 8, 4, torch.float32)
+    with pytest.raises(ValueError, match="rows: torch.float64, expected torch.float32"):
+        m(h, *tables(0, T), cache=low)

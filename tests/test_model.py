@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from refusals import refused
 from torch import Tensor
 
-from dsv2_ref import model as assembly
+from dsv2_ref import forms as assembly
 from dsv2_ref.config import LITE, TINY, V2, Config
 from dsv2_ref.model import DeepSeekV2
 from dsv2_ref.moe import experts
@@ -162,7 +162,7 @@ def test_forms_of_the_experts_agree(monkeypatch, form: str) -> None:
     model, tokens = _model(), _tokens()
     expected = model(tokens)
     called = _spy(monkeypatch, form, module=experts)
-    monkeypatch.setattr(assembly, "choose_experts", lambda *_: getattr(experts, form))
+    monkeypatch.setattr(assembly, "experts_form", lambda *_: getattr(experts, form))
     torch.testing.assert_close(model(tokens), expected, rtol=0, atol=1e-10)
     assert len(called) == 2
 
@@ -173,7 +173,7 @@ def test_grouped_experts_agree_in_fp32(monkeypatch) -> None:
     chosen = model(tokens)
     outputs = []
     for form in ("experts_loop", "experts_grouped"):
-        monkeypatch.setattr(assembly, "choose_experts", lambda *_, f=form: getattr(experts, f))
+        monkeypatch.setattr(assembly, "experts_form", lambda *_, f=form: getattr(experts, f))
         outputs.append(model(tokens))
     for out in outputs:
         assert (out - chosen).abs().max() < 1e-5 * chosen.abs().max()

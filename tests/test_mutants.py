@@ -1,25 +1,33 @@
 # SPDX-License-Identifier: MIT
 """Every known wrong variant is put in place, and the test named for it must fail.
 
+The variants of a concept file stand in tests/mutants/ under the file's name, those of all that is
+put together from them in assembly.py; those of Triton kernels are test_kernel_mutants.py's.
+
 The mutated source is compiled, and the functions of the real module get its code, so that whoever
 has imported them runs the mutant too. The test then runs in a pytest inside this one.
 """
 
 import importlib
 import io
+import pkgutil
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
 
+import mutants
 import pytest
 from mutants import PITFALLS, Mutant
-from mutants.model import MUTANTS
 
 import dsv2_ref
+from dsv2_ref import copying
 
 TESTS, PACKAGE = Path(__file__).parent, Path(dsv2_ref.__file__).parent
+FILES = sorted(m.name for m in pkgutil.iter_modules(mutants.__path__))
+LISTS = {file: importlib.import_module(f"mutants.{file}") for file in FILES}
+MUTANTS = [m for file in LISTS.values() for m in getattr(file, "MUTANTS", [])]
 OPTIONS = ["-x", "-q", "--tb=line", "-o", "addopts=", f"--rootdir={TESTS.parent}"]
 OPTIONS += [f"-pno:{name}" for name in ("cacheprovider", "faulthandler", "threadexception",
                                         "unraisableexception", "xdist", "nbval")]
@@ -30,7 +38,8 @@ def functions(module: ModuleType, file: Path) -> dict[str, FunctionType]:
     found: dict[str, FunctionType] = {}
 
     def collect(value: Any) -> None:
-        for f in (value, getattr(value, "__func__", None), getattr(value, "fget", None)):
+        inner = getattr(value, "__wrapped__", None)          # of a decorator such as no_grad
+        for f in (value, inner, getattr(value, "__func__", None), getattr(value, "fget", None)):
             if isinstance(f, FunctionType) and f.__code__.co_filename == str(file):
                 found[f.__qualname__] = f
 
@@ -94,3 +103,14 @@ def test_every_equation_and_pitfall_has_a_mutant():
     assert {m.catches for m in MUTANTS} == equations | PITFALLS.keys()
     names = [m.name for m in MUTANTS]
     assert len(names) == len(set(names))
+
+
+def test_each_concept_has_its_own_list():
+    assert FILES == sorted([*copying.concepts(), "assembly"])
+    for name, file in copying.concepts().items():
+        (found,) = (vars(LISTS[name])[key] for key in ("MUTANTS", "KERNEL_MUTANTS")
+                    if key in vars(LISTS[name]))
+        where = file.relative_to(PACKAGE).as_posix()
+        assert len(found) >= 3 and {m.file for m in found} == {where}, name
+    concepts = {f"{file.parent.name}/{file.name}" for file in copying.concepts().values()}
+    assert not {m.file for m in LISTS["assembly"].MUTANTS} & concepts

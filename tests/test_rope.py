@@ -191,6 +191,9 @@ def test_temperatures_follow_the_configuration():
     assert softmax_scale(25, 8.0) == softmax_scale(25, 8.0, None) == softmax_scale(25) == 0.2
     assert rope_magnitude(8.0, None, None) == pytest.approx(m, abs=1e-15)
     assert rope_magnitude(8.0, 0.5, None) == pytest.approx(0.05 * math.log(8) + 1, abs=1e-15)
+    # without mscale it counts as 1, as the published code has it
+    ratio = (0.1 * math.log(40) + 1) / (0.0707 * math.log(40) + 1)
+    assert rope_magnitude(40.0, None, 0.707) == pytest.approx(ratio, abs=1e-15)
     # with both, cos and sin carry their ratio
     ratio = (0.1 * 0.5 * math.log(8) + 1) / (0.1 * 1.5 * math.log(8) + 1)
     assert rope_magnitude(8.0, 0.5, 1.5) == pytest.approx(ratio, abs=1e-15)

@@ -112,7 +112,9 @@ def test_what_is_not_asked_for_is_refused():
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="is about machines without one")
 def test_a_cpu_without_the_interpreter_is_refused(monkeypatch):
+    refused(lambda: select_greedy_fused(scores(7, 3, 4).bfloat16(), 2), "s", "bfloat16 on cpu")
     compiled = object.__new__(triton.JITFunction)
-    monkeypatch.setitem(sort_slots_fused.__globals__, "_select_kernel", compiled)
+    for kernel in ("_select_kernel", "_place_kernel"):
+        monkeypatch.setitem(sort_slots_fused.__globals__, kernel, compiled)
     refused(lambda: select_greedy_fused(scores(7, 3, 4), 2), "s", "cpu", "TRITON_INTERPRET=1")
     refused(lambda: sort_slots_fused(torch.zeros(3, 2).long(), 4), "indices", "CUDA device")

@@ -294,8 +294,9 @@ def test_views_of_a_cache(d_c, d_r, room):
     """As the model calls it, layer 1 of 2; strides that are and are not multiples of 16 bytes."""
     q_c, q_r, _, _, W_UK, W_UV = inputs(3, 2, 1, d_r=d_r, d_c=d_c)
     cache = SixBitCache(2, 3, room, d_c, d_r, device=DEVICE)
-    cache.scales.store.fill_(torch.nan)
-    words, scales = cache.packed.append(1, normal(8, 3, 40, d_c), normal(9, 3, 40, d_r))
+    cache.scales.fill_(torch.nan)
+    cache.write(1, normal(8, 3, 40, d_c), normal(9, 3, 40, d_r))
+    words, scales = cache.rows(1)
     tensors = [q_c.mT.contiguous().mT, q_r, words, scales, W_UK, W_UV]
     close(attend_six_bit(*tensors, 0.1), twin(tensors, 0.1))
     tensors[2:4] = words.mT.contiguous().mT, scales.mT.contiguous().mT
@@ -321,7 +322,7 @@ def test_large_scores_do_not_overflow():
 def test_tiles():
     assert tile_for(16, torch.bfloat16, "sm_90").blocks == 2
     assert tile_for(128, torch.bfloat16, "sm_90").BH == 32
-    for target in ("sm_90", "sm_80", "gfx942"):
+    for target in ("sm_90", "sm_80", "consumer", "gfx942", "cpu"):
         for dtype in (torch.bfloat16, F32):
             for n in (1, 16, 33, 128):
                 assert 64 % tile_for(n, dtype, target).BN == 0               # divides a page
@@ -339,6 +340,15 @@ def test_refusals():
     refused(lambda: decode_six_bit(q_c, q_r, words, scales, positions, 1.0, table), "page", 20)
     refused(lambda: attend_six_bit(q_c.requires_grad_(), q_r, words, scales, W_UK, W_UV, 1.0),
             "attend_six_bit", "gradient")
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="is about machines without one")
+def test_what_needs_a_card_is_refused(monkeypatch):
+    tensors = inputs(2, 1, 20, d_h=40)
+    half = [x.bfloat16() if x.dtype == F32 else x for x in tensors]
+    refused(lambda: attend_six_bit(*half, 1.0), "q_c", "bfloat16 on cpu")
+    monkeypatch.setattr(KERNEL, "six_bit_kernel", object.__new__(triton.JITFunction))
+    refused(lambda: attend_six_bit(*tensors, 1.0), "q_c: on cpu", "TRITON_INTERPRET=1")
 
 
 def test_bits_lent_are_those_of_the_cache(monkeypatch):

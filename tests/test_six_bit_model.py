@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv2_ref import model as module
+from dsv2_ref import forms as module
 from dsv2_ref.attention.cache_quant import SixBitCache, attend_packed
 from dsv2_ref.attention.kv_cache import LatentCache
 from dsv2_ref.attention.mla import attend_absorbed, attend_expanded
@@ -73,11 +73,12 @@ def test_packed_equals_absorbed_on_the_dequantised_rows():
     arguments = normal(2, 4, 3, 10), normal(2, 4, 3, 6)
     weights = normal(3, 10, 24), normal(3, 8, 24), 0.4
     for positions in (None, torch.tensor([[3, 4, 5, 6], [26, 27, 28, 29]])):
-        dequantised = attend_absorbed(*arguments, *cache.append(0, c, r), *weights, positions)
+        cache.write(0, c, r)
+        dequantised = attend_absorbed(*arguments, *cache.dequantised(0), *weights, positions)
         for tile in (1, 7, 256):
-            packed = attend_packed(*arguments, *cache.packed.append(0, c, r), *weights, positions,
-                                   tile)
+            packed = attend_packed(*arguments, *cache.rows(0), *weights, positions, tile)
             close(packed, dequantised)
+        cache.undo()
 
 
 def test_decoding_reads_the_packed_rows_and_expands_nothing(model, monkeypatch):
@@ -86,7 +87,7 @@ def test_decoding_reads_the_packed_rows_and_expands_nothing(model, monkeypatch):
     calls = []
     monkeypatch.setattr(module, "attend_packed",
                         lambda *a: calls.append(a[2].dtype) or attend_packed(*a))
-    monkeypatch.setattr(SixBitCache, "append", lambda *_: pytest.fail("dequantised"))
+    monkeypatch.setattr(module, "dequantise", lambda *_: pytest.fail("dequantised"))
     model(ids(2, 1), cache)
     assert calls == [torch.int16] * model.config.n_layers
 
@@ -154,7 +155,7 @@ def test_bytes_of_the_published_model():
     with torch.device("meta"):
         v2 = DeepSeekV2(V2)
     cache = v2.new_cache(2, 3, "six_bit")
-    assert isinstance(cache, SixBitCache) and cache.words.store.device.type == "meta"
+    assert isinstance(cache, SixBitCache) and cache.words.device.type == "meta"
     assert cache.nbytes_per_token == 60 * 436 and cache.nbytes == 2 * 3 * 60 * 436
     plain = v2.to(torch.bfloat16).new_cache(2, 3)
     assert isinstance(plain, LatentCache) and plain.nbytes == 2 * 3 * 60 * 1152

@@ -9,7 +9,7 @@ import pytest
 import torch
 from oracles import loops
 
-from dsv2_ref import checkpoint, config, model
+from dsv2_ref import checkpoint, config, forms, model
 from dsv2_ref.config import Config
 
 SMALL = Config(
@@ -110,8 +110,8 @@ def test_prompts_run_expanded_and_decoding_absorbed(monkeypatch):
     ran = []
 
     def watch(name):
-        real = getattr(model, name)
-        monkeypatch.setattr(model, name, lambda *args: ran.append(name) or real(*args))
+        real = getattr(forms, name)
+        monkeypatch.setattr(forms, name, lambda *args: ran.append(name) or real(*args))
 
     watch("attend_expanded")
     watch("attend_absorbed")

@@ -22,22 +22,30 @@ divide are padded; `nbytes` counts that too.
 
 How it differs from others: 1. scales are rounded up, never down, so no number is clipped and the
 error is at most half a step; 2. 64 codes span 63 steps with zero as a code of its own: the largest
-number is the one that lies half a step off; 3. a row with NaN or infinity is refused, which makes
-a GPU wait once a layer; 4. new tokens attend to their own stored row, in prefill too: otherwise
-chunks would change the result; 5. no statistics of any text are needed, and nothing is rotated:
-what a change of weights can do beforehand is in latent_basis.py, outside the cache.
+number is the one that lies half a step off; 3. a row with NaN or infinity is refused on a CPU, and
+on a GPU, which would have to wait, read back as NaN; 4. new tokens attend to their own stored row,
+in prefill too: otherwise chunks would change the result; 5. no statistics of any text are needed,
+and nothing is rotated: what a change of weights can do beforehand is in latent_basis.py.
 
 Shapes: B batch, T new tokens, S = cached + new tokens, n_h heads; W = 3·(w + w_r) words.
 Copy with: kv_cache.py.  Needs: torch.
-"""
 
-from collections.abc import Sequence
+Wiring, once copied:
+    import torch
+    from cache_quant import SixBitCache, attend_packed
+    cache = SixBitCache(n_layers=1, batch=2, max_tokens=40, d_c=64, d_r=16)
+    cache.write(0, torch.randn(2, 9, 64), torch.randn(2, 9, 16))     # c_kv (B, T, d_c), k_r
+    q_c, q_r = torch.randn(2, 9, 4, 32), torch.randn(2, 9, 4, 16)    # (B, T, n_h, d_h), (…, d_r)
+    W_UK, W_UV = torch.randn(4, 32, 64), torch.randn(4, 24, 64)      # (n_h, d_h or d_v, d_c)
+    o = attend_packed(q_c, q_r, *cache.rows(0), W_UK, W_UV, scale=48**-0.5)    # (B, T, n_h, d_v)
+    cache.advance()
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsv2_ref.attention.kv_cache import LatentCache
+from dsv2_ref.attention.kv_cache import Cache
 
 LENDERS = [2, 5]        # of every eight latents
 
@@ -59,7 +67,8 @@ def _scale(name: str, least: Tensor) -> Tensor:
     scale = least.to(torch.bfloat16)
     up = (scale.view(torch.int16) + 1).view(torch.bfloat16)      # the next one, for numbers >= 0
     scale = torch.where(scale < least, up, scale)
-    if not scale.isfinite().all():
+    # a GPU would have to wait: there such a scale makes the row, and then the logits, NaN
+    if scale.device.type == "cpu" and not scale.isfinite().all():
         what = "NaN" if least.isnan().any() else "infinity or a number above 1e39"
         raise ValueError(f"{name}: {what} in a row to be cached, expected finite numbers")
     return scale
@@ -162,87 +171,44 @@ def _eight_values(words: Tensor) -> Tensor:
     return torch.stack((a & 63, a >> 10, v2, b & 63, b >> 10, v5, c & 63, c >> 10), -2)
 
 
-class SixBitCache:
-    """A LatentCache whose rows are packed; `append` gives the rows as stored, dequantised.
+class SixBitCache(Cache):
+    """One packed row a token and layer. `rows` gives words and scales, which `attend_packed` reads.
 
-    `dtype` is that of the rows it gives back.  `packed` is the same cache for `attend_packed`: its
-    `append` gives the words and the scales instead, and nothing is dequantised.
+    `dtype` is that of the plain rows that `dequantised` gives.
     """
+
+    kind = "six_bit"
 
     def __init__(
         self, n_layers: int, batch: int, max_tokens: int, d_c: int, d_r: int,
         dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
     ) -> None:
         self.d_c, self.d_r, self.dtype = d_c, d_r, dtype
-        w, w_r = -(-d_c // 8), -(-d_r // 8)
-        # two caches of plain rows; all-zero scales make rows that were never written finite
-        self.words = LatentCache(n_layers, batch, max_tokens, 3 * w, 3 * w_r, torch.int16, device)
-        self.scales = LatentCache(n_layers, batch, max_tokens, 1, 1, torch.bfloat16, device)
-        self.packed = _Packed(self)
+        shape = (n_layers, max(batch, 0), max(max_tokens, 0))
+        W = 3 * (-(-d_c // 8) + -(-d_r // 8))
+        # all-zero scales make rows that were never written finite
+        super().__init__(torch.zeros(*shape, W, dtype=torch.int16, device=device),
+                         torch.zeros(*shape, 2, dtype=torch.bfloat16, device=device))
 
     @property
-    def lengths(self) -> list[int]:
-        return self.words.lengths
-
-    @lengths.setter
-    def lengths(self, lengths: Sequence[int]) -> None:
-        self.words.lengths, self.scales.lengths = list(lengths), list(lengths)
+    def words(self) -> Tensor:
+        """(l, B, max_tokens, W) int16."""
+        return self.stores[0]
 
     @property
-    def batch(self) -> int:
-        return self.words.batch
+    def scales(self) -> Tensor:
+        """(l, B, max_tokens, 2) bf16."""
+        return self.stores[1]
 
-    @property
-    def max_tokens(self) -> int:
-        return self.words.max_tokens
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes allocated: codes, scales and padding of every layer and all `max_tokens`."""
-        return self.words.nbytes + self.scales.nbytes
-
-    @property
-    def nbytes_per_token(self) -> int:
-        """Bytes one token takes over all layers."""
-        return self.words.nbytes_per_token + self.scales.nbytes_per_token
-
-    def positions(self, new_tokens: int) -> Tensor:
-        """Positions of the next `new_tokens` of each sequence: (B, T), on the cache's device."""
-        return self.words.positions(new_tokens)
-
-    def advance(self, new_tokens: int | Sequence[int]) -> None:
-        """Count the new tokens as read, once all layers have appended them."""
-        self.words.advance(new_tokens)
-        self.scales.advance(new_tokens)
-
-    def reset(self) -> None:
-        """Forget every token; the memory stays."""
-        self.words.reset()
-        self.scales.reset()
-
-    def append_packed(self, layer: int, c_kv: Tensor, k_r: Tensor) -> tuple[Tensor, Tensor]:
-        """c_kv (B, T, d_c), k_r (B, T, d_r) -> words (B, S, W), scales (B, S, 2), as views."""
+    def write(self, layer: int, c_kv: Tensor, k_r: Tensor) -> None:
+        """c_kv (B, T, d_c), k_r (B, T, d_r) of a layer's new tokens."""
         n_c, n_r, scales = quantise(c_kv.detach(), k_r.detach())
-        words = pack(n_c, n_r)                                               # (B, T, W)
-        S = self.words.append(layer, words, words[..., :0])[0].shape[1]
-        self.scales.append(layer, *scales.split(1, -1))
-        return self.words.store[layer, :, :S], self.scales.store[layer, :, :S]
+        super().write(layer, pack(n_c, n_r), scales)
 
-    def append(self, layer: int, c_kv: Tensor, k_r: Tensor) -> tuple[Tensor, Tensor]:
-        """c_kv (B, T, d_c), k_r (B, T, d_r) -> those of all S tokens as stored, new ones too."""
-        words, scales = self.append_packed(layer, c_kv, k_r)
+    def dequantised(self, layer: int) -> tuple[Tensor, Tensor]:
+        """c_kv (B, S, d_c), k_r (B, S, d_r) as stored, for attention that reads plain rows."""
+        words, scales = self.rows(layer)
         return dequantise(*unpack(words, self.d_c, self.d_r), scales, self.dtype)
-
-
-class _Packed:
-    """A SixBitCache as `attend_packed` reads it: appending gives words and scales."""
-
-    def __init__(self, cache: SixBitCache) -> None:
-        self._cache, self.append, self.positions = cache, cache.append_packed, cache.positions
-
-    @property
-    def lengths(self) -> list[int]:
-        return self._cache.lengths
 
 
 def attend_packed(
@@ -259,13 +225,15 @@ def attend_packed(
     (B, T, n_h, d_r), S, d_c = q_r.shape, words.shape[1], W_UK.shape[-1]
     if positions is None:
         positions = torch.arange(S - T, S, device=words.device)[None]
-    q_latent = torch.einsum("bthd,hdc->bhtc", q_c, W_UK).reshape(B, n_h * T, d_c)
-    q_rope = q_r.transpose(1, 2).reshape(B, n_h * T, d_r)
+    # integers, whose scale comes later, would leave fp16's range; bf16's they do not
+    dtype = torch.float32 if q_c.dtype == torch.float16 else q_c.dtype
+    q_latent = torch.einsum("bthd,hdc->bhtc", q_c, W_UK).reshape(B, n_h * T, d_c).to(dtype)
+    q_rope = q_r.transpose(1, 2).reshape(B, n_h * T, d_r).to(dtype)
     wide = torch.promote_types(q_c.dtype, torch.float32)
     m = torch.full((B, n_h, T, 1), -torch.inf, dtype=wide, device=words.device)
     total, o = torch.zeros_like(m), torch.zeros(B, n_h, T, d_c, dtype=wide, device=words.device)
     for start in range(0, S, tile):
-        n_c, n_r = (n.to(q_c.dtype) for n in unpack(words[:, start : start + tile], d_c, d_r))
+        n_c, n_r = (n.to(dtype) for n in unpack(words[:, start : start + tile], d_c, d_r))
         s_c, s_r = scales[:, start : start + tile].to(wide).transpose(1, 2).split(1, 1)
         # integers meet the query; their scale, one a token, comes once to each score
         scores = (q_latent @ n_c.transpose(1, 2)) * s_c + (q_rope @ n_r.transpose(1, 2)) * s_r

@@ -7,122 +7,296 @@ attention (MLA) keeps one row [c_kv ; k_r] of d_c + d_r numbers, whatever the nu
 (section 2.1.2 and Table 1): the latent after its norm, and the shared RoPE key after its rotation.
 Both are stored as they will be used, so nothing is recomputed for an old token.
 
+One pass through the layers goes
+
+    positions = cache.positions(T)          begins it: where the T new tokens of each sequence stand
+    cache.write(layer, c_kv, k_r)           once for every layer
+    rows = cache.rows(layer)                the rows of all S tokens, what `attend` takes
+    cache.advance()                         ends it: the new tokens are old ones now
+
+A layer written twice or not at all, and a pass that was begun but not ended, are refused.
+`select`, `fork` and `release` are for whoever serves many sequences. Any object with these methods
+is a cache to the attention files; `kind` names what its rows are.
+
 Memory is allocated once, for `max_tokens` tokens of each sequence. Sequences of one batch may have
-different lengths: token t of the new ones goes to position lengths[b] + t, and `advance` says how
-many of them were real. Padding is written too and then overwritten by the next real token, so the
+different lengths: new token t of sequence b stands at lengths[b] + t, and `counts` says how many of
+the T are real. The others are padding on the right, which the next real token overwrites, so the
 only mask that attention needs is "key position <= query position".
 
 The famous mistake is to cache the *expanded* keys and values of MLA, n_h·(d_h + d_r + d_v) numbers
 a token: 71 times more for V2.
 
 How this file differs from others: 1. lengths are plain Python ints, so asking for them never
-makes a GPU wait; 2. a cache is one tensor, `nbytes` is what that tensor occupies, and
-`nbytes_per_token` is the formula; a test compares the two.
+makes a GPU wait; 2. `nbytes` is what the tensors occupy, `nbytes_per_token` the formula; a test
+compares the two; 3. a cached row has no gradient: see `without_gradient`.
 
 Shapes: B batch, T new tokens, S = cached + new tokens, l layers, n_kv key-value heads.
 Copy with: nothing.  Needs: torch.
+
+Wiring, once copied:
+    import torch
+    from kv_cache import LatentCache
+    cache = LatentCache(n_layers=2, batch=3, max_tokens=40, d_c=24, d_r=6)
+    for T in (8, 1):                             # a prompt, then a token
+        positions = cache.positions(T)           # (B, T), for the rotations
+        for layer in range(2):
+            cache.write(layer, torch.randn(3, T, 24), torch.randn(3, T, 6))
+            c_kv, k_r = cache.rows(layer)        # (B, S, d_c), (B, S, d_r): attend to these
+        cache.advance()
 """
 
+import copy
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-class _Cache:
-    """Lengths and space, common to both caches; `store` is (l, B, max_tokens, ...)."""
+class _Pass(NamedTuple):
+    """The new tokens of one pass through the layers."""
 
-    store: Tensor
+    T: int
+    counts: list[int]            # real ones of each sequence
+    positions: Tensor            # (B, T)
+    in_line: bool                # all sequences are equally long, and the padding has room
+    end: int                     # S
+    real: tuple[Tensor, Tensor] | None       # where not in line: sequence and t of the real ones
 
-    def __init__(self, batch: int, max_tokens: int) -> None:
-        for name, value in (("batch", batch), ("max_tokens", max_tokens)):
+
+class Cache:
+    """The protocol, and what dense caches share. `stores` are (l, B, max_tokens, ...) each."""
+
+    kind = "latent"              # what `rows` gives
+
+    def __init__(self, *stores: Tensor) -> None:
+        for name, value in zip(("batch", "max_tokens"), stores[0].shape[1:3]):
             if value < 1:
                 raise ValueError(f"{name}: {value}, expected at least 1")
-        self.max_tokens = max_tokens
-        self.lengths = [0] * batch
+        self.stores, self.max_tokens = stores, stores[0].shape[2]
+        self.slots: list[int] | None = None            # of the stores; None for all of them
+        self._lengths = [0] * stores[0].shape[1]       # by slot, shared by what `select` gives
+        self._pass: _Pass | None = None
+        self._written: set[int] = set()
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens read of each sequence. May be set back: what comes after is written over."""
+        return [self._lengths[slot] for slot in self._slots]
+
+    @lengths.setter
+    def lengths(self, lengths: Sequence[int]) -> None:
+        for slot, n in zip(self._slots, self._numbers(lengths, self.max_tokens), strict=True):
+            self._lengths[slot] = n
+        self.undo()
+
+    def _numbers(self, numbers: Sequence[int], most: int) -> list[int]:
+        numbers = [int(n) for n in numbers]
+        if len(numbers) != self.batch or not all(0 <= n <= most for n in numbers):
+            raise ValueError(f"lengths: {numbers}, expected {self.batch} numbers from 0 to {most}")
+        return numbers
+
+    @property
+    def _slots(self) -> Sequence[int]:
+        return range(len(self._lengths)) if self.slots is None else self.slots
 
     @property
     def batch(self) -> int:
-        return len(self.lengths)
+        return len(self._slots)
+
+    @property
+    def store(self) -> Tensor:
+        """The tensor of all rows, (l, B, max_tokens, ...); the first one where there are two."""
+        return self.stores[0]
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated, for every layer and all `max_tokens` of every sequence."""
-        return self.store.untyped_storage().nbytes()
+        return sum(store.untyped_storage().nbytes() for store in self.stores)
 
     @property
     def nbytes_per_token(self) -> int:
         """Bytes one token takes over all layers: the formula of Table 1 times the element size."""
-        n_layers, per_layer = self.store.shape[0], self.store.shape[3:].numel()
-        return n_layers * per_layer * self.store.element_size()
+        return sum(len(store) * store.shape[3:].numel() * store.element_size()
+                   for store in self.stores)
 
-    def positions(self, new_tokens: int) -> Tensor:
-        """Positions of the next `new_tokens` of each sequence: (B, T), on the cache's device."""
-        self._check_room(new_tokens)
-        start = torch.tensor(self.lengths, device=self.store.device)
-        return start[:, None] + torch.arange(new_tokens, device=self.store.device)
+    def positions(self, new_tokens: int, counts: Sequence[int] | None = None) -> Tensor:
+        """Begin a pass of T = `new_tokens` a sequence: where they stand, (B, T).
 
-    def advance(self, new_tokens: int | Sequence[int]) -> None:
-        """Count the new tokens as read, once all layers have appended them."""
-        if isinstance(new_tokens, int):
-            new_tokens = [new_tokens] * self.batch
-        if len(new_tokens) != self.batch:
-            raise ValueError(f"lengths: {len(new_tokens)} given, expected {self.batch}, one a row")
-        self.lengths = [old + new for old, new in zip(self.lengths, new_tokens, strict=True)]
+        counts: how many of the T are real, one number a sequence; None for all. ValueError where
+        they have no room.
+        """
+        counts = self._numbers([new_tokens] * self.batch if counts is None else counts, new_tokens)
+        if self._written:
+            if (self._pass.T, self._pass.counts) == (new_tokens, counts):
+                return self._pass.positions
+            raise ValueError(f"positions: {self._pass.T} tokens are written and not counted, "
+                             "expected advance() at the end of their pass")
+        self._pass = self._begin(new_tokens, counts)
+        return self._pass.positions
+
+    def _begin(self, T: int, counts: list[int]) -> _Pass:
+        start, device = self.lengths, self.stores[0].device
+        for old, new in zip(start, counts, strict=True):
+            if old + new > self.max_tokens:
+                raise ValueError(f"cache is full: {old} + {new} tokens, expected at most "
+                                 f"max_tokens = {self.max_tokens}")
+        steps = torch.arange(T, device=device)
+        if len(set(start)) == 1 and start[0] + T <= self.max_tokens:
+            positions = (start[0] + steps).expand(self.batch, T)
+            return _Pass(T, counts, positions, True, start[0] + T, None)
+        positions = torch.tensor(start, device=device)[:, None] + steps
+        real = [(b, t) for b, n in enumerate(counts) for t in range(n)]
+        b, t = torch.tensor(real, dtype=torch.int64, device=device).view(-1, 2).T
+        end = max(1, *(old + new for old, new in zip(start, counts, strict=True)))
+        return _Pass(T, counts, positions, False, end, (b, t))
+
+    @property
+    def queries(self) -> Tensor | None:
+        """Positions (B, T) of this pass for the mask; None where they are the last T of all S."""
+        return None if self._pass is None or self._pass.in_line else self._pass.positions
+
+    def write(self, layer: int, *parts: Tensor) -> None:
+        """Store the rows of a layer's new tokens, one (B, T, ...) for each store."""
+        n_layers = len(self.stores[0])
+        if not 0 <= layer < n_layers:
+            raise ValueError(f"layer: {layer}, expected 0 to {n_layers - 1}")
+        if layer in self._written:
+            raise ValueError(f"layer: {layer} is written a second time, expected one write a "
+                             "layer and then advance()")
+        if self._pass is None:
+            self.positions(parts[0].shape[1])
+        for store, rows in zip(self.stores, parts, strict=True):
+            expected = (self.batch, self._pass.T, *store.shape[3:])
+            if tuple(rows.shape) != expected:
+                raise ValueError(f"rows: shape {tuple(rows.shape)}, expected {expected}")
+            # under autocast new rows are in its dtype
+            if rows.dtype != store.dtype and not torch.is_autocast_enabled(rows.device.type):
+                raise ValueError(f"rows: {rows.dtype}, expected {store.dtype}, the cache's dtype")
+            self._put(store[layer], rows.detach())
+        self._written.add(layer)
+
+    def _put(self, store: Tensor, rows: Tensor) -> None:
+        if self._pass.in_line:
+            slots = slice(None) if self.slots is None else self.slots
+            store[slots, self._pass.end - self._pass.T : self._pass.end] = rows.to(store.dtype)
+            return
+        b, t = self._pass.real
+        slots = b if self.slots is None else torch.tensor(self.slots, device=b.device)[b]
+        store[slots, self._pass.positions[b, t]] = rows[b, t].to(store.dtype)
+
+    def rows(self, layer: int) -> tuple[Tensor, ...]:
+        """What `attend` takes of a layer: its rows up to the last new token, (B, S, ...) each."""
+        end = max(self.lengths) if self._pass is None else self._pass.end
+        if self.slots is None:
+            return tuple(store[layer, :, :end] for store in self.stores)
+        return tuple(store[layer, self.slots, :end] for store in self.stores)
+
+    def advance(self, new_tokens: int | Sequence[int] | None = None) -> None:
+        """End the pass: count the new tokens as read, `new_tokens` of each sequence.
+
+        None counts what `positions` was told. ValueError where a layer was not written.
+        """
+        if self._pass is None:
+            raise ValueError("advance: no pass was begun, expected positions() or write() first")
+        if missing := sorted(set(range(len(self.stores[0]))) - self._written):
+            raise ValueError(f"layer: {missing[0]} is not written, expected every layer before "
+                             "advance()")
+        counts = [new_tokens] * self.batch if isinstance(new_tokens, int) else new_tokens
+        counts = self._numbers(self._pass.counts if counts is None else counts, self._pass.T)
+        self.lengths = [old + new for old, new in zip(self.lengths, counts, strict=True)]
+
+    def undo(self) -> None:
+        """Forget the pass that was begun."""
+        self._pass, self._written = None, set()
 
     def reset(self) -> None:
         """Forget every token; the memory stays."""
-        self.lengths = [0] * self.batch
+        self.release(range(self.batch))
 
-    def _check_room(self, new_tokens: int) -> None:
-        if (fullest := max(self.lengths)) + new_tokens > self.max_tokens:
-            raise ValueError(
-                f"cache is full: {fullest} + {new_tokens} tokens, expected at most "
-                f"max_tokens = {self.max_tokens}"
-            )
+    def release(self, slots: Sequence[int]) -> None:
+        """Forget the tokens of these sequences; others may have their room."""
+        self.lengths = [0 if b in slots else n for b, n in enumerate(self.lengths)]
 
-    def _append(self, layer: int, rows: Tensor) -> Tensor:
-        """Write rows (B, T, ...) behind the old ones; return the first S of them, a view."""
-        start, new, rows = self.lengths, rows.shape[1], rows.detach()
-        self._check_room(new)
-        if min(start) == max(start):
-            self.store[layer, :, start[0] : start[0] + new] = rows
-        else:
-            for b, first in enumerate(start):
-                self.store[layer, b, first : first + new] = rows[b]
-        return self.store[layer, :, : max(start) + new]
+    def select(self, slots: Sequence[int]) -> "Cache":
+        """A cache of some of the sequences, on the same memory: what it reads is read here too."""
+        chosen = copy.copy(self)
+        chosen.slots = [self._slots[slot] for slot in slots]
+        if not slots or len(set(chosen.slots)) != len(chosen.slots):
+            raise ValueError(f"slots: {list(slots)}, expected different sequences, at least one")
+        chosen.undo()
+        return chosen
+
+    def fork(self, slot: int, n: int) -> "Cache":
+        """A new cache of n sequences, each of which has read what sequence `slot` has."""
+        forked, read, at = copy.copy(self), self.lengths[slot], self._slots[slot]
+        forked.slots, forked._lengths = None, [read] * n
+        forked.stores = tuple(s.new_zeros(s.shape[0], n, *s.shape[2:]) for s in self.stores)
+        for new, old in zip(forked.stores, self.stores, strict=True):
+            new[:, :, :read] = old[:, at : at + 1, :read]
+        forked.undo()
+        return forked
 
 
-class LatentCache(_Cache):
+class LatentCache(Cache):
     """MLA: one row [c_kv ; k_r] of d_c + d_r numbers a token and layer."""
 
     def __init__(
         self, n_layers: int, batch: int, max_tokens: int, d_c: int, d_r: int,
         dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
     ) -> None:
-        super().__init__(batch, max_tokens)
-        self.d_c = d_c
         # zeros, not empty: a masked row is multiplied by weight 0, and 0·NaN would still be NaN
-        self.store = torch.zeros(n_layers, batch, max_tokens, d_c + d_r, dtype=dtype, device=device)
+        shape = (n_layers, max(batch, 0), max(max_tokens, 0), d_c + d_r)
+        super().__init__(torch.zeros(shape, dtype=dtype, device=device))
+        self.d_c = d_c
 
-    def append(self, layer: int, c_kv: Tensor, k_r: Tensor) -> tuple[Tensor, Tensor]:
-        """c_kv (B, T, d_c), k_r (B, T, d_r) -> those of all S tokens, as views of the cache."""
-        rows = self._append(layer, torch.cat((c_kv, k_r), -1))               # (B, S, d_c+d_r)
+    def write(self, layer: int, c_kv: Tensor, k_r: Tensor) -> None:
+        """c_kv (B, T, d_c), k_r (B, T, d_r) of a layer's new tokens."""
+        super().write(layer, torch.cat((c_kv, k_r), -1))
+
+    def rows(self, layer: int) -> tuple[Tensor, Tensor]:
+        """c_kv (B, S, d_c) and k_r (B, S, d_r), as views of the cache."""
+        (rows,) = super().rows(layer)                                        # (B, S, d_c+d_r)
         return rows[..., : self.d_c], rows[..., self.d_c :]
 
 
-class PerHeadCache(_Cache):
+class PerHeadCache(Cache):
     """MHA, GQA, MQA: n_kv keys and n_kv values of d_h numbers a token and layer."""
+
+    kind = "per_head"
 
     def __init__(
         self, n_layers: int, batch: int, max_tokens: int, n_kv: int, d_h: int,
         dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
     ) -> None:
-        super().__init__(batch, max_tokens)
-        shape = (n_layers, batch, max_tokens, 2, n_kv, d_h)
-        self.store = torch.zeros(shape, dtype=dtype, device=device)
+        shape = (n_layers, max(batch, 0), max(max_tokens, 0), 2, n_kv, d_h)
+        super().__init__(torch.zeros(shape, dtype=dtype, device=device))
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """k, v (B, T, n_kv, d_h) -> those of all S tokens, as views of the cache."""
-        both = self._append(layer, torch.stack((k, v), 2))                   # (B, S, 2, n_kv, d_h)
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """k, v (B, T, n_kv, d_h) of a layer's new tokens."""
+        super().write(layer, torch.stack((k, v), 2))
+
+    def rows(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, S, n_kv, d_h), as views of the cache."""
+        (both,) = super().rows(layer)                                        # (B, S, 2, n_kv, d_h)
         return both[:, :, 0], both[:, :, 1]
+
+
+class _WithoutGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, u: Tensor) -> Tensor:
+        return u.view_as(u)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor) -> Tensor:
+        raise ValueError("gradient: asked for through a cache, whose rows have none; expected a "
+                         "forward pass without a cache")
+
+
+def without_gradient(u: Tensor) -> Tensor:
+    """u, what attention made of cached rows: going backward through it is refused.
+
+    Old tokens have no graph, so the gradient would be that of the new tokens' own rows alone, wrong
+    without a word.
+    """
+    return _WithoutGradient.apply(u) if u.requires_grad else u

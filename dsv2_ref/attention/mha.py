@@ -21,13 +21,22 @@ How this file differs from the famous versions:
 Shapes: B batch, T new tokens, S = cached + new tokens, n_h heads, n_kv key-value heads, d width,
 d_h head size.
 Copy with: rope.py, kv_cache.py.  Needs: torch.
+
+Wiring, once copied:
+    import torch
+    from mha import MultiHeadAttention
+    from rope import rope_frequencies, rope_tables
+    attention = MultiHeadAttention(d=48, n_h=6, d_h=8, n_kv=2)       # GQA: 3 heads a key
+    h = torch.randn(2, 9, 48)                                        # (B, T, d), after the norm
+    cos, sin = rope_tables(torch.arange(9), rope_frequencies(8))
+    u = h + attention(h, cos, sin)                                   # (B, T, d)
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsv2_ref.attention.kv_cache import PerHeadCache
+from dsv2_ref.attention.kv_cache import Cache, without_gradient
 from dsv2_ref.attention.rope import rotate
 
 
@@ -69,9 +78,9 @@ class MultiHeadAttention(nn.Module):
 
     def forward(
         self, h: Tensor, cos: Tensor | None = None, sin: Tensor | None = None,
-        cache: PerHeadCache | None = None, layer: int = 0, positions: Tensor | None = None,
+        cache: Cache | None = None, layer: int = 0, positions: Tensor | None = None,
     ) -> Tensor:
-        """h (B, T, d) -> u (B, T, d); `cache` is appended to at `layer`, not advanced."""
+        """h (B, T, d) -> u (B, T, d); `cache` is written at `layer`, not advanced."""
         q = self.W_Q(h)                                          # (B, T, n_h·d_h)     (1)
         k = self.W_K(h)                                          # (B, T, n_kv·d_h)    (2)
         v = self.W_V(h)                                          # (B, T, n_kv·d_h)    (3)
@@ -81,6 +90,9 @@ class MultiHeadAttention(nn.Module):
         if cos is not None and sin is not None:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
-            k, v = cache.append(layer, k, v)                     # (B, S, n_kv, d_h)
+            cache.write(layer, k, v)
+            k, v = cache.rows(layer)                             # (B, S, n_kv, d_h)
+            positions = cache.queries if positions is None else positions
         o = attend(q, k, v, self.d_h**-0.5, positions)           # (B, T, n_h, d_h)    (7)
-        return self.W_O(o.flatten(2))                            # (B, T, d)           (8)
+        u = self.W_O(o.flatten(2))                               # (B, T, d)           (8)
+        return u if cache is None else without_gradient(u)

@@ -33,6 +33,18 @@ How this file differs from the famous versions:
 Shapes: B batch, T new tokens, S = cached + new tokens, n_h heads; d width, d_h head, d_r RoPE,
 d_v value, d_c and d_cq latent sizes.
 Copy with: rope.py, kv_cache.py.  Needs: torch.
+
+Wiring, once copied:
+    import torch
+    from kv_cache import LatentCache
+    from mla import MultiHeadLatentAttention, attend_absorbed, attend_expanded
+    from rope import rope_frequencies, rope_tables
+    mla = MultiHeadLatentAttention(d=48, n_h=4, d_h=12, d_r=6, d_v=12, d_c=24)
+    cache = LatentCache(n_layers=1, batch=2, max_tokens=40, d_c=24, d_r=6)
+    for T, attend in ((8, attend_expanded), (1, attend_absorbed)):   # a prompt, then a token
+        cos, sin = rope_tables(cache.positions(T), rope_frequencies(6))
+        u = mla(torch.randn(2, T, 48), cos, sin, attend, cache, layer=0)     # (B, T, d)
+        cache.advance()
 """
 
 from collections.abc import Callable
@@ -41,7 +53,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsv2_ref.attention.kv_cache import LatentCache
+from dsv2_ref.attention.kv_cache import Cache, without_gradient
 from dsv2_ref.attention.rope import rotate
 
 
@@ -114,6 +126,29 @@ def absorbed_is_cheaper(T: int, S: int, d_h: int, d_r: int, d_v: int, d_c: int) 
     return absorbed < expanded
 
 
+def is_its_weight(layer: nn.Module) -> bool:
+    """Whether a linear layer is x·weightᵀ and nothing else: no bias, no adapter, no hook."""
+    plain = getattr(layer, "is_its_weight", type(layer) is nn.Linear and layer.bias is None)
+    return plain and not layer._forward_hooks and not layer._forward_pre_hooks
+
+
+def matrix(layer: nn.Module, columns: int, like: Tensor) -> Tensor:
+    """The matrix (rows, columns) of a linear layer, in which adapters count.
+
+    A plain layer's weight; else what the layer makes of the unit vectors, which are of `like`'s
+    device and dtype. ValueError for a layer that is not linear, as one with a bias.
+    """
+    if is_its_weight(layer):
+        return layer.weight
+    if any(isinstance(m, nn.Dropout) and m.p and m.training for m in layer.modules()):
+        raise ValueError("W_UK, W_UV: an adapter with dropout in training, expected dropout 0: it "
+                         "would drop rows of a matrix, not of tokens")
+    units = torch.eye(columns, dtype=like.dtype, device=like.device)
+    if layer(torch.zeros_like(units[:1])).any():
+        raise ValueError("W_UK, W_UV: a layer with a bias, expected a linear one without")
+    return layer(units).T
+
+
 class MultiHeadLatentAttention(nn.Module):
     """MLA over width d: n_h heads of d_h + d_r (query, key) and d_v (value) numbers.
 
@@ -125,7 +160,7 @@ class MultiHeadLatentAttention(nn.Module):
         d_cq: int | None = None, scale: float | None = None,
     ) -> None:
         super().__init__()
-        self.n_h, self.d_h, self.d_r, self.d_v = n_h, d_h, d_r, d_v
+        self.n_h, self.d_h, self.d_r, self.d_v, self.d_c = n_h, d_h, d_r, d_v, d_c
         self.scale = (d_h + d_r) ** -0.5 if scale is None else scale
         self.W_DQ = nn.Linear(d, d_cq, bias=False) if d_cq else nn.Identity()
         self.norm_q = nn.RMSNorm(d_cq, eps=1e-6) if d_cq else nn.Identity()
@@ -153,22 +188,23 @@ class MultiHeadLatentAttention(nn.Module):
 
     def forward(
         self, h: Tensor, cos: Tensor, sin: Tensor, attend: Callable[..., Tensor] = attend_expanded,
-        cache: LatentCache | None = None, layer: int = 0, positions: Tensor | None = None,
+        cache: Cache | None = None, layer: int = 0, positions: Tensor | None = None,
     ) -> Tensor:
         """h (B, T, d), cos and sin (T or B, T, d_r/2) -> u (B, T, d).
 
-        `attend` is one of the functions above: expanded for prompts and training, absorbed for
-        decoding. `cache` is appended to at `layer`, not advanced. `positions` (B, T) of the new
-        tokens are needed where they are not the last of all S; the cache's own are used where its
-        sequences have different lengths.
+        `attend` is one of the functions above, expanded for prompts and training, absorbed for
+        decoding, or another that takes the cache's rows. `cache` is written at `layer`, not
+        advanced. `positions` (B, T) of the new tokens are needed where they are not the last of
+        all S; None with a cache: the cache knows.
         """
-        if cache is not None and positions is None and min(cache.lengths) != max(cache.lengths):
-            positions = cache.positions(h.shape[1])
         q_c, q_r = self.queries(h, cos, sin)
-        c_kv, k_r = self.latents(h, cos, sin)
+        rows = self.latents(h, cos, sin)
         if cache is not None:
-            c_kv, k_r = cache.append(layer, c_kv, k_r)                       # (B, S, ·)
-        W_UK = self.W_UK.weight.unflatten(0, (self.n_h, self.d_h))           # (n_h, d_h, d_c)
-        W_UV = self.W_UV.weight.unflatten(0, (self.n_h, self.d_v))           # (n_h, d_v, d_c)
-        o = attend(q_c, q_r, c_kv, k_r, W_UK, W_UV, self.scale, positions)   # (B, T, n_h, d_v)
-        return self.W_O(o.flatten(2))                                        # (B, T, d)        (47)
+            cache.write(layer, *rows)
+            rows = cache.rows(layer)                                         # (B, S, ·) each
+            positions = cache.queries if positions is None else positions
+        W_UK = matrix(self.W_UK, self.d_c, h).unflatten(0, (self.n_h, self.d_h))   # (n_h, d_h, d_c)
+        W_UV = matrix(self.W_UV, self.d_c, h).unflatten(0, (self.n_h, self.d_v))   # (n_h, d_v, d_c)
+        o = attend(q_c, q_r, *rows, W_UK, W_UV, self.scale, positions)       # (B, T, n_h, d_v)
+        u = self.W_O(o.flatten(2))                                           # (B, T, d)        (47)
+        return u if cache is None else without_gradient(u)

@@ -49,7 +49,8 @@ def rope_frequencies(d_r: int, theta: float = 1e4) -> Tensor:
     """Radians per position of each pair, theta^(-2i/d_r).  Returns (d_r/2,) in fp64."""
     if d_r <= 0 or d_r % 2:
         raise ValueError(f"d_r: {d_r}, expected a positive even number (RoPE turns pairs)")
-    return theta ** (-torch.arange(0, d_r, 2, dtype=torch.float64) / d_r)    # (d_r/2,)
+    pairs = torch.arange(0, d_r, 2, dtype=torch.float64, device="cpu")
+    return theta ** (-pairs / d_r)                                           # (d_r/2,)
 
 
 def yarn_ramp(
@@ -64,7 +65,7 @@ def yarn_ramp(
     low = max(math.floor(pair_that_turns(beta_fast)), 0)
     high = min(math.ceil(pair_that_turns(beta_slow)), d_r - 1)
     span = high - low if high != low else 0.001
-    pairs = torch.arange(d_r // 2, dtype=torch.float64)
+    pairs = torch.arange(d_r // 2, dtype=torch.float64, device="cpu")
     return ((pairs - low) / span).clamp(0, 1)                                # (d_r/2,)
 
 
@@ -103,6 +104,9 @@ def rope_tables(
     positions (..., T) integers, frequencies (d_r/2,) fp64 -> two tensors (..., T, d_r/2) in fp64,
     which `rotate` casts to its own precision: cast earlier, and the rounding is in every angle.
     """
+    if frequencies.dtype != torch.float64:
+        raise ValueError(f"frequencies: {frequencies.dtype}, expected torch.float64: a model's "
+                         "cast rounds the angles of all positions")
     angles = positions[..., None].to(torch.float64) * frequencies.to(positions.device)
     return angles.cos() * magnitude, angles.sin() * magnitude
 
@@ -113,6 +117,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x (B, T, d_r) or (B, T, n_h, d_r); cos, sin (T, d_r/2) or (B, T, d_r/2).  Same shape and
     dtype as x; computed in at least fp32.
     """
+    if cos.shape[-2:] != (x.shape[1], x.shape[-1] // 2):
+        raise ValueError(f"cos, sin: shape {tuple(cos.shape)}, expected (..., {x.shape[1]}, "
+                         f"{x.shape[-1] // 2}), a row for each of the T new tokens")
     dtype = torch.promote_types(x.dtype, torch.float32)
     cos, sin = cos.to(dtype), sin.to(dtype)
     if x.ndim == 4:                                        # one turn for all heads of a token

@@ -110,8 +110,8 @@ class SchemeCache(LatentCache):
         super().__init__(*sizes)
         self.scheme = scheme
 
-    def append(self, layer: int, c_kv: Tensor, k_r: Tensor) -> tuple[Tensor, Tensor]:
-        return super().append(layer, self.scheme.latent(c_kv), self.scheme.rope(k_r))
+    def write(self, layer: int, c_kv: Tensor, k_r: Tensor) -> None:
+        super().write(layer, self.scheme.latent(c_kv), self.scheme.rope(k_r))
 
 
 @torch.no_grad()

@@ -119,7 +119,8 @@ def _attention(
     turns = theirs.model.rotary_emb(h, torch.tensor([[context]]))
 
     def our_step() -> Tensor:
-        return layer(h, cos, sin, attend_absorbed, cache)       # not advanced
+        cache.undo()                                            # written again and again
+        return layer(h, cos, sin, attend_absorbed, cache)
 
     def their_step() -> Tensor:
         return their_layer(h, past_key_values=their_cache, position_embeddings=turns)[0]

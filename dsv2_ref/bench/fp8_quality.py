@@ -30,8 +30,9 @@ from dsv2_ref.inference.evaluate import bits_per_byte
 from dsv2_ref.inference.fp8_model import quantise_model, stored_bytes
 from dsv2_ref.kernels.fp8 import BLOCK, dequantise, quantise
 from dsv2_ref.model import DeepSeekV2
-from dsv2_ref.text.corpora import Document, byte_count, stories_corpus
-from dsv2_ref.text.tokenizer import TextTokenizer, load_tokenizer
+from dsv2_ref.text.corpora import byte_count, stories_corpus
+from dsv2_ref.text.data import marked
+from dsv2_ref.text.tokenizer import load_tokenizer
 
 SEQUENCE = 256
 
@@ -63,11 +64,6 @@ def variants(path: Path) -> dict[str, DeepSeekV2]:
     }
 
 
-def encoded(documents: list[Document], tokenizer: TextTokenizer) -> list[list[int]]:
-    ids = tokenizer.encode_batch([d.text for d in documents])
-    return [[tokenizer.bos, *i, tokenizer.eos] for i in ids]
-
-
 def _rows(ids: list[list[int]], length: int) -> Tensor:
     flat = torch.tensor([i for one in ids for i in one])
     return flat[: len(flat) // length * length].view(-1, length)
@@ -88,7 +84,7 @@ def run(quick: bool = False, path: Path | None = None) -> dict[str, Any]:
     path = path or in_checkout("data/model")
     test = stories_corpus().test[: 20 if quick else 300]
     tokenizer = load_tokenizer(path / "tokenizer.json")
-    ids, n_bytes = encoded(test, tokenizer), byte_count(test)
+    ids, n_bytes = list(marked(test, tokenizer)), byte_count(test)
     few = _rows(ids[:64], 128)
     models = variants(path)
     record: dict[str, Any] = {}

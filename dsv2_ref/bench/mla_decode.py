@@ -37,6 +37,7 @@ from dsv2_ref.bench.harness.gpu import (
     row,
 )
 from dsv2_ref.kernels.latent_decode import Tile, decode_latent, tile_for
+from dsv2_ref.kernels.target import target_of
 
 SCALE = 192**-0.5 * 1.2608**2                                 # of V2, with YaRN's factor
 PAGE = 64
@@ -98,7 +99,7 @@ def _row(case: Case, device: torch.device) -> dict[str, Any]:
     steps: dict[str, Step] = {
         "ours": lambda x: ours(case, x), "bmm": bmm,
         "flashinfer": FlashInfer(case), "copy": copy_of(made[0].rows)}
-    best = tile_for(case.n_h, case.dtype, "sm_90" if device.type == "cuda" else "sm_80")
+    best = tile_for(case.n_h, case.dtype, target_of(device))
     variants = {
         f"{'paged ' * paged}{label(tile)}": lambda x, tile=tile, paged=paged: ours(
             case, x, tile, paged)

@@ -20,6 +20,7 @@ from dsv2_ref.bench.harness.gpu import check, device_for, medians, record, rotat
 from dsv2_ref.bench.mla_decode import PAGE, SCALE, SHAPES, TIMES, Case, decided, label, wrong
 from dsv2_ref.kernels.latent_decode import Tile
 from dsv2_ref.kernels.six_bit_decode import decode_six_bit, tile_for
+from dsv2_ref.kernels.target import target_of
 
 CASES = [Case(B, S, 16) for B, S in SHAPES] + [Case(128, 8192, 128)]
 QUICK = [Case(2, 64, 3, 64, 16, torch.float32)]
@@ -51,7 +52,7 @@ def _row(case: Case, device: torch.device) -> dict[str, Any]:
     steps = {"ours": lambda x: _ours(case, x),
              "bf16": lambda x: mla_decode.ours(case, x.plain),
              "copy": mla_decode.copy_of(made[0].rows)}
-    best = tile_for(case.n_h, case.dtype, "sm_90" if device.type == "cuda" else "sm_80")
+    best = tile_for(case.n_h, case.dtype, target_of(device))
     variants = {
         f"{'paged ' * paged}{label(tile)}": lambda x, tile=tile, paged=paged: _ours(
             case, x, tile, paged)

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from dsv2_ref import checkpoint
-from dsv2_ref.inference.generate import TextStream, generate
+from dsv2_ref.inference.generate import generate
 from dsv2_ref.model import DeepSeekV2
+from dsv2_ref.text.stream import TextStream
 from dsv2_ref.text.tokenizer import TextTokenizer
 from dsv2_ref.training.setup import Setup
 
@@ -52,5 +53,6 @@ def write_sample(
     stream = TextStream(tokenizer.decode, write, prompt)
     new = generate(model, [ids], max_new_tokens, temperature, top_p, stream=stream,
                    generator=draws)[0]
+    stream.end()
     write("\n")
     return prompt + tokenizer.decode(new)

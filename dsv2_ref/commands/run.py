@@ -14,6 +14,7 @@ from dsv2_ref import cost, figures, paper
 from dsv2_ref.commands.common import output_folder, save_model, say, write_sample
 from dsv2_ref.config import SMALL, V2, Config
 from dsv2_ref.inference.evaluate import compressed_bits_per_byte
+from dsv2_ref.inference.live_cache import measured_cache_bytes
 from dsv2_ref.text.corpora import Document, byte_count, open_corpus
 from dsv2_ref.text.data import encode
 from dsv2_ref.training.machine import (
@@ -118,7 +119,7 @@ def compare_caches(config: Config) -> dict[str, dict[str, int]]:
     say("\n5. Cache, bytes a token in bf16, measured on live tensors")
     live = {}
     for name, c in (("this model", config), ("V2's size", V2)):
-        live[name] = cost.measured_cache_bytes(c)
+        live[name] = measured_cache_bytes(c)
         say(f"   {name:<12}" + "   ".join(f"{kind} {n:,}" for kind, n in live[name].items())
             + f"   ({c.n_h} heads, GQA with {cost.default_groups(c.n_h)} groups)")
     say("   MLA's row does not grow with the heads: it pays where there are many of them.")

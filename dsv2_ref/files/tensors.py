@@ -5,7 +5,9 @@ FP8 files have codes under X.weight and a scale for each 128×128 block under X.
 which may lie in another file of the directory.
 """
 
+import functools
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from dsv2_ref.kernels.fp8 import dequantise
 
 INDEX = "model.safetensors.index.json"
 SCALE = "_scale_inv"
+PLAIN = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def tensor_files(path: Path) -> dict[str, Path]:
@@ -47,6 +50,17 @@ def open_file(file: Path) -> safe_open:
         raise ValueError(f"{file}: no such file") from None
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file}: damaged, expected a whole safetensors file ({error})") from None
+
+
+def stored_dtype(files: dict[str, Path], names: Iterable[str]) -> torch.dtype:
+    """The narrowest dtype that holds all of these tensors exactly, as far as they are plain."""
+    names, dtypes = set(names), set()
+    for file in sorted({files[name] for name in names}):
+        with open_file(file) as reader:
+            there = names.intersection(reader.keys())
+            dtypes |= {reader.get_slice(name).get_dtype() for name in there} & set(PLAIN)
+    plain = [PLAIN[dtype] for dtype in dtypes] or [torch.float32]
+    return functools.reduce(torch.promote_types, plain)
 
 
 def read(reader: safe_open, files: dict[str, Path], name: str, expected: dict[str, Any]) -> Tensor:

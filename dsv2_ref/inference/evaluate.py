@@ -11,10 +11,38 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
+from dsv2_ref.cross_entropy import linear_log_probs
 from dsv2_ref.model import DeepSeekV2
 from dsv2_ref.text.corpora import Document
+
+
+def token_log_probs(
+    model: DeepSeekV2, ids: Tensor, lengths: Sequence[int] | None = None
+) -> Tensor:
+    """log p of each next token: ids (B, T) -> (B, T-1) in nats, in at least fp32; carries gradient.
+
+    lengths: real tokens of each sequence, the rest being padding on the right, where log p is 0;
+    None for all. No slot is dropped and no balance loss taken, in training mode too.
+    """
+    if ids.ndim != 2 or ids.shape[1] < 2:
+        raise ValueError(f"ids: shape {tuple(ids.shape)}, expected (batch, tokens), at least two")
+    B, T = ids.shape
+    if lengths is not None and (len(lengths) != B or not all(1 <= n <= T for n in lengths)):
+        raise ValueError(f"lengths: {list(lengths)}, expected {B} numbers from 1 to {T}")
+    h = model.hidden(ids[:, :-1]).flatten(0, 1)                              # (B·(T-1), d)
+    next_ids = ids[:, 1:].long()
+    known = (next_ids >= 0) & (next_ids < model.config.vocab)
+    if ids.device.type == "cpu" and not known.all():
+        raise ValueError(f"ids: {int(next_ids[~known][0])}, expected 0 to {model.config.vocab - 1}")
+    log_p = linear_log_probs(h, model.head, next_ids.where(known, 0).flatten()).view(B, T - 1)
+    log_p = log_p.masked_fill(~known, torch.nan)
+    if lengths is None:
+        return log_p
+    real = torch.arange(1, T) < torch.tensor(lengths)[:, None]               # (B, T-1)
+    return log_p.where(real.to(log_p.device), 0.0)
 
 
 @torch.no_grad()
@@ -30,7 +58,6 @@ def bits_per_byte(
     """
     if n_bytes <= 0 or not documents:
         raise ValueError(f"documents: {len(documents)} with {n_bytes} bytes, expected some text")
-    device = model.embedding.weight.device
     stride = max(1, round(sequence * (1 - overlap)))
     windows: list[tuple[list[int], int]] = []       # ids, how many of the last are counted
     for ids in documents:
@@ -40,19 +67,16 @@ def bits_per_byte(
             begin, end = end, min(end + stride, len(ids) - 1)
             windows.append((list(ids[max(0, end - sequence) : end + 1]), end - begin))
     windows.sort(key=lambda w: len(w[0]))           # neighbours of one length: little padding
-    was_training, nats = model.training, 0.0
-    model.eval()
+    nats = 0.0
     for start in tqdm(range(0, len(windows), batch), "held-out", disable=not progress, leave=False):
         rows = windows[start : start + batch]
-        x = torch.zeros(len(rows), len(rows[-1][0]) - 1, dtype=torch.int64)
-        y = torch.full_like(x, -100)
-        for b, (ids, counted) in enumerate(rows):
-            n = len(ids) - 1
-            x[b, :n] = torch.tensor(ids[:-1])
-            y[b, n - counted : n] = torch.tensor(ids[len(ids) - counted :])
-        mean = model.losses(x.to(device), y.to(device)).language.item()
-        nats += mean * int((y != -100).sum())
-    model.train(was_training)
+        longest = len(rows[-1][0])
+        padded = torch.tensor([ids + ids[-1:] * (longest - len(ids)) for ids, _ in rows])
+        log_p = token_log_probs(model, padded.to(model.like.device))         # (B, longest - 1)
+        counted = torch.zeros(log_p.shape, dtype=torch.bool)
+        for b, (ids, n) in enumerate(rows):
+            counted[b, len(ids) - 1 - n : len(ids) - 1] = True
+        nats -= log_p[counted.to(log_p.device)].sum(dtype=torch.float64).item()
     return nats / math.log(2) / n_bytes
 
 

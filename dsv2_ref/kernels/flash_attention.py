@@ -34,7 +34,7 @@ How it differs from the famous version:
 Shapes: B sequences of T queries and S keys each, Nq and Nk those of all, n_h (H) heads, d_h + d_r
 (query, key) and d_v (value) numbers; BM queries and BN keys a tile. In the kernels capitals lie in
 memory and small letters are tiles; the shapes at the margin leave the padding out.
-Copy with: nothing.  Needs: torch, triton.
+Copy with: target.py.  Needs: torch, triton.
 
 Wiring, once copied:
     import torch                       # on a CPU, first set TRITON_INTERPRET=1
@@ -54,17 +54,19 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dsv2_ref.kernels.target import check_device, target_of
+
 # kernel -> (BM queries, BN keys, num_warps, num_stages). Of the first three cards: large tiles that
 # compile for widths 128, 64, 128 in 16 bits without a spilled register and with no product taken
 # twice (tests/audit/flash_attention.py); not timed yet. On sm_90 they take 234, 229 and 247
-# registers and 213, 164 and 144 KB; dkdv with 64 queries would spill in its loop. "other" fits the
-# 99 KB of consumer cards; "small" is for fp32, which no card does fast and the compiler not at all
-# in large tiles, and for wider rows; "cpu" is for Triton's interpreter.
+# registers and 213, 164 and 144 KB; dkdv with 64 queries would spill in its loop. "small" is
+# for fp32, which no card does fast and the compiler not at all in large tiles, and for wider rows;
+# the other names are those of target.py.
 TILES = {
     "sm_90": {"forward": (128, 128, 8, 2), "dq": (128, 64, 8, 2), "dkdv": (32, 128, 8, 3)},
     "sm_80": {"forward": (128, 64, 8, 3), "dq": (128, 32, 8, 2), "dkdv": (16, 64, 4, 2)},
     "gfx942": {"forward": (128, 64, 4, 1), "dq": (128, 32, 4, 1), "dkdv": (16, 64, 4, 1)},
-    "other": {"forward": (64, 64, 4, 2), "dq": (64, 32, 4, 2), "dkdv": (16, 64, 4, 2)},
+    "consumer": {"forward": (64, 64, 4, 2), "dq": (64, 32, 4, 2), "dkdv": (16, 64, 4, 2)},
     "small": {"forward": (16, 32, 4, 1), "dq": (16, 32, 4, 1), "dkdv": (16, 32, 4, 1)},
     "cpu": {"forward": (64, 32, 4, 1), "dq": (32, 64, 4, 1), "dkdv": (32, 64, 4, 1)},
 }
@@ -281,15 +283,6 @@ def _backward_dkdv(
     _store(dV, dv, first, rows, left, head, H, D_V)
 
 
-def target(device: torch.device) -> str:
-    """Which row of TILES serves a device."""
-    if device.type != "cuda":
-        return "cpu"
-    if torch.version.hip is not None:
-        return "gfx942"
-    return {(9, 0): "sm_90", (8, 0): "sm_80"}.get(torch.cuda.get_device_capability(device), "other")
-
-
 def tile(kernel: str, name: str, widths: tuple[int, int, int], itemsize: int) -> dict[str, int]:
     """Launch options of a kernel ("forward", "dq", "dkdv") for widths d_h, d_r, d_v."""
     if name != "cpu" and (itemsize > 2 or sum(padded(width) for width in widths) > 320):
@@ -306,7 +299,7 @@ class _FlashAttention(torch.autograd.Function):
         N, H, D_V = len(q_c), q_c.shape[1], v.shape[-1]
         widths = q_c.shape[-1], q_r.shape[-1], D_V
         ctx.sizes = dict(zip(("D_H", "D_R", "D_V"), widths), N=N, H=H)
-        ctx.options = {kernel: tile(kernel, target(q_c.device), widths, q_c.element_size())
+        ctx.options = {kernel: tile(kernel, target_of(q_c.device), widths, q_c.element_size())
                        for kernel in ("forward", "dq", "dkdv")}
         ctx.scale, ctx.max_q, ctx.max_k, ctx.sequences = scale, max_q, max_k, len(cu_q) - 1
         o = q_c.new_empty(N, H, D_V)
@@ -392,13 +385,8 @@ def _check(q_c, q_r, k_c, k_r, v, scale, cu_q, cu_k, positions) -> None:
     for name, x in {"q_r": q_r, "k_c": k_c, "k_r": k_r, "v": v}.items():
         if x.dtype != q_c.dtype:
             raise ValueError(f"{name}: dtype {x.dtype}, expected q_c's {q_c.dtype}")
-    known = [torch.float16, torch.float32]
-    if q_c.is_cuda:
-        known.append(torch.bfloat16)          # the interpreter's bf16 arithmetic is wrong
-    if q_c.dtype not in known:
-        raise ValueError(f"q_c: dtype {q_c.dtype}, expected one of {known} on {q_c.device.type}")
+    if q_c.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(f"q_c: dtype {q_c.dtype}, expected float16, bfloat16 or float32")
     if not scale > 0:
         raise ValueError(f"scale: {scale}, expected a positive number")
-    if not q_c.is_cuda and isinstance(_forward, triton.JITFunction):
-        raise ValueError(f"q_c: on {q_c.device}, expected a CUDA device, or TRITON_INTERPRET=1 set "
-                         "before this module is imported")
+    check_device("q_c", q_c, _forward)

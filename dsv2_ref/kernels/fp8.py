@@ -147,6 +147,8 @@ class Fp8Weight(nn.Module):
 class Fp8Linear(Fp8Weight):
     """In place of nn.Linear without bias; `weight` is made anew each time it is asked for."""
 
+    is_its_weight = True         # x·weightᵀ and nothing else: so attention may read `weight`
+
     @property
     def weight(self) -> Tensor:
         return dequantise(self.codes, self.scale, self.dtype)               # (r, c)

@@ -32,7 +32,7 @@ How this file differs from the famous versions:
 
 A slot is one (token, expert) pair, numbered n·K + k.
 Shapes: N flat tokens, d width, w expert width, E routed experts, K slots a token, R kept slots.
-Copy with: route_tokens.py.  Needs: torch, triton.
+Copy with: route_tokens.py, target.py.  Needs: torch, triton.
 
 Wiring, once copied:
     import torch                       # on a CPU, first set TRITON_INTERPRET=1
@@ -53,6 +53,7 @@ from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dsv2_ref.kernels.route_tokens import sort_slots_fused
+from dsv2_ref.kernels.target import check_device, multiprocessors, target_of
 
 # target -> BM, BN, BK, warps, stages, blocks an SM: narrow for up and back, wide for the others.
 # Not timed yet; from the code for sm_90 at Lite's widths: no spills, three buffers, and for 1,024
@@ -62,6 +63,7 @@ TILES = {
     "sm_90": {"narrow": (128, 128, 64, 8, 3, 1), "wide": (128, 256, 64, 8, 3, 1)},
     "few": {"narrow": (16, 64, 128, 4, 3, 2), "wide": (16, 128, 128, 4, 3, 2)},
     "sm_80": {"narrow": (128, 64, 32, 4, 3, 2), "wide": (128, 128, 32, 4, 3, 2)},
+    "consumer": {"narrow": (128, 64, 32, 4, 3, 2), "wide": (128, 128, 32, 4, 3, 2)},
     "gfx942": {"narrow": (128, 64, 32, 4, 2, 2), "wide": (128, 128, 32, 4, 2, 2)},
     "small": {"narrow": (64, 32, 32, 4, 2, 2), "wide": (64, 64, 32, 4, 2, 2)},
     "cpu": {"narrow": (16, 16, 32, 1, 1, 1), "wide": (16, 32, 16, 1, 1, 1)},
@@ -287,17 +289,14 @@ class Plan(NamedTuple):
 
 def plan(x: Tensor, W_gate: Tensor, slots: int) -> Plan:
     """The tiles for these sizes on this device."""
-    E, w, d = W_gate.shape
-    if not x.is_cuda:
-        return Plan(TILES["cpu"], False, 3)                         # Triton's interpreter
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    (E, w, d), target = W_gate.shape, target_of(x.device)
+    if target == "cpu":
+        return Plan(TILES["cpu"], False, 3)
+    processors = multiprocessors(x.device)
     if x.element_size() == 4 or d % 8 or w % 8:                     # or rows that are not aligned
         return Plan(TILES["small"], False, processors)
-    if torch.version.hip or torch.cuda.get_device_capability(x.device)[0] not in (9, 10):
-        return Plan(TILES["gfx942" if torch.version.hip else "sm_80"], False, processors)
-    # Blackwell (10) takes Hopper's tiles: they compile, no more is known
-    name = "few" if slots <= 16 * E else "sm_90"
-    return Plan(TILES[name], slots > 0, processors)
+    name = "few" if target == "sm_90" and slots <= 16 * E else target
+    return Plan(TILES[name], target == "sm_90" and slots > 0, processors)
 
 
 def sum_slots(rows: Tensor, top_k: int, keep: Tensor | None = None) -> Tensor:
@@ -396,9 +395,7 @@ def experts_fused(
     if len(kinds) > 1 or not kinds < {torch.float32, torch.bfloat16, torch.float16}:
         raise ValueError(f"x and weights: {', '.join(sorted(map(str, kinds)))}, expected one of "
                          "float32, bfloat16 and float16")
-    if not x.is_cuda and (isinstance(_up_kernel, triton.JITFunction) or torch.bfloat16 in kinds):
-        raise ValueError(f"x: {x.dtype} on {x.device}, expected a CUDA device, or fp32 or fp16 and "
-                         "TRITON_INTERPRET=1 set before this module is imported")
+    check_device("x", x, _up_kernel)
     order, offsets = sort_slots_fused(indices, E, keep)
     keep = None if keep is None else keep.contiguous()
     tensors = [t.contiguous() for t in (x, gates, W_gate, W_up, W_down)]

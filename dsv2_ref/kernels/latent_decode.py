@@ -33,7 +33,7 @@ matrix unit where 16 heads would not. No tile was timed on a GPU yet; the bench 
 
 Shapes: B batch, T new tokens, S cached + new, n_h heads, n = T·n_h rows of queries; BH, BN, BC, BR
 tile sizes of queries, keys, d_c and d_r.
-Copy with: nothing.  Needs: torch, triton.
+Copy with: target.py.  Needs: torch, triton.
 
 Wiring, once copied:
     import torch                       # on a CPU, first set TRITON_INTERPRET=1
@@ -52,6 +52,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from dsv2_ref.kernels.target import check_device, multiprocessors, target_of
 
 
 class Tile(NamedTuple):
@@ -74,20 +76,11 @@ def tile_for(n: int, dtype: torch.dtype, target: str) -> Tile:
         return Tile(16, 16, 4, 1, 1)             # exact rather than fast
     if target == "gfx942":
         return Tile(16, 32, 2, 2, 1)             # both warps compute all scores
-    if target == "sm_80":
+    if target != "sm_90":
         return Tile(16, 32, 4, 3, 1)             # 93,184 B
     if n > 32:
         return Tile(64, 64, 8, 2, 1)             # 255 registers, 221,184 B: 64 x 512 sums on wgmma
     return Tile(16, 32, 4, 3, 2)                 # 168 registers, 93,184 B: two blocks
-
-
-def target_of(device: torch.device) -> str:
-    """Whose tiles to take: sm_90 for Hopper and larger, sm_80 for what has less shared memory."""
-    if device.type != "cuda":
-        return "sm_80"
-    if torch.version.hip:
-        return "gfx942"
-    return "sm_90" if torch.cuda.get_device_capability(device)[0] in (9, 10) else "sm_80"
 
 
 @lru_cache(maxsize=4096)
@@ -105,13 +98,6 @@ def number_of_splits(tokens: int, programs: int, slots: int, BN: int) -> int:
         return rounds * (triton.cdiv(tiles, splits) + 8) + (splits > 1) * splits / 32
 
     return min(range(1, min(tiles, 256) + 1), key=time)
-
-
-@lru_cache(maxsize=16)
-def multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @triton.jit
@@ -272,7 +258,7 @@ def decode_latent(
     (_, T, n_h, d_c), d_r = q_c.shape, q_r.shape[-1]
     tile = tile or tile_for(T * n_h, q_c.dtype, target_of(q_c.device))
     PAGE = 0 if table is None else c_kv.shape[1]
-    check_cache(q_c, q_r, positions, c_kv, k_r, table, PAGE)
+    check_cache(q_c, q_r, positions, c_kv, k_r, table, PAGE, decode_kernel)
     S = c_kv.shape[1] if table is None else PAGE * table.shape[1]
     if q_r.dtype != q_c.dtype or c_kv.dtype != q_c.dtype or k_r.dtype != q_c.dtype:
         raise ValueError(f"cache: dtypes {c_kv.dtype} and {k_r.dtype} with queries {q_c.dtype} and "
@@ -292,9 +278,9 @@ def decode_latent(
 
 def check_cache(
     q_c: Tensor, q_r: Tensor, positions: Tensor, a: Tensor, b: Tensor, table: Tensor | None,
-    page: int,
+    page: int, kernel: object,
 ) -> None:
-    """ValueError for what no kernel here can read; a and b are the two tensors of the cache."""
+    """ValueError for what `kernel` cannot read; a and b are the two tensors of the cache."""
     if q_c.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"q_c: dtype {q_c.dtype}, expected float16, bfloat16 or float32")
     if q_c.shape[:3] != q_r.shape[:3] or positions.shape != q_c.shape[:2]:
@@ -306,6 +292,7 @@ def check_cache(
                          f"sequences, expected the same (·, tokens, ·) and {len(q_c)} sequences")
     if table is not None and (page == 0 or page % 64):
         raise ValueError(f"page: {page} tokens, expected a multiple of 64")
+    check_device("q_c", q_c, kernel)
 
 
 def no_gradient(name: str, *inputs: Tensor) -> None:

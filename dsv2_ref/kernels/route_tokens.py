@@ -29,7 +29,7 @@ Launch: 32 tokens or 64 slots a program, 4 warps. Not timed yet.
 
 Shapes: N flat tokens, E routed experts, K slots a token, D devices, M devices a token, R kept
 slots.
-Copy with: nothing.  Needs: torch, triton.
+Copy with: target.py.  Needs: torch, triton.
 
 Wiring, once copied:
     import torch                       # on a CPU, first set TRITON_INTERPRET=1
@@ -45,6 +45,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from dsv2_ref.kernels.target import check_device
 
 BLOCK_TOKENS = 32
 BLOCK_SLOTS = 64
@@ -117,7 +119,9 @@ def _place_kernel(
     tl.store(order + place, slot, mask=tl.sum(table, 1) > 0)
 
 
-def select_greedy_fused(s: Tensor, top_k: int) -> Tensor:
+def select_greedy_fused(
+    s: Tensor, top_k: int, n_devices: int = 1, max_devices: int = 1
+) -> Tensor:
     """The K experts of highest affinity: (N, E) -> (N, K) int64, best first."""
     return select_device_limited_fused(s, top_k, 1, 1)
 
@@ -136,7 +140,7 @@ def select_device_limited_fused(
         raise ValueError(f"n_devices: {n_devices}, expected a divisor of E = {E}")
     if not 1 <= max_devices <= n_devices:
         raise ValueError(f"max_devices: {max_devices}, expected 1 to n_devices = {n_devices}")
-    _check_device("s", s)
+    check_device("s", s, _select_kernel)
     each = E // n_devices
     if not 1 <= top_k <= each * max_devices:
         raise ValueError(f"top_k: {top_k}, expected 1 to {each * max_devices}, the experts in "
@@ -163,7 +167,7 @@ def sort_slots_fused(
     if keep is not None and (keep.dtype != torch.bool or keep.shape != indices.shape):
         raise ValueError(f"keep: {keep.dtype} of shape {tuple(keep.shape)}, expected bool of "
                          f"{tuple(indices.shape)}")
-    _check_device("indices", indices)
+    check_device("indices", indices, _place_kernel)
     slots, device = indices.numel(), indices.device
     blocks = max(1, triton.cdiv(slots, BLOCK_SLOTS))
     counts = torch.empty(n_routed * blocks, dtype=torch.int32, device=device)
@@ -177,9 +181,3 @@ def sort_slots_fused(
     torch.cumsum(counts, 0, dtype=torch.int32, out=edges[1:])
     _place_kernel[(blocks,)](flat, kept, edges, order, *sizes)
     return order, edges[::blocks].contiguous()
-
-
-def _check_device(name: str, x: Tensor) -> None:
-    if not x.is_cuda and isinstance(_select_kernel, triton.JITFunction):
-        raise ValueError(f"{name}: on {x.device}, expected a CUDA device, or TRITON_INTERPRET=1 "
-                         "set before this module is imported")

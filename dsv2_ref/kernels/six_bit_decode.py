@@ -32,7 +32,7 @@ products of exact integers. More than 16 heads share what is unpacked, 32 at a t
 timed on a GPU yet.
 
 Shapes: as in latent_decode.py; w, w_r words a plane (W, W_R), BW and BR columns of their tiles.
-Copy with: latent_decode.py.  Needs: torch, triton.
+Copy with: latent_decode.py, target.py.  Needs: torch, triton.
 
 Wiring, once copied:
     import torch                       # on a CPU, first set TRITON_INTERPRET=1
@@ -59,8 +59,8 @@ from dsv2_ref.kernels.latent_decode import (
     pieces,
     share_of_split,
     softmax_step,
-    target_of,
 )
+from dsv2_ref.kernels.target import target_of
 
 
 def tile_for(n: int, dtype: torch.dtype, target: str) -> Tile:
@@ -72,7 +72,7 @@ def tile_for(n: int, dtype: torch.dtype, target: str) -> Tile:
         return Tile(16, 32, 4, 1, 1)             # exact rather than fast
     if target == "gfx942":
         return Tile(16, 32, 2, 1, 1)             # both warps compute all scores
-    if target == "sm_80":
+    if target != "sm_90":
         return Tile(16, 32, 4, 3, 2)             # plain operations: 1333 instructions for 32 keys
     if n > 16:
         return Tile(32, 64, 8, 3, 1)             # 212 registers, 115,200 B
@@ -301,7 +301,7 @@ def decode_six_bit(
     target, exact = target_of(q_c.device), q_c.dtype == torch.float32
     tile = tile or tile_for(T * n_h, q_c.dtype, target)
     PAGE = 0 if table is None else words.shape[1]
-    check_cache(q_c, q_r, positions, words, scales, table, PAGE)
+    check_cache(q_c, q_r, positions, words, scales, table, PAGE, six_bit_kernel)
     if words.dtype != torch.int16 or words.shape[-1] != 3 * (w + w_r):
         raise ValueError(f"words: {words.shape[-1]} of {words.dtype} a row, expected "
                          f"{3 * (w + w_r)} of torch.int16 for d_c = {d_c}, d_r = {d_r}")

@@ -53,7 +53,8 @@ def keep_within_budget(
     order = affinity.detach().flatten().argsort(descending=True, stable=True)
     order = order[(~safe[order]).to(torch.uint8).argsort(stable=True)]
     order = order[device[order].argsort(stable=True)]
-    load = torch.bincount(device, minlength=n_devices)                       # (D,)
+    # not bincount, for whose result a GPU waits
+    load = device.new_zeros(n_devices).scatter_add_(0, device, torch.ones_like(device))     # (D,)
     first = load.cumsum(0) - load
     rank = torch.empty_like(order)
     rank[order] = torch.arange(order.numel(), device=order.device) - first[device[order]]

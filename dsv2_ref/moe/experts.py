@@ -21,12 +21,22 @@ How this file differs from the famous versions:
   1. Weights of all experts are stacked, (E, w, d); an expert that gets no token therefore gets a
      gradient of zeros, never None, and nobody waits for it.
   2. Shared experts are *summed*: N_s networks of width w are one of width N_s·w, as published.
-  3. Router and experts see the normed stream x, the residual is the un-normed u: (20) leaves the
-     pre-norm out.
+  3. Router and experts read the normed stream x, while `MixtureOfExperts` adds its result to the
+     un-normed u and returns the sum: (20) leaves the pre-norm out. Do not add u once more.
+  4. Experts may be a share of all, those that one process holds: `of_share`.
 
 A slot is one (token, expert) pair.
 Shapes: N flat tokens, d width, w expert width, E routed experts, K slots a token, R kept slots.
 Copy with: nothing.  Needs: torch (2.10 or later for `experts_grouped`).
+
+Wiring, once copied:
+    import torch
+    from experts import MixtureOfExperts, experts_padded
+    moe = MixtureOfExperts(d=48, w=16, n_shared=1, n_routed=8)
+    u = torch.randn(40, 48)                                          # (N, d) residual stream
+    x = torch.nn.functional.rms_norm(u, (48,))                       # (N, d) its norm
+    gates, indices = torch.rand(40, 8).softmax(-1).topk(2)           # (N, K) each, from the router
+    h = moe(u, x, indices, gates, experts_padded)                    # (N, d), u included
 """
 
 from collections.abc import Callable
@@ -59,9 +69,17 @@ def sort_slots(
     counts (E,), how many each expert got.
     """
     expert = indices.flatten()
+    # on a GPU the question would wait; under the compiler it would cut the graph
+    if expert.device.type == "cpu" and not torch.compiler.is_compiling() and len(expert):
+        low, high = (int(e) for e in expert.aminmax())
+        if low < 0 or high >= n_routed:
+            raise ValueError(f"indices: expert {low if low < 0 else high}, expected 0 to "
+                             f"{n_routed - 1}")
     if keep is not None:
         expert = expert.masked_fill(~keep.flatten(), n_routed)   # dropped slots sort to the end
-    counts = torch.bincount(expert, minlength=n_routed)[:n_routed]
+    # not bincount, for whose result a GPU waits
+    counts = expert.new_zeros(n_routed + 1).scatter_add_(0, expert, torch.ones_like(expert))
+    counts = counts[:n_routed]                                   # dropped slots are the last
     order = expert.argsort(stable=True)
     return (order if keep is None else order[: int(counts.sum())]), counts
 
@@ -109,6 +127,8 @@ def experts_grouped(
     keep: Tensor | None = None,
 ) -> Tensor:
     """The same with grouped matmuls over the sorted slots; arguments as above, bf16 or fp32."""
+    if torch.compiler.is_compiling() and x.dtype != torch.bfloat16:
+        return experts_padded(x, indices, gates, W_gate, W_up, W_down, keep)   # it knows bf16 alone
     order, counts = sort_slots(indices, len(W_gate), keep)
     ends = counts.cumsum(0).to(torch.int32)
     rows = x[order // indices.shape[1]]                                              # (R, d)
@@ -125,37 +145,52 @@ def _gated_sum(out: Tensor, order: Tensor, gates: Tensor, x: Tensor) -> Tensor:
     return y.index_add(0, order // gates.shape[1], out.to(y.dtype)).to(x.dtype)
 
 
-def choose_experts(x: Tensor, top_k: int, n_routed: int, width: int) -> Callable[..., Tensor]:
-    """Which of the three equal forms suits these tokens x (N, d) best; `width` is w."""
-    if len(x) * top_k < 2 * n_routed:
-        return experts_loop                  # few slots: read the chosen experts only
-    # grouped_mm wants rows of whole 16 bytes and does not obey autocast
-    fits = all(n * x.element_size() % 16 == 0 for n in (x.shape[1], width))
-    best = torch.bfloat16 if x.device.type == "cuda" else torch.float32
-    if fits and x.dtype == best and not torch.is_autocast_enabled(x.device.type):
-        return experts_grouped
-    return experts_padded
+def of_share(form: Callable[..., Tensor], held: range) -> Callable[..., Tensor]:
+    """A form for the experts `held` alone, W_gate and the others being theirs.
+
+    It gives their part of the sum: the parts of shares that make up 0 .. E-1 add up to the whole.
+    """
+
+    def part(
+        x: Tensor, indices: Tensor, gates: Tensor, W_gate: Tensor, W_up: Tensor, W_down: Tensor,
+        keep: Tensor | None = None,
+    ) -> Tensor:
+        inside = (indices >= held.start) & (indices < held.stop)
+        local = (indices - held.start).masked_fill(~inside, 0)
+        inside = inside if keep is None else keep & inside
+        return form(x, local, gates, W_gate, W_up, W_down, inside)
+
+    return part
 
 
 class MixtureOfExperts(nn.Module):
-    """N_s shared and E routed experts of width w over d, without a router."""
+    """N_s shared and E routed experts of width w over d, without a router.
 
-    def __init__(self, d: int, w: int, n_shared: int, n_routed: int) -> None:
+    `held`: the routed experts whose weights are here; None for all. With a share, `form` has
+    to be one for it.
+    """
+
+    def __init__(
+        self, d: int, w: int, n_shared: int, n_routed: int, held: range | None = None
+    ) -> None:
         super().__init__()
+        self.held = range(n_routed) if held is None else held
+        if not 0 <= self.held.start < self.held.stop <= n_routed or self.held.step != 1:
+            raise ValueError(f"held: {self.held}, expected a part of range(0, {n_routed})")
         self.shared = FeedForward(d, n_shared * w)
-        self.W_gate = nn.Parameter(torch.empty(n_routed, w, d))
-        self.W_up = nn.Parameter(torch.empty(n_routed, w, d))
-        self.W_down = nn.Parameter(torch.empty(n_routed, d, w))
+        self.W_gate = nn.Parameter(torch.empty(len(self.held), w, d))
+        self.W_up = nn.Parameter(torch.empty(len(self.held), w, d))
+        self.W_down = nn.Parameter(torch.empty(len(self.held), d, w))
         for W in (self.W_gate, self.W_up, self.W_down):
-            nn.init.normal_(W, std=0.02)
+            nn.init.normal_(W, std=(3 * W.shape[-1]) ** -0.5)     # as large as nn.Linear's own
 
     def forward(
         self, u: Tensor, x: Tensor, indices: Tensor, gates: Tensor,
-        run: Callable[..., Tensor] = experts_loop, keep: Tensor | None = None,
+        form: Callable[..., Tensor] = experts_loop, keep: Tensor | None = None,
     ) -> Tensor:
         """u (N, d) residual stream, x (N, d) its norm, indices and gates (N, K) -> (N, d).
 
-        `run` is one of the functions above; `keep` (N, K) says which slots were not dropped.
+        `form` is one of the functions above; `keep` (N, K) says which slots were not dropped.
         """
-        routed = run(x, indices, gates, self.W_gate, self.W_up, self.W_down, keep)
+        routed = form(x, indices, gates, self.W_gate, self.W_up, self.W_down, keep)
         return u + self.shared(x) + routed                                   # (N, d)           (20)

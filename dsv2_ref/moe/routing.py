@@ -58,8 +58,8 @@ def affinities(u: Tensor, centroids: Tensor) -> Tensor:
     return s
 
 
-def select_greedy(s: Tensor, top_k: int) -> Tensor:
-    """The K experts of highest affinity: (N, E) -> (N, K), best first."""
+def select_greedy(s: Tensor, top_k: int, n_devices: int = 1, max_devices: int = 1) -> Tensor:
+    """The K experts of highest affinity: (N, E) -> (N, K), best first. Devices play no part."""
     return s.topk(top_k, -1).indices
 
 
@@ -95,14 +95,14 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(n_routed, d))
         nn.init.normal_(self.weight, std=0.02)
 
-    def forward(
-        self, u: Tensor, limited: Callable[..., Tensor] = select_device_limited
-    ) -> Routing:
-        """u (N, d) -> Routing; `limited` is `select_device_limited` or a function equal to it."""
+    def forward(self, u: Tensor, select: Callable[..., Tensor] | None = None) -> Routing:
+        """u (N, d), the normed stream -> Routing.
+
+        `select` is a function equal to the selection that the router has by its `max_devices`.
+        """
+        if select is None:
+            select = select_greedy if self.max_devices is None else select_device_limited
         s = affinities(u, self.weight)                                       # (N, E)
-        if self.max_devices is None:
-            indices = select_greedy(s.detach(), self.top_k)                  # (N, K)
-        else:
-            indices = limited(s.detach(), self.top_k, self.n_devices, self.max_devices)
+        indices = select(s.detach(), self.top_k, self.n_devices, self.max_devices)   # (N, K)
         g = s.gather(-1, indices) * self.scaling_factor                      # (N, K)           (21)
         return Routing(indices, g, s)

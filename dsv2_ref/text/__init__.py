@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Text: where it comes from (corpora, stories and their grammar), tokens, packed batches."""
+"""Text: where it comes from (corpora, stories and their grammar), tokens, batches, streaming."""

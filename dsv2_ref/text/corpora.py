@@ -9,28 +9,28 @@ and needs no stored list.
 """
 
 import hashlib
-import json
-import os
 import sysconfig
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
+from dsv2_ref.text.reading import (
+    ROW_SUFFIXES,
+    TEXT_SUFFIXES,
+    Document,
+    checked,
+    extra,
+    read_paths,
+    walk,
+)
 from dsv2_ref.text.stories import sample
 
-TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py", ".tex", ".html", ".c", ".h", ".cpp", ".rs", ".js"}
 # Tests are kept out because they are repetitive, bundles because they are not the library itself.
 SKIPPED_FOLDERS = {
     "site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__",
     "ensurepip",
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Document:
-    name: str
-    text: str
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ def split(
     held_out_bytes: size of each held-out part; None is a twentieth of all. A document larger than
     a fifth of that stays in train where there is another choice, so that no single one decides the
     held-out loss. The parts keep the given order. One or two texts are first cut into passages,
-    the one case where a part of a text is held out. ValueError for no text, or under 3 lines.
+    the one case where a part of a text is held out. A text that occurs twice is never in two
+    parts: it stays where it is held out. ValueError for no text, or under 3 lines.
     """
     documents = [document for document in documents if document.text]
     if not documents:
@@ -85,12 +86,14 @@ def split(
         if taken[which] >= budget > 0:
             break
         part[i], taken[which] = which, taken[which] + sizes[i]
-    parts = {
-        which: [documents[i] for i in range(len(documents)) if part[i] == which]
-        for which in ("train", "validation", "test")
-    }
-    if not parts["train"]:
-        raise ValueError(f"corpus {name!r} is too small for {budget} held-out bytes twice")
+    parts, placed = {}, set()
+    for which in ("test", "validation", "train"):
+        mine = [d for d, where in zip(documents, part) if where == which and d.text not in placed]
+        if not mine:
+            raise ValueError(f"corpus {name!r} is too small for {budget} held-out bytes twice: no "
+                             f"text is left for {which}, expected more that differ")
+        parts[which] = mine
+        placed.update(document.text for document in mine)
     return Corpus(name=name, origin=origin, **parts)
 
 
@@ -103,17 +106,10 @@ def _passages(document: Document, pieces: int = 30) -> Iterator[Document]:
             yield Document(f"{document.name}[{i + 1}/{pieces}]", "".join(lines[begin:end]))
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    """All files below `folder` in a fixed order, without hidden folders."""
-    for where, folders, files in os.walk(folder):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        yield from (Path(where, f) for f in sorted(files))
-
-
 def _sources(root: Path, skipped: set[str]) -> list[Document]:
     """The .py files below `root` that are UTF-8, by name."""
     documents = []
-    for path in _walk(root):
+    for path in walk(root):
         name = path.relative_to(root).as_posix()
         if path.suffix != ".py" or skipped & set(Path(name).parts):
             continue
@@ -167,93 +163,29 @@ def stories_corpus(n_stories: int = 20_000, seed: int = 0) -> Corpus:
     )
 
 
-def _extra(module: str, purpose: str) -> ModuleType:
-    try:
-        return __import__(module, fromlist=["_"])
-    except ImportError as error:
-        raise ImportError(
-            f"{purpose} needs {module.split('.')[0]}: .venv/bin/pip install -e '.[data]'"
-        ) from error
-
-
-def _checked(text: object, where: str, field: str) -> str:
-    if not isinstance(text, str):
-        found = type(text).__name__
-        raise ValueError(f"{where}: field {field!r} is {found}, expected a string")
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
-        raise ValueError(f"{where}: field {field!r} has no UTF-8 form") from None
-    return text
-
-
-def _read_jsonl(path: Path, name: str, field: str) -> Iterator[Document]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}:{number}: not valid JSON ({error})") from error
-            if not isinstance(row, dict) or field not in row:
-                raise ValueError(f"{path}:{number}: no field {field!r}, expected an object with it")
-            yield Document(f"{name}:{number}", _checked(row[field], f"{path}:{number}", field))
-
-
-def _read_parquet(path: Path, name: str, field: str) -> Iterator[Document]:
-    parquet = _extra("pyarrow.parquet", f"reading {path.name}")
-    try:
-        file = parquet.ParquetFile(path)
-    except ValueError as error:  # pyarrow's own errors derive from it
-        raise ValueError(f"{path}: not a parquet file ({error})") from error
-    with file:
-        columns = file.schema_arrow.names
-        if field not in columns:
-            raise ValueError(f"{path}: no column {field!r}, expected one of {columns}")
-        row = 0
-        for batch in file.iter_batches(columns=[field]):
-            for text in batch.column(0).to_pylist():
-                row += 1
-                yield Document(f"{name}:{row}", _checked(text, f"{path}:{row}", field))
-
-
-def _read(path: Path, name: str, field: str) -> Iterator[Document]:
-    if path.suffix == ".jsonl":
-        yield from _read_jsonl(path, name, field)
-    elif path.suffix == ".parquet":
-        yield from _read_parquet(path, name, field)
-    else:
-        try:
-            yield Document(name, path.read_bytes().decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not UTF-8 text ({error.reason})") from error
-
-
 def local_corpus(paths: str | Path | Sequence[str | Path], field: str = "text") -> Corpus:
     """Files and folders of your own: a text file is a document, so is a row of jsonl or parquet.
 
-    A named file of any other suffix is read as text; in a folder only known text suffixes, .jsonl
-    and .parquet are. `field` is the key or column with the text. ValueError says which path, line
-    or field is wrong; ImportError if parquet is met without pyarrow.
+    `reading.py` says what is read; `origin` says what was left out. `field` is the key or column
+    with the text. ValueError says which path, line or field is wrong; ImportError if parquet is
+    met without pyarrow.
     """
-    paths = [paths] if isinstance(paths, str | Path) else list(paths)
-    documents, seen = [], set()
-    for path in map(Path, paths):
-        if not path.exists():
-            raise ValueError(f"path {str(path)!r} does not exist, expected a file or a folder")
-        files = [path]
-        if path.is_dir():
-            known = TEXT_SUFFIXES | {".jsonl", ".parquet"}
-            files = [file for file in _walk(path) if file.suffix in known]
-        for file in files:
-            if file.resolve() in seen:
-                continue
-            seen.add(file.resolve())
-            name = file.relative_to(path).as_posix() if path.is_dir() else file.name
-            documents.extend(_read(file, name, field))
-    origin = "local: " + ", ".join(Path(path).name for path in paths)
-    return split(", ".join(str(path) for path in paths), documents, origin)
+    paths = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+    name = ", ".join(str(path) for path in paths)
+    documents, left_out = read_paths(paths, field)
+    if left_out and not documents:
+        raise ValueError(f"corpus {name!r} is empty: found {_counted(left_out)}, expected files "
+                         f"that end in {' '.join(sorted(TEXT_SUFFIXES | ROW_SUFFIXES))}")
+    origin = "local: " + ", ".join(path.name for path in paths)
+    if left_out:
+        origin += f" (left out: {_counted(left_out)})"
+    return split(name, documents, origin)
+
+
+def _counted(kinds: Counter[str], most: int = 5) -> str:
+    """As "12 .csv, 3 hidden", the most frequent first, no more than `most` kinds."""
+    shown = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(most))
+    return shown + ", ..." if len(kinds) > most else shown
 
 
 def hub_corpus(
@@ -268,7 +200,7 @@ def hub_corpus(
     The held-out documents are cut from that same part. ImportError without the `data` extra,
     ValueError if the dataset cannot be had or has no column `field`.
     """
-    datasets = _extra("datasets", f"hub dataset {name!r}")
+    datasets = extra("datasets", f"hub dataset {name!r}")
     try:
         rows = datasets.load_dataset(name, subset, split=part, streaming=limit is not None)
     except Exception as error:  # network, hub, script and schema errors have no common base
@@ -281,7 +213,7 @@ def hub_corpus(
         where = f"hub dataset {name!r} row {i}"
         if field not in row:
             raise ValueError(f"{where}: no field {field!r}, expected one of {sorted(row)}")
-        documents.append(Document(f"{part}:{i}", _checked(row[field], where, field)))
+        documents.append(Document(f"{part}:{i}", checked(row[field], where, field)))
     return split(f"hub:{name}", documents, f"Hugging Face dataset {name} ({part})")
 
 
@@ -295,6 +227,6 @@ def open_corpus(spec: str) -> Corpus:
         return stories_corpus()
     if spec.startswith("hub:"):
         return hub_corpus(spec.removeprefix("hub:"))
-    if not Path(spec).exists():
+    if not spec or not Path(spec).exists():
         raise ValueError(f"corpus {spec!r}: expected python, packages, stories, hub:NAME or a path")
     return local_corpus(spec)

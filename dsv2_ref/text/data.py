@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""Packed batches, in an order that can be resumed.
+"""Documents as ids, and packed batches in an order that can be resumed.
 
-Packing: documents become one long array `bos doc eos bos doc eos ...`, cut into windows of
-`sequence` tokens without padding. A window may hold the end of one document and the beginning of
-the next; attention is not masked between them, the marks are there for the model to see.
+A document is `bos text eos` wherever it is trained on or judged. Packing: documents become one long
+array `bos text eos bos text eos ...`, cut into windows of `sequence` tokens without padding. A
+window may hold the end of one document and the beginning of the next; attention is not masked
+between them, the marks are there for the model to see.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -33,25 +34,29 @@ def some_of(corpus: Corpus, n_bytes: float) -> Corpus:
     return replace(corpus, train=[corpus.train[i] for i in sorted(taken)])
 
 
-def encode(documents: Sequence[Document], tokenizer: TextTokenizer) -> np.ndarray:
-    """(tokens,) `bos doc eos` for each document, in order; uint16 where the ids fit, else int32."""
-    dtype = np.uint16 if tokenizer.vocab <= 2**16 else np.int32
-    pieces = [np.zeros(0, dtype)]
+def marked(documents: Sequence[Document], tokenizer: TextTokenizer) -> Iterator[list[int]]:
+    """Ids of each document in order, from its begin mark to its end mark: `bos text eos`."""
     for start in range(0, len(documents), 256):  # bounds the lists of Python ints held at once
         texts = [document.text for document in documents[start : start + 256]]
         for ids in tokenizer.encode_batch(texts):
-            pieces.append(np.array([tokenizer.bos, *ids, tokenizer.eos], dtype))
-    return np.concatenate(pieces)
+            yield [tokenizer.bos, *ids, tokenizer.eos]
+
+
+def encode(documents: Sequence[Document], tokenizer: TextTokenizer) -> np.ndarray:
+    """(tokens,) all marked documents, one after the other; uint16 where ids fit, else int32."""
+    dtype = np.uint16 if tokenizer.vocab <= 2**16 else np.int32
+    pieces = [np.array(ids, dtype) for ids in marked(documents, tokenizer)]
+    return np.concatenate([np.zeros(0, dtype), *pieces])
 
 
 class PackedBatches:
-    """Endless iterator of (tokens, targets), int64 (B, T): targets are the tokens one later.
+    """Batches without end of (tokens, targets), int64 (B, T): targets are the tokens one later.
 
     Each epoch cuts the array at its own phase and visits the windows in its own order, both drawn
-    from (seed, epoch): borders move, so no prediction is always made without context. What lies
-    before the phase and behind the last whole window, under T tokens each, waits for another
-    epoch. The position counts windows, so the batch size may change at any step; a batch at the
-    end of an epoch goes on into the next one.
+    from (seed, epoch). The first token of a window is read without context; since the cuts move,
+    it is another token in the next epoch. What lies before the phase and behind the last whole
+    window, under T tokens each, waits for another epoch. The position counts windows, so the batch
+    size may change at any step; a batch at the end of an epoch goes on into the next one.
     """
 
     def __init__(self, tokens: np.ndarray, batch: int, sequence: int, seed: int):
@@ -90,12 +95,6 @@ class PackedBatches:
             self.window += 1
         both = torch.from_numpy(np.stack(rows).astype(np.int64))                # (B, T+1)
         return both[:, :-1].contiguous(), both[:, 1:].contiguous()
-
-    def __iter__(self) -> "PackedBatches":
-        return self
-
-    def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.next_batch()
 
     def state(self) -> dict[str, int]:
         """Plain ints: the position, and what it is a position in."""

@@ -31,6 +31,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 BEGIN = "<｜begin▁of▁sentence｜>"
 END = "<｜end▁of▁sentence｜>"
 SMALLEST_VOCAB = 256 + 2  # the bytes and the two special tokens
+# Learning takes time quadratic in a piece, and a file of letters without a space is one piece: it
+# is learnt from in parts of so many characters. Encoding is fast at any length and cuts nothing.
+LONGEST_PIECE = 256
 
 PIECES = "|".join(
     [
@@ -83,12 +86,7 @@ def train_tokenizer(texts: Iterable[str], vocab: int) -> TextTokenizer:
             f"vocab is {vocab}, expected at least {SMALLEST_VOCAB} (256 bytes and 2 document marks)"
         )
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    tokenizer.pre_tokenizer = _cut_by(PIECES.replace("+", f"{{1,{LONGEST_PIECE}}}"))
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab,
@@ -97,7 +95,17 @@ def train_tokenizer(texts: Iterable[str], vocab: int) -> TextTokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.pre_tokenizer = _cut_by(PIECES)
     return TextTokenizer(tokenizer)
+
+
+def _cut_by(pieces: str) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pieces), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
 
 
 def save_tokenizer(tokenizer: TextTokenizer, path: str | Path) -> None:

@@ -11,7 +11,7 @@ from dsv2_ref.config import Config
 from dsv2_ref.inference.evaluate import bits_per_byte
 from dsv2_ref.model import DeepSeekV2
 from dsv2_ref.text.corpora import Corpus, Document, byte_count
-from dsv2_ref.text.data import encode
+from dsv2_ref.text.data import encode, marked
 from dsv2_ref.text.tokenizer import TextTokenizer, train_tokenizer
 from dsv2_ref.training.machine import autocast, default_device
 from dsv2_ref.training.memory import state_bytes
@@ -38,10 +38,9 @@ class Setup:
 
     def held_out(self, documents: list[Document], progress: bool = False) -> float:
         """Bits per byte of documents of the corpus."""
-        ids = self.tokenizer.encode_batch([d.text for d in documents])
-        marked = [[self.tokenizer.bos, *i, self.tokenizer.eos] for i in ids]
+        ids = list(marked(documents, self.tokenizer))
         with autocast(self.trainer.device, self.trainer.precision):
-            return bits_per_byte(self.model, marked, byte_count(documents),
+            return bits_per_byte(self.model, ids, byte_count(documents),
                                  self.trainer.recipe.sequence, progress=progress)
 
 

@@ -33,6 +33,14 @@ PITFALLS = {
     "dropping": "capacity per expert, the wrong slots dropped, dropping at evaluation",
     "layout": "published rows or keys read as something else",
     "quantised": "packed rows read back wrongly, not attended to as stored, or not fully counted",
+    "card": "a card taken for another, or what cannot run without one let through",
+    "protocol": "a pass through a cache begun, written, masked or ended wrongly",
+    "adapters": "a layer that others have wrapped read as its weight alone",
+    "stages": "layers or experts that are here taken for all, or counted twice",
+    "once a pass": "an algorithm chosen wrongly, or described otherwise than it runs",
+    "waits": "values asked of a device, or an unknown id silently taken for another",
+    "scores": "log-probabilities of other tokens than those that come next",
+    "sampling": "the edges of sampling, and where a sequence ends",
     "fp8": "codes or scales of FP8 weights taken for something else, or too much put into FP8",
 }
 

@@ -16,15 +16,12 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")       # before a kernel's module is imported
 
-from dsv2_ref import kernel_choice
-from dsv2_ref.attention.cache_quant import attend_packed
-from dsv2_ref.attention.mla import attend_absorbed, attend_expanded
+from dsv2_ref import forms
 from dsv2_ref.config import TINY
+from dsv2_ref.forms import KERNELS, Forms, choose, experts_form, kernel
 from dsv2_ref.inference.fp8_model import quantise_model
-from dsv2_ref.kernel_choice import attention_form, experts_form, selection_form
 from dsv2_ref.model import DeepSeekV2
 from dsv2_ref.moe.experts import experts_loop, experts_padded
-from dsv2_ref.moe.routing import select_device_limited
 
 # Triton 3.6's interpreter with numpy 2.3
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
@@ -34,7 +31,6 @@ CONFIG = TINY.with_(
     n_shared=1, n_routed=8, top_k=3, expert_width=18, yarn_factor=4.0, yarn_original_positions=16,
     yarn_mscale=0.9, yarn_mscale_all_dim=0.5, max_positions=64, init_std=0.2,
 )
-KERNELS = ("attend_flash", "attend_latent", "attend_six_bit", "experts_fused")
 
 
 @pytest.fixture
@@ -42,21 +38,18 @@ def ran(monkeypatch) -> Counter:
     """How often each kernel was given to the model; for whoever asks, on any device."""
     counts = Counter()
 
-    def counting(choose):
-        def chosen(*args, **more):
-            form = choose(*args, **more)
-            counts[form.__name__] += 1
-            return form
+    def counting(*args, **more) -> Forms:
+        chosen = choose(*args, **more)
+        counts.update(f.__name__ for f in (chosen.attend, chosen.select, chosen.experts))
         return chosen
 
     import dsv2_ref.model as assembly
-    for name in ("attention_form", "experts_form", "selection_form"):
-        monkeypatch.setattr(assembly, name, counting(getattr(kernel_choice, name)))
+    monkeypatch.setattr(assembly, "choose", counting)
     return counts
 
 
 def use(monkeypatch, kernels: bool) -> None:
-    monkeypatch.setattr(kernel_choice, "kernels_serve", lambda x: kernels)
+    monkeypatch.setattr(forms, "kernels_serve", lambda x: kernels)
 
 
 def model() -> DeepSeekV2:
@@ -118,31 +111,95 @@ def test_cached_decoding_of_ragged_sequences(monkeypatch, ran, kind, kernel):
     assert ran[kernel] == 3 and ran["attend_flash"] == 1 and ran["experts_fused"] == 4
 
 
+def said(words: str) -> dict[str, list[str]]:
+    """What `describe` says of each door."""
+    doors = words.split("; ")[1:]
+    return {door.split(": ")[0]: door.split(": ")[1].split(", ") for door in doors}
+
+
 def test_without_a_gpu_the_twins_run_and_the_model_says_so():
-    m = model().cpu()
-    words = m.describe()
-    assert all(name not in words for name in KERNELS)
-    assert "attend_expanded" in words and "attend_absorbed" in words
-    x = torch.zeros(1)
-    for twin in (attend_expanded, attend_absorbed, attend_packed):
-        assert attention_form(twin, x, cached=True) is twin
-    assert experts_form(experts_padded, x, x) is experts_padded
-    assert selection_form(select_device_limited, x) is select_device_limited
+    assert said(model().cpu().describe()) == {
+        "training": ["attend_expanded", "select_device_limited", "experts_padded"],
+        "prompt": ["attend_expanded", "select_device_limited", "experts_padded"],
+        "decode": ["attend_absorbed", "select_device_limited", "experts_loop"]}
 
 
 def test_with_kernels_the_model_says_so(monkeypatch):
     use(monkeypatch, True)
-    assert model().describe().endswith(
-        "prompt: attend_flash, experts_fused; decode: attend_latent, experts_fused")
+    assert said(model().describe()) == {
+        "training": ["attend_flash", "select_device_limited_fused", "experts_fused"],
+        "prompt": ["attend_flash", "select_device_limited_fused", "experts_fused"],
+        "decode": ["attend_latent", "select_device_limited_fused", "experts_fused"]}
+    greedy = DeepSeekV2(CONFIG.with_(n_devices=1, max_devices=None, alpha_device=0.0,
+                                     alpha_comm=0.0))
+    assert said(greedy.describe())["decode"][1] == "select_greedy_fused"
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")         # of torch's norms under autocast
+def test_each_door_runs_what_is_said_of_it(monkeypatch, ran):
+    """Under autocast too, where training has kernels that the cached doors have not."""
+    use(monkeypatch, True)
+    m = model()
+    for cast in (False, True):
+        with torch.autocast(DEVICE, torch.float16, enabled=cast):
+            words = said(m.describe())
+            x = tokens(8, 8)
+            for door in ("training", "prompt", "decode"):
+                ran.clear()
+                if door == "training":
+                    m.losses(x, x)
+                else:
+                    cache = m.new_cache(8, 16)
+                    with torch.no_grad():
+                        m(x, cache)
+                        ran.update() if door == "prompt" else (ran.clear(), m(x[:, :1], cache))
+                assert set(ran) == set(words[door]), (cast, door)
+        assert words["training"][0] == "attend_flash"
+        assert (words["prompt"][0] == "attend_expanded") == cast
+
+
+def test_a_greedy_model_runs_its_selection_kernel(monkeypatch, ran):
+    greedy = DeepSeekV2(CONFIG.with_(n_devices=1, max_devices=None, alpha_device=0.0,
+                                     alpha_comm=0.0)).to(DEVICE).eval()
+    outputs = []
+    for kernels in (False, True):
+        use(monkeypatch, kernels)
+        outputs.append(greedy(tokens(2, 13)).detach())
+    close(outputs[1], outputs[0])
+    assert ran["select_greedy"] == ran["select_greedy_fused"] == 1
 
 
 def test_fp8_experts_keep_the_twin(monkeypatch):
     use(monkeypatch, True)
     m = quantise_model(model())
-    assert m.describe().endswith(
-        "prompt: attend_flash, experts_padded; decode: attend_latent, experts_loop")
+    words = said(m.describe())
+    assert words["prompt"] == ["attend_flash", "select_device_limited_fused", "experts_padded"]
+    assert words["decode"] == ["attend_latent", "select_device_limited_fused", "experts_loop"]
     with torch.no_grad():
         assert m(tokens(1, 5).to(DEVICE)).isfinite().all()
+
+
+def test_every_twin_has_a_kernel_of_its_own_kind():
+    assert {kernel(twin).__name__ for twin in KERNELS} == {
+        "attend_flash", "attend_latent", "attend_six_bit", "select_greedy_fused",
+        "select_device_limited_fused", "experts_fused"}
+
+
+def test_a_cache_of_other_rows_is_refused():
+    with pytest.raises(ValueError, match="cache: rows of kind 'per_head', expected 'latent'"):
+        choose(CONFIG, torch.zeros(1), 1, 1, 5, "per_head")
+
+
+@pytest.mark.parametrize(("n_tokens", "form"), [
+    (1, "experts_loop"), (5, "experts_loop"), (6, "experts_grouped"), (600, "experts_grouped")])
+def test_the_loop_serves_few_slots_alone(n_tokens, form):
+    """Up to twice as many slots as experts: 8 experts, top 3, so 5 tokens (15 slots), not 6."""
+    c = CONFIG.with_(d=64, expert_width=16)
+    assert experts_form(c, torch.zeros(1), n_tokens, None).__name__ == form
+    assert experts_form(c, torch.zeros(1).double(), 6, None) is experts_padded
+    assert experts_form(CONFIG.with_(expert_width=17), torch.zeros(1), 6, None) is experts_padded
+    with torch.autocast("cpu", torch.bfloat16):
+        assert experts_form(c, torch.zeros(1), 6, None) is experts_padded
 
 
 def test_which_tensors_kernels_serve(monkeypatch):
@@ -151,22 +208,29 @@ def test_which_tensors_kernels_serve(monkeypatch):
             self.device, self.dtype = torch.device(device), dtype
 
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        assert kernel_choice.kernels_serve(Like("cuda:0", dtype))
-        assert not kernel_choice.kernels_serve(Like("cpu", dtype))
-    assert not kernel_choice.kernels_serve(Like("cuda", torch.float64))
-    monkeypatch.setattr(kernel_choice, "find_spec", lambda name: None)
-    assert not kernel_choice.kernels_serve(Like("cuda", torch.bfloat16))
+        assert forms.kernels_serve(Like("cuda:0", dtype))
+        assert not forms.kernels_serve(Like("cpu", dtype))
+    assert not forms.kernels_serve(Like("cuda", torch.float64))
+    monkeypatch.setattr(forms, "find_spec", lambda name: None)
+    assert not forms.kernels_serve(Like("cuda", torch.bfloat16))
 
 
 def test_where_a_twin_stays_though_there_is_a_kernel(monkeypatch):
     use(monkeypatch, True)
     x = torch.zeros(1, device=DEVICE)
-    for twin in (attend_absorbed, attend_packed):            # decoding that wants a gradient
-        assert attention_form(twin, x, cached=True) is twin
-    with torch.autocast(DEVICE, torch.float16), torch.no_grad():
-        for twin in (attend_expanded, attend_absorbed, attend_packed):
-            assert attention_form(twin, x, cached=True) is twin
-        assert attention_form(attend_expanded, x, cached=False).__name__ == "attend_flash"
+
+    def attend(T: int, cached: str | None) -> str:
+        return choose(CONFIG, x, 1, T, 40, cached).attend.__name__
+
+    # decoding that wants a gradient
+    assert attend(1, "latent") == "attend_absorbed" and attend(1, "six_bit") == "attend_packed"
+    with torch.no_grad():
+        assert attend(1, "latent") == "attend_latent" and attend(1, "six_bit") == "attend_six_bit"
+        with torch.autocast(DEVICE, torch.float16):
+            assert attend(1, "latent") == "attend_absorbed"
+            assert attend(1, "six_bit") == "attend_packed"
+            assert attend(40, "latent") == attend(40, "six_bit") == "attend_expanded"
+            assert attend(40, None) == "attend_flash"
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")         # of torch's norms under autocast
@@ -192,7 +256,7 @@ def test_experts_under_autocast_multiply_in_its_dtype(monkeypatch):
     indices = torch.tensor([[0, 2], [1, 2], [0, 1], [0, 2], [2, 1]], device=DEVICE)
     gates = torch.rand(5, 2, generator=g).to(DEVICE)
     with torch.autocast(DEVICE, torch.float16):
-        form = experts_form(experts_loop, x, gate)
+        form = experts_form(CONFIG, x, len(x), gate)
         out = form(x, indices, gates, gate, up, down)
     assert out.dtype == torch.float16
     close(out.float(), experts_loop(x, indices, gates, gate, up, down), 5e-3)

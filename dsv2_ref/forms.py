@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: MIT
+"""Which of the equal algorithms runs: attention, selection, experts. Chosen once a pass.
+
+Equal algorithms are functions with one signature and one result (forms). The choice goes by
+counting multiplications (attention), by device and size (experts), by the config (selection); on a
+CUDA device a Triton kernel then takes the place of its naive twin. Triton and the kernels are
+imported on the first such question about a CUDA device, not before: the package works where Triton
+does not exist.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from dsv2_ref.attention.cache_quant import attend_packed, dequantise, unpack
+from dsv2_ref.attention.mla import absorbed_is_cheaper, attend_absorbed, attend_expanded
+from dsv2_ref.config import Config
+from dsv2_ref.moe.experts import experts_grouped, experts_loop, experts_padded
+from dsv2_ref.moe.routing import select_device_limited, select_greedy
+
+Form = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Forms:
+    """The algorithms of one pass."""
+
+    attend: Form
+    select: Form
+    experts: Form
+
+    def names(self) -> str:
+        return ", ".join(f.__name__ for f in (self.attend, self.select, self.experts))
+
+
+# twin -> the file and the name of its kernel
+KERNELS: dict[Form, tuple[str, str]] = {
+    attend_expanded: ("flash_attention", "attend_flash"),
+    attend_absorbed: ("latent_decode", "attend_latent"),
+    attend_packed: ("six_bit_decode", "attend_six_bit"),
+    select_greedy: ("route_tokens", "select_greedy_fused"),
+    select_device_limited: ("route_tokens", "select_device_limited_fused"),
+    experts_loop: ("grouped_experts", "experts_fused"),
+    experts_padded: ("grouped_experts", "experts_fused"),
+    experts_grouped: ("grouped_experts", "experts_fused"),
+}
+
+
+def kernels_serve(x: Tensor) -> bool:
+    """Whether there are kernels for tensors such as x."""
+    return (x.device.type == "cuda" and find_spec("triton") is not None
+            and x.dtype in (torch.bfloat16, torch.float16, torch.float32))
+
+
+def kernel(twin: Form) -> Form:
+    """The Triton kernel that equals `twin`."""
+    file, name = KERNELS[twin]
+    return getattr(importlib.import_module(f"dsv2_ref.kernels.{file}"), name)
+
+
+def choose(
+    c: Config, x: Tensor, B: int, T: int, S: int, cached: str | None = None,
+    W_gate: object | None = None,
+) -> Forms:
+    """The forms for B sequences of T new tokens on S keys each.
+
+    x: any tensor of the stream's device and dtype. cached: the cache's `kind`, None without one.
+    W_gate: of the experts; weights that are no plain tensor (FP8, dequantised where they are used)
+    keep the twins.
+    """
+    select = select_greedy if c.max_devices is None else select_device_limited
+    if kernels_serve(x):
+        select = kernel(select)
+    return Forms(attention_form(c, x, T, S, cached), select, experts_form(c, x, B * T, W_gate))
+
+
+def attention_form(c: Config, x: Tensor, T: int, S: int, cached: str | None) -> Form:
+    """Expanded for prompts and training, absorbed for decoding; of rows as the cache has them."""
+    if cached not in (None, "latent", "six_bit"):
+        raise ValueError(f"cache: rows of kind {cached!r}, expected 'latent' or 'six_bit'")
+    absorb = cached is not None and absorbed_is_cheaper(T, S, c.d_h, c.d_r, c.d_v, c.d_c)
+    if absorb:
+        twin = attend_packed if cached == "six_bit" else attend_absorbed
+    else:
+        twin = attend_expanded
+    # under autocast new rows and cached ones differ in dtype, which the twins do not mind
+    serve = kernels_serve(x) and not (cached and torch.is_autocast_enabled(x.device.type))
+    if absorb and torch.is_grad_enabled():
+        serve = False                        # the kernels of decoding have no gradient
+    form = kernel(twin) if serve else twin
+    return on_packed_rows(form) if cached == "six_bit" and not absorb else form
+
+
+def on_packed_rows(attend: Form) -> Form:
+    """`attend`, which reads plain rows, for the words and scales of a six-bit cache."""
+
+    @functools.wraps(attend)
+    def unpacked(
+        q_c: Tensor, q_r: Tensor, words: Tensor, scales: Tensor, W_UK: Tensor, *rest: object
+    ) -> Tensor:
+        numbers = unpack(words, W_UK.shape[-1], q_r.shape[-1])
+        return attend(q_c, q_r, *dequantise(*numbers, scales, q_c.dtype), W_UK, *rest)
+
+    return unpacked
+
+
+def experts_form(c: Config, x: Tensor, n_tokens: int, W_gate: object | None) -> Form:
+    """For `n_tokens` tokens of x's device and dtype."""
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if kernels_serve(x) and (W_gate is None or isinstance(W_gate, Tensor)):
+        return experts_fused_autocast if autocast else kernel(experts_loop)
+    if n_tokens * c.top_k < 2 * c.n_routed:
+        return experts_loop                  # few slots: read the chosen experts only
+    # grouped_mm wants rows of whole 16 bytes, does not obey autocast, and the compiler knows it in
+    # bf16 alone
+    fits = all(n * x.element_size() % 16 == 0 for n in (c.d, c.expert_width))
+    best = torch.bfloat16 if x.device.type == "cuda" else torch.float32
+    if fits and x.dtype == best and not autocast and not torch.compiler.is_compiling():
+        return experts_grouped
+    return experts_padded
+
+
+def experts_fused_autocast(
+    x: Tensor, indices: Tensor, gates: Tensor, W_gate: Tensor, W_up: Tensor, W_down: Tensor,
+    keep: Tensor | None = None,
+) -> Tensor:
+    """`experts_fused` with x and weights in autocast's dtype, which a kernel does not know of."""
+    dtype = torch.get_autocast_dtype(x.device.type)
+    x, W_gate, W_up, W_down = (t.to(dtype) for t in (x, W_gate, W_up, W_down))
+    return kernel(experts_loop)(x, indices, gates, W_gate, W_up, W_down, keep)
