@@ -8,67 +8,67 @@ BIN := .venv/bin
 EXTRAS := notebooks,test
 export MPLBACKEND := Agg
 
-run: .venv/ready
+run: ready
 	$(BIN)/python -m dsv2_ref run > /dev/null
 
-lab: .venv/ready
-	MPLBACKEND= $(BIN)/jupyter lab notebooks
+lab: ready
+	MPLBACKEND= $(BIN)/python -m jupyter lab notebooks
 
 test: lint unit notebooks
 
-lint: .venv/ready
+lint: ready
 	$(BIN)/ruff check .
 
-unit: .venv/ready
+unit: ready
 	$(BIN)/python -m pytest -q -n 2 --dist loadscope
 
-notebooks: .venv/ready
+notebooks: ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --nbval --nbval-cell-timeout 120 \
 		-n 2 --dist loadscope notebooks
 
 # slower: every notebook in JupyterLab in a real browser; needs Chromium (Debian: chromium)
-browser: .venv/ready
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS),browser]'
+browser: EXTRAS := $(EXTRAS),browser
+browser: ready
 	$(BIN)/python -m pytest -q tests/browser_jupyterlab.py
 
 # slower: a training run that is killed 200 times (`make test` has 5)
-kill: .venv/ready
+kill: ready
 	DSV2_KILLS=200 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_run_folder.py -k kills
 
 # slower: the speed against transformers, on a quiet machine
-bench: .venv/ready
+bench: ready
 	$(BIN)/python -m dsv2_ref bench cpu_decode
 	$(BIN)/python -m dsv2_ref bench train
 
 # README's table of the files, from the one in dsv2_ref/__init__.py
-map: .venv/ready
+map: ready
 	$(BIN)/python tests/readme_map.py
 
 # compile every kernel for three kinds of cards and judge the machine code; no GPU needed
-audit: .venv/ready
+audit: ready
 	$(BIN)/python -m pytest -q -m audit tests/test_kernels_compile.py
 
 # break every kernel on purpose; the test named for each mistake must fail
-mutants: .venv/ready
+mutants: ready
 	$(BIN)/python -m pytest -q -n 2 -m mutants tests/test_kernel_mutants.py
 
 # run every notebook afresh and store its outputs
-execute: .venv/ready
+execute: ready
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace \
 		--ExecutePreprocessor.record_timing=False notebooks/*.ipynb
 
 # the small trained model under data/model (5-10 minutes); data/README.md has the result
-model: .venv/ready
+model: ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m dsv2_ref train --preset mini --corpus stories --steps 3000 \
 		--batch 8 --precision fp32 --out build/mini
 	rm -rf data/model && cp -r build/mini/model data/model
 
-.venv/ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv || { echo "needs Python >= 3.11 with venv (Debian: python3-venv)"; exit 1; }
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
-	touch $@
+# .venv, made where it is not there and mended where it is not what it should be
+ready:
+	@$(PYTHON) .ci/environment.py $(EXTRAS) $(if $(filter file,$(origin PYTHON)),,--asked)
 
 clean:
 	rm -rf build .venv
 
-.PHONY: run lab test lint unit notebooks browser kill bench audit mutants map execute model clean
+.PHONY: ready run lab test lint unit notebooks browser kill bench audit mutants map execute model \
+	clean

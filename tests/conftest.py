@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""What every test shares: one thread, so that sums are reproducible, and GPU tests skipped.
+"""What every test shares: one thread, so that sums are reproducible, and skips that say why.
 
 Without a GPU kernels run in Triton's interpreter, which has to be known before Triton is imported
 by anyone; what compiles kernels does so in a process of its own.
 """
 
 import os
+from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,22 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 torch.set_num_threads(1)
+
+
+class Module(pytest.Module):
+    """A test file; one that imports a kernel is skipped where there is no triton (not on Linux)."""
+
+    def collect(self) -> Iterable[pytest.Item | pytest.Collector]:
+        try:
+            return list(super().collect())
+        except self.CollectError as error:
+            if getattr(error.__cause__, "name", None) == "triton":
+                pytest.skip("needs triton")
+            raise
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> Module:
+    return Module.from_parent(parent, path=module_path)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

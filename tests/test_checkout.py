@@ -59,7 +59,7 @@ def source(tmp_path_factory) -> Path:
     """A copy of what is built from, so that no build leaves anything in the checkout."""
     pytest.importorskip("setuptools")
     folder = tmp_path_factory.mktemp("source")
-    for name in ("dsv2_ref", "tests", "notebooks", "data"):
+    for name in (".ci", "dsv2_ref", "tests", "notebooks", "data"):
         shutil.copytree(ROOT / name, folder / name,
                         ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
     for file in ROOT.iterdir():

@@ -49,6 +49,8 @@ def ran(monkeypatch) -> Counter:
 
 
 def use(monkeypatch, kernels: bool) -> None:
+    if kernels:
+        pytest.importorskip("triton")
     monkeypatch.setattr(forms, "kernels_serve", lambda x: kernels)
 
 
@@ -180,6 +182,7 @@ def test_fp8_experts_keep_the_twin(monkeypatch):
 
 
 def test_every_twin_has_a_kernel_of_its_own_kind():
+    pytest.importorskip("triton")
     assert {kernel(twin).__name__ for twin in KERNELS} == {
         "attend_flash", "attend_latent", "attend_six_bit", "select_greedy_fused",
         "select_device_limited_fused", "experts_fused"}
@@ -203,6 +206,8 @@ def test_the_loop_serves_few_slots_alone(n_tokens, form):
 
 
 def test_which_tensors_kernels_serve(monkeypatch):
+    pytest.importorskip("triton")
+
     class Like:
         def __init__(self, device: str, dtype: torch.dtype) -> None:
             self.device, self.dtype = torch.device(device), dtype

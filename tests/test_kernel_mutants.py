@@ -39,6 +39,7 @@ def copied(node: str, folder: Path) -> None:
 
 
 def run(nodes: list[str], folder: Path) -> tuple[int, str]:
+    pytest.importorskip("triton")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     done = subprocess.run(
         [sys.executable, "-c", ALONE, f"--rootdir={folder}", *nodes], cwd=folder, text=True,
