@@ -27,11 +27,12 @@ table is made from it (`make map`), and a test compares it with the files and th
   kernel_choice.py  where a kernel takes the place of its naive twin
   cross_entropy.py  the loss without holding all logits
   cost.py           parameters, FLOPs, cache bytes, GPU hours
-  checkpoint.py     published tensor names <-> ours; training states
+  checkpoint.py     published tensor names <-> ours
   files/            what checkpoint stands on: tensors read, files written whole
   inference/        generate, evaluate, fp8_model
-  training/         setup, recipe, ladder, optim, adamw8, memory, machine, watching,
-                    pretrain, run_folder (what survives a kill)
+  training/         setup, recipe, ladder, optim, adamw8, memory, machine, watching; trainer (one
+                    step) with objective and world, pretrain (the loop), run_folder and proof
+                    (what survives a kill, and whose files are replaced)
   paper.py          the paper's claims beside ours
   figures/          every plot and widget, in one style
   bench/            measurements against a peer

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import json
 import pkgutil
+import re
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -16,12 +17,19 @@ CORPORA = "python, packages, stories, hub:NAME or a path"
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options: object) -> None:
+        super().__init__(**options)
+        self._negative_number_matcher = re.compile(r"-\.?\d")      # "-1e-3" is a value, no flag
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")
 
 
 def _add_train(commands: argparse._SubParsersAction) -> None:
-    p = commands.add_parser("train", help="train a preset")
+    p = commands.add_parser(
+        "train", help="train a preset",
+        description="Train a preset into a folder. Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 save and "
+                    "end the run between two steps; --resume goes on from there, bit for bit.")
     p.add_argument("--preset", default="small",
                    help="small, mini, tiny, the ladder's 10m, 50m, 150m, lite or v2")
     p.add_argument("--recipe", choices=("minutes", "10m", "50m", "150m", "lite", "v2"),
@@ -30,7 +38,8 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--corpus", default="python", help=CORPORA)
     p.add_argument("--text-bytes", type=float, help="as 40e6; so much of it to train on, not all")
     p.add_argument("--out", default="build/train")
-    p.add_argument("--resume", action="store_true", help="go on from the state in --out")
+    p.add_argument("--resume", action="store_true",
+                   help="go on from the state in --out; a --lr given here may differ from before")
     length = p.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help="default 300, or the ladder's")
     length.add_argument("--seconds", type=float)
@@ -39,11 +48,15 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--weights", choices=("fp32", "bf16"), help="bf16: with adamw8 alone")
     p.add_argument("--schedule", choices=("linear", "step"))
     p.add_argument("--precision", choices=("auto", "fp32", "bf16"))
-    for name in ("lr", "warmup", "protected", "recompute"):
-        p.add_argument(f"--{name}", type=float)
-    for name in ("sequence", "batch", "seed", "micro-batch"):
+    p.add_argument("--lr", type=float, help="peak rate; AdamW's beside Muon moves in proportion")
+    for name in ("warmup", "protected", "recompute"):
+        p.add_argument(f"--{name}", type=float, help="a share from 0 to 1")
+    for name in ("sequence", "batch", "seed"):
         p.add_argument(f"--{name}", type=int)
-    p.add_argument("--save-every", type=int, default=100, help="steps")
+    p.add_argument("--micro-batch", type=int,
+                   help="sequences at a time; the budget of dropping is counted within each, so "
+                        "losses differ by about 1e-5 from those of the whole batch")
+    p.add_argument("--save-every", type=int, default=100, help="steps; 0: at both ends alone")
     p.add_argument("--evaluate-every", type=int, default=0, help="steps; 0 for at the end alone")
     p.add_argument("--no-save", dest="save", action="store_false", help="write the log alone")
     p.add_argument("--watch", choices=("tensorboard", "trackio"), help="beside log.jsonl")
@@ -138,9 +151,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FloatingPointError as error:        # training diverged
         print(f"dsv2_ref: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         print("dsv2_ref: stopped; what was saved is whole", file=sys.stderr)
-        return 130
+        return getattr(stopped, "code", 130)   # 128 + the signal's number
     return 0
 
 

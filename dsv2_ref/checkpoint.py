@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Models on disk in the published format, and training states. Only safetensors and JSON are read.
+"""Models on disk in the published format. Only safetensors and JSON are read.
 
 A published checkpoint is a directory: config.json, one or more .safetensors files with one tensor
 per linear layer and expert, and an index where there are several files. The rows of three of its
@@ -20,14 +20,11 @@ neighbouring directory first and renames it when it is complete.
 import json
 import os
 import shutil
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -188,64 +185,6 @@ def save(
             os.replace(scratch, path)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def save_state(path: str | Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """Write a training state, tensors and a JSON-able dictionary, as one file, atomically.
-
-    An interruption at any moment leaves the file that was there before.
-    """
-    path = Path(path)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    seen: set[int] = set()
-    whole = {}
-    for name, t in tensors.items():            # a tied matrix is written under both its names
-        t = t.detach().contiguous().cpu()
-        whole[name] = t.clone() if t.data_ptr() in seen else t
-        seen.add(t.data_ptr())
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be written ({error.strerror})") from None
-    try:
-        save_file(whole, scratch, metadata={"state": json.dumps(state), "crc32": _crc32(whole)})
-        _flush(scratch)
-        os.replace(scratch, path)
-        _flush(path.parent)                                      # the new name, too
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: cannot be written ({error})") from None
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
-def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read back what `save_state` wrote. ValueError if a bit of its tensors has changed."""
-    with open_file(Path(path)) as reader:
-        metadata = reader.metadata() or {}
-        if "state" not in metadata:
-            raise ValueError(f"{path}: no training state inside, expected a file of `save_state`")
-        tensors = {name: reader.get_tensor(name) for name in reader.keys()}
-    if (found := _crc32(tensors)) != metadata.get("crc32"):
-        raise ValueError(f"{path}: damaged, expected checksum {metadata.get('crc32')}, not {found}")
-    return tensors, json.loads(metadata["state"])
-
-
-def _crc32(tensors: dict[str, Tensor]) -> str:
-    """A checksum of all tensors' bytes, in the order of their names."""
-    total = 0
-    for name in sorted(tensors):
-        flat = tensors[name].reshape(-1).view(torch.uint8)
-        total = zlib.crc32(flat.numpy(), total)
-    return f"{total:08x}"
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file or a folder is on the disk."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
 
 
 def _stored(entry: Entry, fp8: bool) -> dict[str, Tensor]:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Training: tokenizer, corpora and packed batches, optimisers, the pretraining loop."""
+"""Training: recipes, optimisers, the trainer and its loop, the folder of a run, watching it."""

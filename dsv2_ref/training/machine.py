@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""What this machine does fast: its precision, its threads, its memory."""
+"""What this machine does fast, its precision and its threads, and how much memory it has."""
 
 import ctypes
 import math
+import os
 import platform
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 
@@ -61,6 +63,26 @@ def autocast(device: torch.device, precision: str) -> Iterator[None]:
         # a norm of bf16 activations by fp32 gains is computed in fp32, just not in one kernel
         warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
         yield
+
+
+def memory(device: torch.device | str) -> tuple[int | None, int | None]:
+    """Bytes of memory that are free and that there are in all; None where the system does not say.
+
+    On a GPU what torch holds without using it counts as free.
+    """
+    if torch.device(device).type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated(), total
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        kib = {line.split(":")[0]: int(line.split()[1]) for line in lines}
+        return 1024 * kib["MemAvailable"], 1024 * kib["MemTotal"]
+    except (OSError, LookupError, ValueError):                  # not Linux
+        pass
+    try:
+        return None, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):               # Windows
+        return None, None
 
 
 def default_device() -> str:
