@@ -3,8 +3,8 @@
 
 A run ends after the recipe's steps, or by the clock. What is saved is saved between two steps,
 whole or not at all: the beginning, so that there is always something to go back to, then every so
-many steps, at the end, and when the run is stopped. Once the loss is no number nothing is saved
-any more, and the states that the update to blame has made are removed.
+many steps, at the end, and when the run is stopped. After a step without numbers nothing is saved;
+if the run ends so, states made by the update to blame or after it give way to one from before.
 """
 
 import math
@@ -44,7 +44,7 @@ def train(
     With a `folder`, the log goes to log.jsonl as it grows, and the state into a file of its own
     every `save_every` steps, at the beginning, at the end, and on Ctrl-C or a signal that asks to
     stop, which ends the run between two steps (`Stopped`); the last two are kept; with `save_every`
-    None there is the log alone. TrainingDiverged if the loss is no number at the end.
+    None there is the log alone. TrainingDiverged if loss or gradient are no numbers at the end.
     Every `load_every` steps the entry has the expert load: `expert_load` (layers, experts), and
     `gate_entropy` of each layer's affinities, in nats. `watch` is called with each entry.
     """
@@ -66,7 +66,7 @@ def train(
                 watch(entry)
             _show(bar, trainer, entry)
             due = stop.asked or save_every and trainer.steps % save_every == 0
-            if keep and due and math.isfinite(entry["loss"]):
+            if keep and due and _sound(entry):
                 run.save(trainer.steps, trainer.save)
             stop.obey()
 
@@ -74,9 +74,11 @@ def train(
             if keep and not trainer.steps:
                 run.save(0, trainer.save)
             _to_the_end(trainer, advance)
-            if log and not math.isfinite(log[-1]["loss"]):
-                raise TrainingDiverged(f"step {trainer.steps}: loss {log[-1]['loss']} at the end "
-                                       "of the run, try a lower lr or a longer warmup")
+            if log and not _sound(log[-1]):
+                raise TrainingDiverged(
+                    f"step {trainer.steps}: loss {log[-1]['loss']}, gradient norm "
+                    f"{log[-1]['gradient_norm']} at the end of the run, try a lower lr or a longer "
+                    "warmup")
         except TrainingDiverged:
             if keep:
                 run.forget_from(trainer.last_update)
@@ -100,6 +102,11 @@ def _open(
         run.open_log(trainer.steps)
         opened.callback(run.close)
     return run
+
+
+def _sound(entry: dict[str, Any]) -> bool:
+    """Whether loss and gradient were numbers; weights that give none are worth no state."""
+    return math.isfinite(entry["loss"]) and math.isfinite(entry["gradient_norm"])
 
 
 def _to_the_end(trainer: Trainer, advance: Callable[[], None]) -> None:
