@@ -4,11 +4,14 @@
 import io
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from dsv2_ref import checkpoint, commands, paper
 from dsv2_ref.__main__ import COMMANDS, main
@@ -110,12 +113,29 @@ def test_train_refuses_to_overwrite_and_resumes(trained, texts, capsys):
             "--batch", "2", "--quiet"]
     code, out, err = call(capsys, *same, "--steps", 6)
     assert code == 2 and "expected --resume" in err and err.count("\n") == 1 and out == ""
-    code, out, err = call(capsys, *same, "--steps", 8, "--resume", "--lr", 1)
-    assert code == 2 and "recipe.lr was 0.006, expected 1.0" in err
+    code, out, err = call(capsys, *same, "--steps", 8, "--resume", "--seed", 1)
+    assert code == 2 and "recipe.seed was 0, expected 1" in err
+    thesis = trained / "model" / "net.py"
+    thesis.write_text("thesis")
     code, out, err = call(capsys, *same, "--steps", 8, "--resume")
-    assert code == 0 and json.loads(out)["steps"] == 8
+    assert code == 2 and "model: exists" in err and thesis.read_text() == "thesis"
+    thesis.unlink()
+    code, out, err = call(capsys, *same, "--steps", 7, "--resume")
+    assert code == 0 and json.loads(out)["steps"] == 7
+    code, out, err = call(capsys, *same, "--steps", 8, "--resume", "--lr", "3e-3")
+    assert code == 0 and "peak rate: 3.00e-03 from here on, 6.00e-03 before" in err
+    entry = json.loads((trained / "log.jsonl").read_text().splitlines()[-1])
+    assert entry["step"] == 8 and entry["lr"] == entry["adamw_lr"] == pytest.approx(6e-5)
+    code, out, err = call(capsys, *same, "--steps", 8, "--resume")
+    assert code == 2 and "recipe.lr was 0.003, expected 0.006" in err
+    same += ["--lr", "3e-3"]
     code, out, err = call(capsys, *same, "--steps", 8, "--resume")
     assert code == 2 and "is at its end" in err
+    first = (trained / "model" / "model.safetensors").read_bytes()
+    shutil.rmtree(trained / "model")
+    code, out, err = call(capsys, *same, "--steps", 8, "--resume")
+    assert code == 0 and json.loads(out)["loss"] == entry["language"]
+    assert (trained / "model" / "model.safetensors").read_bytes() == first
 
 
 def test_generate_is_reproducible_json(trained, capsys):
@@ -295,6 +315,7 @@ def test_paper(capsys):
     (["train", "--preset", "v2", "--steps", "1"], "training state takes 3,5"),
     (["train", "--text-bytes", "-1", "--corpus", "stories"], "text_bytes: -1.0, expected"),
     (["train", "--seed", "-1", "--steps", "1"], "seed: -1, expected 0 to"),
+    (["train", "--lr", "-1e-3", "--steps", "1"], "lr: -0.001, expected a number > 0"),
     (["train", "--save-every", "-1", "--steps", "1"], "save_every: -1, evaluate_every: 0,"),
     (["train", "--recipe", "ours"], "invalid choice: 'ours'"),
     (["run", "--seconds", "-5"], "seconds: -5.0, expected a number > 0"),
@@ -350,3 +371,94 @@ def test_divergence_is_one_line(tmp_path, texts, capsys, monkeypatch):
     code, out, err = call(capsys, "train", "--preset", "tiny", "--corpus", texts, "--quiet",
                           "--out", tmp_path / "out")
     assert code == 1 and out == "" and err.splitlines()[-1] == "dsv2_ref: step 3: loss nan"
+
+
+def small(texts, out, *more):
+    return ["train", "--preset", "tiny", "--corpus", texts, "--sequence", 32, "--batch", 2,
+            "--precision", "fp32", "--quiet", "--out", out, *more]
+
+
+def test_files_of_others_are_refused_before_anything_is_touched(texts, tmp_path, capsys):
+    for name in ("model/net.py", "config.json", "tokenizer.json", "log.jsonl"):
+        out = tmp_path / name.replace("/", "-")
+        (out / name).parent.mkdir(parents=True)
+        for file in (name, ".tmpABC", ".writable", "notes.txt"):
+            (out / file).write_text("thesis")
+        code, stdout, err = call(capsys, *small(texts, out, "--steps", 1))
+        assert code == 2 and stdout == "" and err.count("\n") == 1, name
+        assert name.split("/")[0] in err and "expected another --out" in err
+        files = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
+        assert files == {name, ".tmpABC", ".writable", "notes.txt"}
+        assert {(out / file).read_text() for file in files} == {"thesis"}
+
+
+def test_a_run_that_left_no_state_can_be_started_again(texts, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    for steps in (2, 1):
+        assert call(capsys, *small(texts, tmp_path, "--steps", steps, "--no-save"))[0] == 0
+        assert len((tmp_path / "log.jsonl").read_text().splitlines()) == steps
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("steps", [2, 3, 5])
+def test_divergence_at_the_end_is_no_success(steps, texts, tmp_path, capsys):
+    code, out, err = call(capsys, *small(texts, tmp_path, "--steps", steps, "--lr", "1e30"))
+    assert code == 1 and out == "" and "try a lower lr" in err.splitlines()[-1]
+    names = {p.name for p in tmp_path.iterdir()}
+    assert names == {"log.jsonl", "config.json", "tokenizer.json", "state-000000000.safetensors"}
+    for line in (tmp_path / "log.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    code, out, err = call(capsys, *small(texts, tmp_path, "--steps", steps, "--lr", "1e-3"),
+                          "--resume")
+    assert code == 0 and 0 < json.loads(out)["loss"] < 7
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == steps
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
+def test_a_signal_ends_the_command_with_its_code(name, texts, tmp_path, capsys, monkeypatch):
+    step, number = Trainer.step, getattr(signal, name)
+
+    def signalled(self, with_load=False):
+        if self.steps == 1:
+            os.kill(os.getpid(), number)
+        return step(self, with_load)
+
+    monkeypatch.setattr(Trainer, "step", signalled)
+    code, out, err = call(capsys, *small(texts, tmp_path, "--steps", 9))
+    assert code == 128 + number and out == "" and "what was saved is whole" in err
+    assert (tmp_path / "state-000000002.safetensors").exists()
+
+
+def test_what_does_not_fit_is_one_line_before_the_first_step(texts, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train_module, "memory", lambda device: (2**20, 2**34))
+    code, out, err = call(capsys, *small(texts, tmp_path, "--steps", 1))
+    assert code == 2 and out == "" and "GiB planned, expected at most 0.00" in err.splitlines()[-1]
+    assert (tmp_path / "log.jsonl").exists() is False
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), torch.OutOfMemoryError("CUDA out of memory.\nTried"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 5 bytes"),
+])
+def test_running_out_of_memory_is_one_line(error, texts, tmp_path, capsys, monkeypatch):
+    def step(self, with_load=False):
+        raise error
+
+    monkeypatch.setattr(Trainer, "step", step)
+    code, out, err = call(capsys, *small(texts, tmp_path, "--steps", 1))
+    assert code == 2 and out == "" and "dsv2_ref: memory: used up" in err.splitlines()[-1]
+    monkeypatch.setattr(Trainer, "step", lambda *_: (_ for _ in ()).throw(RuntimeError("other")))
+    with pytest.raises(RuntimeError, match="other"):
+        main([str(a) for a in small(texts, tmp_path / "2", "--steps", 1)])
+
+
+def test_the_rate_moves_every_group(texts, tmp_path, capsys):
+    losses = []
+    for i, rate in enumerate(("1e-12", "6e-3")):
+        assert call(capsys, *small(texts, tmp_path / str(i), "--steps", 8, "--lr", rate,
+                                   "--no-save"))[0] == 0
+        log = [json.loads(line) for line in (tmp_path / str(i) / "log.jsonl").read_text()
+               .splitlines()]
+        assert all(entry["lr"] == entry["adamw_lr"] for entry in log)
+        losses.append(log[0]["language"] - log[-1]["language"])
+    assert abs(losses[0]) < 0.05 < 0.3 < losses[1]

@@ -131,7 +131,7 @@ def test_a_missing_package_is_one_line_before_anything_is_read(kind, module, tmp
     code = main(["train", "--watch", kind, "--corpus", "/no/such/place", "--out", str(tmp_path)])
     out, err = capsys.readouterr()
     assert code == 2 and out == "" and err.count("\n") == 1
-    assert f"needs {kind}: .venv/bin/pip install -e '.[watch]'" in err
+    assert f"needs {kind}: pip install 'dsv2-ref[watch]'" in err
 
 
 def test_unknown_writers_are_refused(tmp_path):

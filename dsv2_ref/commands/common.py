@@ -2,6 +2,7 @@
 """What several commands share in their work."""
 
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,9 +30,8 @@ def output_folder(path: str | Path, with_model: bool = False) -> Path:
         raise ValueError(f"{path}: cannot be written, it is a file, expected a folder")
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".writable"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=path):
+            pass
     except OSError as error:
         raise ValueError(f"{path}: cannot be written ({error.strerror})") from None
     return path

@@ -67,6 +67,26 @@ def autocast(device: torch.device, precision: str) -> Iterator[None]:
         yield
 
 
+def memory(device: torch.device | str) -> tuple[int | None, int | None]:
+    """Bytes of memory that are free and that there are in all; None where the system does not say.
+
+    On a GPU what torch holds without using it counts as free.
+    """
+    if torch.device(device).type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated(), total
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        kib = {line.split(":")[0]: int(line.split()[1]) for line in lines}
+        return 1024 * kib["MemAvailable"], 1024 * kib["MemTotal"]
+    except (OSError, LookupError, ValueError):                  # not Linux
+        pass
+    try:
+        return None, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):               # Windows
+        return None, None
+
+
 def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 

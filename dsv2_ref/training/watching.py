@@ -132,4 +132,4 @@ def _needed(module: str, package: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(f"watching with {package} needs {package}: "
-                          ".venv/bin/pip install -e '.[watch]'") from error
+                          "pip install 'dsv2-ref[watch]'") from error
