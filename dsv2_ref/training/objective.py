@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dsv2_ref.model import DeepSeekV2, Load
+from dsv2_ref.block import Traffic
+from dsv2_ref.model import DeepSeekV2
 
 
 @dataclass
@@ -34,7 +35,7 @@ class Named:
     """What an objective returns: losses by name, scalar tensors, whose sum is trained on."""
 
     losses: dict[str, Tensor]
-    load: list[Load] = field(default_factory=list)
+    load: list[Traffic] = field(default_factory=list)
 
     @property
     def total(self) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from dsv2_ref.model import Load
+from dsv2_ref.block import Traffic
 from dsv2_ref.training.machine import set_fastest_threads
 from dsv2_ref.training.run_folder import RunFolder
 from dsv2_ref.training.trainer import Trainer, TrainingDiverged
@@ -131,7 +131,7 @@ def _entry(
     return entry
 
 
-def _load_entries(load: list[Load]) -> dict[str, list]:
+def _load_entries(load: list[Traffic]) -> dict[str, list]:
     return {
         "expert_load": [layer.experts.tolist() for layer in load],
         "dropped": [round(layer.dropped, 4) for layer in load],

@@ -8,7 +8,8 @@ import torch
 from dsv2_ref import cost
 from dsv2_ref.config import Config
 from dsv2_ref.inference.evaluate import bits_per_byte
-from dsv2_ref.model import DeepSeekV2, Load
+from dsv2_ref.block import Traffic
+from dsv2_ref.model import DeepSeekV2
 from dsv2_ref.text.corpora import Corpus, Document, byte_count
 from dsv2_ref.text.data import encode, marked
 from dsv2_ref.text.tokenizer import TextTokenizer, train_tokenizer
@@ -43,7 +44,7 @@ class Setup:
                                  self.trainer.recipe.sequence, progress=progress)
 
     @torch.no_grad()
-    def held_out_load(self, documents: list[Document], rows: int = 40) -> list[Load]:
+    def held_out_load(self, documents: list[Document], rows: int = 40) -> list[Traffic]:
         """Where documents of the corpus are sent, a `Load` per MoE layer.
 
         Read are the first `rows` rows of the recipe's `sequence` tokens, documents one behind the

@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsv2_ref.model import DeepSeekV2, Load
+from dsv2_ref.block import Traffic
+from dsv2_ref.model import DeepSeekV2
 from dsv2_ref.moe.routing import Router
 from dsv2_ref.text.data import PackedBatches
 from dsv2_ref.training.machine import autocast, fast_precision
@@ -96,7 +97,7 @@ class Trainer:
         return self.steps - self.skipped
 
     def step(self, with_load: bool = False) -> dict[str, Any]:
-        """One update. Returns the log entry; `load` in it is the list of `model.Load`, if asked."""
+        """One update. Returns the log entry; `load` in it is the list of `block.Traffic`, if asked."""
         began = time.perf_counter()
         rate = self._set_rate()
         batch = self._read(with_load)
@@ -141,7 +142,7 @@ class Trainer:
         protected = torch.rand(len(tensors[0]), generator=draw) < recipe.protected       # (B,)
         return Batch(tensors, protected, with_load)
 
-    def _backward(self, batch: Batch, whole: int) -> tuple[dict[str, Tensor], list[Load]]:
+    def _backward(self, batch: Batch, whole: int) -> tuple[dict[str, Tensor], list[Traffic]]:
         """Gradients of these rows of a batch of `whole` sequences, a micro-batch at a time.
 
         The losses by name, summed in fp64 on the device, and the load of the last micro-batch.
