@@ -2,6 +2,7 @@
 """What several commands share: messages, the output folder, the saved model, a sample of text."""
 
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,9 +27,8 @@ def output_folder(path: str | Path) -> Path:
         raise ValueError(f"{path}: cannot be written, it is a file, expected a folder")
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".writable"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=path):
+            pass
     except OSError as error:
         raise ValueError(f"{path}: cannot be written ({error.strerror})") from None
     return path
