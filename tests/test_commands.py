@@ -392,6 +392,18 @@ def test_files_of_others_are_refused_before_anything_is_touched(texts, tmp_path,
         assert {(out / file).read_text() for file in files} == {"thesis"}
 
 
+@pytest.mark.parametrize("name", ["model/net.py", "run.json", "loss.png", "training/log.jsonl"])
+def test_the_main_job_takes_no_place_of_others(name, texts, tmp_path, capsys):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    for file in (name, ".writable"):
+        (tmp_path / file).write_text("thesis")
+    code, out, err = call(capsys, "run", "--corpus", texts, "--seconds", 5, "--out", tmp_path)
+    assert code == 2 and out == "" and err.count("\n") == 1 and name.split("/")[0] in err
+    files = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
+    assert files == {name, ".writable"}
+    assert (tmp_path / name).read_text() == "thesis"
+
+
 def test_a_run_that_left_no_state_can_be_started_again(texts, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine")
     for steps in (2, 1):

@@ -26,6 +26,7 @@ from dsv2_ref.training.machine import (
 )
 from dsv2_ref.training.pretrain import train
 from dsv2_ref.training.recipe import Recipe
+from dsv2_ref.training.run_folder import RunFolder
 from dsv2_ref.training.setup import Setup, set_up
 
 # no space at the end: tokens carry the space before a word, not the one after it
@@ -48,7 +49,7 @@ def run(
     Returns what it writes to `out`/run.json.
     """
     began = time.perf_counter()
-    recipe, out = Recipe(seconds=seconds), output_folder(out, with_model=True)
+    recipe, out = Recipe(seconds=seconds), checked(output_folder(out, with_model=True))
     keep_freed_memory()
     say("1. Text and tokenizer")
     text = open_corpus(corpus)
@@ -90,6 +91,22 @@ def run(
     say(f"\nDone in {result['seconds']:.0f} s. In {out}/: run.json, loss.png, cache.png, "
         "expert_load.png, model/ (published format), training/")
     return result
+
+
+def checked(out: Path) -> Path:
+    """The folder. ValueError if the job would replace in it what it did not write."""
+    RunFolder(out / "training").check_log()
+    try:
+        earlier = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        earlier = None
+    if isinstance(earlier, dict) and "cache_bytes_per_token_at_v2_size" in earlier:
+        return out
+    for name in ("run.json", "loss.png", "cache.png", "expert_load.png"):
+        if (out / name).exists():
+            raise ValueError(f"{out / name}: exists and was not written by this job, expected "
+                             "another --out, or this moved away")
+    return out
 
 
 def _prefix(documents: list[Document], n_bytes: int) -> list[Document]:

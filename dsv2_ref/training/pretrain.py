@@ -73,12 +73,7 @@ def train(
         try:
             if keep and not trainer.steps:
                 run.save(0, trainer.save)
-            _to_the_end(trainer, advance)
-            if log and not _sound(log[-1]):
-                raise TrainingDiverged(
-                    f"step {trainer.steps}: loss {log[-1]['loss']}, gradient norm "
-                    f"{log[-1]['gradient_norm']} at the end of the run, try a lower lr or a longer "
-                    "warmup")
+            _to_the_end(trainer, advance, log)
         except TrainingDiverged:
             if keep:
                 run.forget_from(trainer.last_update)
@@ -109,13 +104,20 @@ def _sound(entry: dict[str, Any]) -> bool:
     return math.isfinite(entry["loss"]) and math.isfinite(entry["gradient_norm"])
 
 
-def _to_the_end(trainer: Trainer, advance: Callable[[], None]) -> None:
+def _to_the_end(
+    trainer: Trainer, advance: Callable[[], None], log: list[dict[str, Any]]
+) -> None:
+    """Advance, which adds to the log, until the run is done."""
     by_clock = trainer.recipe.seconds is not None and trainer.device.type == "cpu"
     while trainer.progress < 1:
         if by_clock and trainer.steps % 64 == 0:
             set_fastest_threads(advance)
         else:
             advance()
+    if log and not _sound(log[-1]):
+        raise TrainingDiverged(
+            f"step {trainer.steps}: loss {log[-1]['loss']}, gradient norm "
+            f"{log[-1]['gradient_norm']} at the end of the run, try a lower lr or a longer warmup")
 
 
 def _entry(

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 
 from dsv2_ref import cost
+from dsv2_ref.block import Traffic
 from dsv2_ref.config import Config
 from dsv2_ref.inference.evaluate import bits_per_byte
-from dsv2_ref.block import Traffic
 from dsv2_ref.model import DeepSeekV2
 from dsv2_ref.text.corpora import Corpus, Document, byte_count
 from dsv2_ref.text.data import encode, marked
