@@ -57,9 +57,8 @@ def plan(model: DeepSeekV2, recipe: Recipe, precision: str) -> Plan:
     peaks = [weights + moments + ready + sum(kept) + head + logits]
     for i in reversed(range(c.n_layers)):
         done = weights - sum(p.nbytes for b in model.blocks[:i] for p in b.parameters())
-        # what a block keeps, made again or not, and gradients in flight: as many numbers, in fp32
-        flight = block * 4 // weight.element_size()
-        peaks.append(weights + moments + (ready or done) + sum(kept[:i]) + block + flight)
+        # what a block keeps, made again or not, and gradients in flight: as many bytes
+        peaks.append(weights + moments + (ready or done) + sum(kept[:i]) + 2 * block)
     peaks.append(2 * weights + moments + _optimizer_bytes(model, recipe))
     return Plan(weights, moments, weights, sum(kept) + head, max(peaks))
 

@@ -97,7 +97,7 @@ class Trainer:
         return self.steps - self.skipped
 
     def step(self, with_load: bool = False) -> dict[str, Any]:
-        """One update. Returns the log entry; `load` in it is the list of `block.Traffic`, if asked."""
+        """One update. Returns the log entry; `load` in it, if asked, is a list of `Traffic`."""
         began = time.perf_counter()
         rate = self._set_rate()
         batch = self._read(with_load)
