@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""What every test shares: one thread, so that sums are reproducible, and skips that say why.
+"""What every test shares: one thread (or DSV2_THREADS), so that sums are reproducible; skips that
+say why.
 
 Without a GPU kernels run in Triton's interpreter, which has to be known before Triton is imported
 by anyone; what compiles kernels does so in a process of its own.
@@ -15,7 +16,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("DSV2_THREADS", "1")))  # `make matrix` takes 2 too
 
 
 class Module(pytest.Module):

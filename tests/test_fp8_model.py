@@ -224,12 +224,16 @@ def test_the_file_is_half_of_bf16(tmp_path) -> None:
 # ---- in memory
 
 def dequantised(m: DeepSeekV2) -> DeepSeekV2:
-    """Every linear and expert of a plain model rounded to FP8 and back."""
+    """Every linear and expert of a plain model rounded to FP8 and back, and frozen as FP8 is.
+
+    Frozen, because torch multiplies other shapes where a weight wants a gradient, and the bits of
+    a product depend on its shapes.
+    """
     with torch.no_grad():
         for name, W in m.blocks.named_parameters():
             if W.ndim > 1 and "router" not in name:
                 W.copy_(dequantise(*quantise(W)))
-    return m
+    return m.requires_grad_(False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -350,7 +354,7 @@ def dequantised_casts(m: DeepSeekV2) -> DeepSeekV2:
                 p.copy_(dequantise(*quantise(p)))
             else:
                 p.copy_(p.bfloat16())
-    return m
+    return m.requires_grad_(False)
 
 
 def test_a_quantised_model_is_saved_and_described(tmp_path) -> None:

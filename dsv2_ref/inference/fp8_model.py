@@ -17,9 +17,9 @@ from dsv2_ref.moe.experts import MixtureOfExperts
 def quantise_model(model: DeepSeekV2) -> DeepSeekV2:
     """The same model object, changed in place one weight at a time, in eval mode.
 
-    It computes what the dequantised model would, bit for bit, and cannot be trained further. A
-    model that is quantised already stays as it is. ValueError names a weight that is not finite;
-    the model is then as it was.
+    It computes what the dequantised model would with frozen weights, bit for bit, and cannot be
+    trained further. A model that is quantised already stays as it is. ValueError names a weight
+    that is not finite; the model is then as it was.
     """
     for name, weight in model.blocks.named_parameters():
         if weight.dtype != torch.float8_e4m3fn and not weight.float().isfinite().all():

@@ -8,6 +8,7 @@ then compare the implementation with it in fp64.
 
 import cmath
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,35 @@ def randomize(module: nn.Module, seed: int, std: float = 0.5) -> nn.Module:
         for i, p in enumerate(module.parameters()):
             p.copy_(normal(1000 * seed + i, *p.shape) * std + (1.0 if p.ndim == 1 else 0.0))
     return module
+
+
+ONE_ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+
+
+def rounded_well(
+    got: list[Tensor], exact: Callable[..., list[Tensor]], inputs: list[Tensor],
+    dtype: torch.dtype = torch.float32, times: float = 8.0, names: tuple[str, ...] = (),
+) -> None:
+    """`got`, computed from `inputs` in `dtype`, is as near to `exact(*inputs)` as roundings allow.
+
+    Exact is fp64. Moving every input by one rounding of `dtype`, at random, moves the exact results
+    too; an error may be `times` that change (both as root mean squares). 8 times, since 256 terms
+    added one after the other are off by about half of √256 roundings. A sum that cancels is judged
+    so by the size of its summands, never by the little that is left of them, and the bound does
+    not depend on the order in which some library adds on some processor.
+    """
+    inputs = [x.detach().double() for x in inputs]
+    plain, change = exact(*inputs), [0.0] * len(got)
+    for draw in range(8):
+        moved = [x * (1 + ONE_ROUNDING[dtype] * normal(100 * draw + i, *x.shape).to(x.device))
+                 for i, x in enumerate(inputs)]
+        for i, (a, b) in enumerate(zip(exact(*moved), plain, strict=True)):
+            change[i] += (a - b).square().mean().item() / 8
+    for i, (ours, value) in enumerate(zip(got, plain, strict=True)):
+        assert ours.shape == value.shape
+        error = (ours.double() - value).square().mean().item() ** 0.5
+        name, unit = names[i] if names else i, change[i] ** 0.5
+        assert error <= times * unit, f"{name}: off by {error:.1e}, one rounding is {unit:.1e}"
 
 
 def dot(a: Vector, b: Vector) -> float:
