@@ -21,27 +21,30 @@ table is made from it (`make map`), and a test compares it with the files and th
   2.2.1         kernels/grouped_experts.py 13     experts as products over sorted slots
   2.2.1-2       kernels/route_tokens.py    13     routing, and sorting the slots
 
-  text/             corpora (stories: a grammar with a known entropy), tokenizer, batches, stream
+  kernels/target.py  which card a kernel runs on
+
+  text/             where text comes from, tokens, packed batches, streaming
   config.py         sizes; V2, LITE, a ladder and small presets
   config_json.py    the published config.json <-> ours
   model.py          embedding, blocks, head; which of the equal algorithms runs
   block.py          one layer: attention, then a dense network or routed experts
   forms.py          which of the equal algorithms runs, chosen once a pass
   cross_entropy.py  the loss without holding all logits
-  cost.py           parameters, FLOPs, cache bytes, GPU hours
-  checkpoint.py     folders in the published format, loaded and saved; training states
+  cost.py           parameters, FLOPs, cache bytes, in closed form
+  checkpoint.py     folders in the published format, loaded and saved
   files/            what it stands on: published names, tensors read, files written whole
-  inference/        generate, evaluate, fp8_model
-  training/         setup, recipe, ladder, optim, adamw8, memory, machine, watching,
-                    pretrain, run_folder (what survives a kill)
+  inference/        generation, log-probabilities, FP8 in memory, live caches
+  training/         from one recipe to a trained model, in a folder that survives a kill
   paper.py          the paper's claims beside ours
   figures/          every plot and widget, in one style
   bench/            measurements against a peer
-  commands/         the command line, a file a command; __main__.py reads the options
+  commands/         the command line, a file for each command
+  __main__.py       joins them
   copying.py        a concept file, lifted into a folder of your own
   checkout.py       what lies beside the package in a checkout: data, tests
   exercises.py      checks of the notebooks' exercises
 
+Each folder's docstring names its files.
 Arrows run one way: attention, moe and text know nobody, kernels only the twins they must equal;
 then the model, files, inference, training, and on top what uses them all.
 """

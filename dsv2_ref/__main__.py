@@ -1,149 +1,112 @@
 # SPDX-License-Identifier: MIT
-"""The command line: results as JSON or text on stdout, messages on stderr, exit code 2 for bad
-input with one line that says what was wrong and what was expected."""
+"""The command line: results as JSON or text on stdout, messages on stderr.
+
+Each command has a file in commands/ with its options and its work. Only the file of the command
+that is asked for is imported: torch takes seconds.
+
+Exit codes: 0 done; 1 the work was done or begun and the answer is no (training diverged, copies
+have changed); 2 bad input or output, one line says what was wrong and what was expected; 128 and
+the number of a signal that stopped it: 130 is Ctrl-C, 141 that nobody reads what it writes.
+"""
 
 import argparse
 import importlib
 import json
-import pkgutil
+import os
+import re
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import IO, NoReturn
 
-from dsv2_ref import bench as benches
+from dsv2_ref.commands.options import Failed
 
-CORPORA = "python, packages, stories, hub:NAME or a path"
+COMMANDS = {
+    "run": "the main job: train, judge, generate, draw, save",
+    "train": "train a preset",
+    "figures": "draw a run from its log.jsonl",
+    "generate": "continue a prompt with a saved model",
+    "paper": "the paper's claims beside ours",
+    "copy": "lift a concept file into a folder of your own",
+    "bench": "a measurement against a peer in the same process",
+}
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options: object) -> None:
+        super().__init__(**options)
+        self._negative_number_matcher = re.compile(r"-\.?\d")      # "-1e-3" is a value, no flag
+
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(_failed(message, 2, self.prog))
+
+    def print_help(self, file: IO[str] | None = None) -> None:
+        if code := _write(self.format_help()):
+            self.exit(code)
 
 
-def _add_train(commands: argparse._SubParsersAction) -> None:
-    p = commands.add_parser("train", help="train a preset")
-    p.add_argument("--preset", default="small",
-                   help="small, mini, tiny, the ladder's 10m, 50m, 150m, lite or v2")
-    p.add_argument("--recipe", choices=("minutes", "10m", "50m", "150m", "lite", "v2"),
-                   help="ours, the ladder's, or the paper's; the options below change it; default: "
-                        "the preset's own on the ladder, else minutes")
-    p.add_argument("--corpus", default="python", help=CORPORA)
-    p.add_argument("--text-bytes", type=float, help="as 40e6; so much of it to train on, not all")
-    p.add_argument("--out", default="build/train")
-    p.add_argument("--resume", action="store_true", help="go on from the state in --out")
-    length = p.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, help="default 300, or the ladder's")
-    length.add_argument("--seconds", type=float)
-    length.add_argument("--tokens", type=float, help="as 5e6; in whole steps of batch x sequence")
-    p.add_argument("--optimizer", choices=("muon", "adamw", "adamw8"))
-    p.add_argument("--weights", choices=("fp32", "bf16"), help="bf16: with adamw8 alone")
-    p.add_argument("--schedule", choices=("linear", "step"))
-    p.add_argument("--precision", choices=("auto", "fp32", "bf16"))
-    for name in ("lr", "warmup", "protected", "recompute"):
-        p.add_argument(f"--{name}", type=float)
-    for name in ("sequence", "batch", "seed", "micro-batch"):
-        p.add_argument(f"--{name}", type=int)
-    p.add_argument("--save-every", type=int, default=100, help="steps")
-    p.add_argument("--evaluate-every", type=int, default=0, help="steps; 0 for at the end alone")
-    p.add_argument("--no-save", dest="save", action="store_false", help="write the log alone")
-    p.add_argument("--watch", choices=("tensorboard", "trackio"), help="beside log.jsonl")
-    p.add_argument("--quiet", dest="progress", action="store_false", help="no progress bar")
-
-
-def build_parser() -> argparse.ArgumentParser:
+def parser_of(command: str) -> argparse.ArgumentParser:
+    """A parser that knows all commands by name and the options of one."""
     parser = _Parser(prog="dsv2_ref", description="DeepSeek-V2, exactly.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
-
-    p = commands.add_parser("run", help="the main job: train, judge, generate, draw, save")
-    p.add_argument("--out", default="build")
-    p.add_argument("--seconds", type=float, default=225.0,
-                   help="for everything together; training gets at least 30 %%")
-    p.add_argument("--corpus", default="python", help=CORPORA)
-
-    p = commands.add_parser("paper", help="the paper's claims beside ours")
-    p.add_argument("--json", action="store_true")
-
-    _add_train(commands)
-
-    p = commands.add_parser("figures", help="draw a run from its log.jsonl")
-    p.add_argument("folder", metavar="RUN_FOLDER", help="pictures go to RUN_FOLDER/figures")
-
-    p = commands.add_parser("generate", help="continue a prompt with a saved model")
-    p.add_argument("--model", default="build/model")
-    p.add_argument("--prompt", default="def")
-    p.add_argument("--max-new-tokens", type=int, default=200)
-    p.add_argument("--temperature", type=float, default=0.7)
-    p.add_argument("--top-p", type=float, default=0.9)
-    p.add_argument("--seed", type=int, default=0)
-
-    p = commands.add_parser("copy", help="lift a concept file into a folder of your own")
-    p.add_argument("what", nargs="*", metavar="NAME DEST", help="rope, mla, routing, ...")
-    p.add_argument("--list", action="store_true", help="the names there are")
-    p.add_argument("--check", metavar="DEST",
-                   help="what changed since, and whose change; exit code 1 if anything did")
-
-    p = commands.add_parser("bench", help="a measurement against a peer in the same process")
-    names = [m.name for m in pkgutil.iter_modules(benches.__path__) if not m.ispkg]
-    p.add_argument("name", choices=names)
-    p.add_argument("--quick", action="store_true", help="tiny sizes: does it run at all?")
-    p.add_argument("--only", metavar="STUDY", help="one study of ablations, as attention")
-    p.add_argument("--json", action="store_true", help="on one line")
+    for name, what in COMMANDS.items():
+        own = commands.add_parser(name, help=what)
+        if name == command:
+            importlib.import_module(f"dsv2_ref.commands.{name}").add_options(own)
     return parser
 
 
-def dispatch(args: dict) -> int | None:
-    """Run a command; an exit code other than 0 where it has one."""
-    command = args.pop("command")
-    if command == "paper":
-        from dsv2_ref import paper
-
-        rows = paper.rows()
-        print(paper.as_json(rows) if args["json"] else paper.as_table(rows))
-        return
-    if command == "bench":
-        measure = importlib.import_module(f"dsv2_ref.bench.{args['name']}").run
-        if args["only"] is not None and args["name"] != "ablations":
-            raise ValueError(f"--only: {args['only']!r}, expected with ablations alone")
-        options = {} if args["only"] is None else {"only": args["only"]}
-        record = measure(quick=args["quick"], **options)
-        print(json.dumps(record, indent=None if args["json"] else 2))
-        return
-    if command == "copy":
-        result = _copy(**args)
-        print(json.dumps(result, indent=1))
-        return int(isinstance(result, dict) and set(result.values()) != {"same"})   # drift
-    from dsv2_ref.commands import draw, generate, run, train
-
-    result = {"run": run.run, "train": train.train_command, "figures": draw.figures_command,
-              "generate": generate.generate_command}[command](**args)
-    print(json.dumps(result, ensure_ascii=False))
-
-
-def _copy(what: Sequence[str], list: bool, check: str | None) -> object:
-    from dsv2_ref import copying
-
-    if list:
-        return sorted(copying.concepts())
-    if check is not None:
-        return copying.check(check)
-    if len(what) != 2:
-        raise ValueError(f"copy: {' '.join(what) or 'nothing given'}, expected NAME DEST")
-    return copying.copy(*what)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    args = vars(build_parser().parse_args(argv))
+    argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        return dispatch(args) or 0
+        args = vars(parser_of(argv[0] if argv else "").parse_args(argv))
+        args.pop("command")
+        result = args.pop("act")(**args)
+        text = result if isinstance(result, str) else json.dumps(result)
+        return _write(text + "\n") or int(isinstance(result, Failed))
     except (ValueError, ImportError) as error:
-        print(f"dsv2_ref: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _failed(str(error), 2)
     except FloatingPointError as error:        # training diverged
-        print(f"dsv2_ref: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("dsv2_ref: stopped; what was saved is whole", file=sys.stderr)
-        return 130
+        return _failed(str(error), 1)
+    except KeyboardInterrupt as stopped:
+        return _failed("stopped; what was saved is whole", getattr(stopped, "code", 130))
+    except BrokenPipeError:                    # while a message was written
+        _lead_to_nowhere(sys.stderr)
+        return 141
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return _failed(f"{error.filename}: {error.strerror}", 2)
+
+
+def _write(text: str) -> int:
+    """`text` and what waits before it to stdout; 0, or the exit code where that fails.
+
+    A character that the terminal's encoding lacks becomes a question mark.
+    """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        print(text, end="", flush=True)
+        return 0
+    except OSError as error:
+        _lead_to_nowhere(sys.stdout)
+        if isinstance(error, BrokenPipeError):
+            return 141                         # as a shell says of a program ended by SIGPIPE
+        return _failed(f"stdout: cannot be written ({error.strerror})", 2)
+
+
+def _failed(why: str, code: int, who: str = "dsv2_ref") -> int:
+    """One line on stderr; the exit code."""
+    try:
+        print(f"{who}: {' '.join(why.split())}", file=sys.stderr, flush=True)
+    except OSError:
+        _lead_to_nowhere(sys.stderr)
+    return code
+
+
+def _lead_to_nowhere(stream: IO[str]) -> None:
+    """Of a stream that cannot be written: Python will flush it again at exit, with a traceback."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 if __name__ == "__main__":

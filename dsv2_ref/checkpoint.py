@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Models on disk in the published format, and training states. Only safetensors and JSON are read.
+"""Models on disk in the published format. Only safetensors and JSON are read.
 
 A published checkpoint is a directory: config.json, one or more .safetensors files with one tensor
 per linear layer and expert, and an index where there are several files. files/published.py knows
@@ -12,9 +12,7 @@ it wrote all of a directory that it is to replace, and it replaces no other.
 """
 
 import json
-import zlib
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -43,12 +41,11 @@ from dsv2_ref.files.tensors import (
     stored_dtype,
     tensor_files,
 )
-from dsv2_ref.files.whole import whole_file, whole_folder
+from dsv2_ref.files.whole import whole_folder
 from dsv2_ref.kernels.fp8 import quantise, scale_shape
 from dsv2_ref.model import DeepSeekV2
 
-__all__ = ["INDEX", "Entry", "check_place", "load", "load_state", "open_file",
-           "published_entries", "save", "save_state"]
+__all__ = ["INDEX", "Entry", "check_place", "load", "open_file", "published_entries", "save"]
 CONFIG = "config.json"
 
 
@@ -62,13 +59,9 @@ def load(
     be a name, "bfloat16". ValueError names the tensor that is missing, extra, misshapen or outside
     the dtype's range, or the file that is damaged.
     """
-    dtype = None if dtype is None else _dtype(dtype)
-    _check_device(device := device or "cpu")
-    with torch.device("cpu"):                # whatever the default: the files are read there
-        return _load(Path(path), dtype, device)
-
-
-def _load(path: Path, dtype: torch.dtype | None, device: torch.device | str) -> DeepSeekV2:
+    path, dtype = Path(path), None if dtype is None else _dtype(dtype)
+    device = "cpu" if device is None else device             # and not torch's default device
+    _check_device(device)
     config = Config.from_hf(path)
     files = tensor_files(path)
     with torch.device("meta"):
@@ -210,39 +203,3 @@ def _save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str])
         save_file(tensors, path, metadata=metadata)
     except SafetensorError as error:                         # a full disk, as safetensors says it
         raise OSError(str(error)) from None
-
-
-def save_state(path: str | Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """Write a training state, tensors and a JSON-able dictionary, as one file, atomically.
-
-    An interruption at any moment leaves the file that was there before.
-    """
-    seen: set[int] = set()
-    whole = {}
-    for name, t in tensors.items():            # a tied matrix is written under both its names
-        t = t.detach().contiguous().cpu()
-        whole[name] = t.clone() if t.data_ptr() in seen else t
-        seen.add(t.data_ptr())
-    with whole_file(path) as scratch:
-        _save_file(whole, scratch, {"state": json.dumps(state), "crc32": _crc32(whole)})
-
-
-def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read back what `save_state` wrote. ValueError if a bit of its tensors has changed."""
-    with open_file(Path(path)) as reader:
-        metadata = reader.metadata() or {}
-        if "state" not in metadata:
-            raise ValueError(f"{path}: no training state inside, expected a file of `save_state`")
-        tensors = {name: reader.get_tensor(name) for name in reader.keys()}
-    if (found := _crc32(tensors)) != metadata.get("crc32"):
-        raise ValueError(f"{path}: damaged, expected checksum {metadata.get('crc32')}, not {found}")
-    return tensors, json.loads(metadata["state"])
-
-
-def _crc32(tensors: dict[str, Tensor]) -> str:
-    """A checksum of all tensors' bytes, in the order of their names."""
-    total = 0
-    for name in sorted(tensors):
-        flat = tensors[name].reshape(-1).view(torch.uint8)
-        total = zlib.crc32(flat.numpy(), total)
-    return f"{total:08x}"

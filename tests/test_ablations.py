@@ -3,6 +3,7 @@
 
 import json
 import statistics
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,11 @@ from dsv2_ref.attention.rope import rope_frequencies, rope_tables
 from dsv2_ref.bench import ablations as bench
 from dsv2_ref.bench.harness.study import summary
 from dsv2_ref.model import DeepSeekV2
+from dsv2_ref.text.corpora import stories_corpus
+from dsv2_ref.text.data import encode
+from dsv2_ref.text.tokenizer import train_tokenizer
+from dsv2_ref.training.recipe import Recipe
+from dsv2_ref.training.setup import set_up
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +81,7 @@ def test_finer_experts_keep_total_and_activated_parameters(record):
 
 def test_one_thing_changes():
     for study, fields in (("balance", {"alpha_expert", "alpha_device", "alpha_comm"}),
-                          ("dropping", {"drop_capacity"})):
+                          ("dropping", {"drop_capacity"}), ("devices", {"max_devices"})):
         (first, _), *others = bench.settings(study).values()
         for config, change in others:
             differs = {f for f in vars(first) if getattr(config, f) != getattr(first, f)}
@@ -98,17 +104,64 @@ def test_a_card_gets_the_same_models_four_times_as_wide():
                                                                 small.top_k)
 
 
-def test_load_is_counted_in_fair_shares(monkeypatch):
+def test_load_is_counted_in_fair_shares():
     class Layer:
         entropy = 1.5
 
         def __init__(self, *experts):
             self.experts = torch.tensor(experts)
 
+            self.devices, self.routing = torch.tensor([5, 3]), SimpleNamespace(indices=[0] * 4)
+
     layers = [Layer(0, 4, 4, 8), Layer(2, 98, 100, 200)]
-    monkeypatch.setattr(bench, "held_out_load", lambda setup: layers)
-    assert bench.load_shares(None) == {
-        "fullest": 2.0, "emptiest": pytest.approx(0.01), "dead": 1 / 8, "gate_entropy": 1.5}
+    setup = SimpleNamespace(corpus=SimpleNamespace(test=[]), held_out_load=lambda _: layers)
+    assert bench.load_shares(setup) == {
+        "fullest": 2.0, "emptiest": pytest.approx(0.01), "dead": 1 / 8, "devices": 2.0,
+        "gate_entropy": 1.5}
+
+
+def test_no_token_reaches_more_devices_than_its_limit(record):
+    runs = record["studies"]["devices"]["runs"]
+    assert [r["setting"] for r in runs] == ["M = 4", "M = 3", "M = 2", "M = 1"]
+    four, three, two, one = (r["devices"] for r in runs)
+    assert one == 1 < two <= 2 < three <= 3 and three < four < 4
+    assert len({r["bits_per_byte"] for r in runs}) == 4                 # the limit was in force
+    assert all(config.drop_capacity == 1.0 for config, _ in bench.settings("devices").values())
+    assert {r["devices"] for r in record["studies"]["experts"]["runs"]} == {1}
+
+
+def small_setups(*configs):
+    corpus = stories_corpus(40)
+    tokenizer = train_tokenizer((d.text for d in corpus.train), 300)
+    recipe = Recipe(steps=1, batch=2, sequence=16, precision="fp32", seed=3)
+    return [set_up(config, recipe, corpus, tokenizer) for config in configs]
+
+
+def test_the_limit_is_all_that_differs():
+    """All limits start from the same weights and read the same data."""
+    first, *others = small_setups(*(config for config, _ in bench.settings("devices").values()))
+    batch = first.trainer.batches.next_batch()[0]
+    for setup in others:
+        assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(),
+                                                     setup.model.parameters(), strict=True))
+        assert torch.equal(setup.trainer.batches.next_batch()[0], batch)
+
+
+def test_held_out_load_reads_rows_of_the_documents_and_counts_a_device_once():
+    (setup,) = small_setups(bench.settings("devices")["M = 3"][0])
+    chosen, read = [], []
+    for block in setup.model.blocks[1:]:
+        block.router.register_forward_hook(lambda *args: chosen.append(args[2].indices // 8))
+    setup.model.embedding.register_forward_hook(lambda m, args, out: read.append(args[0]))
+    documents = setup.corpus.test[:2]
+    load = setup.held_out_load(documents, rows=3)
+    expected = torch.from_numpy(encode(documents, setup.tokenizer)[:48].astype("int64"))
+    assert torch.equal(read[0], expected.view(3, 16))
+    for layer, devices in zip(load, chosen, strict=True):
+        assert layer.experts.sum() == 48 * 4
+        assert layer.devices.sum() == sum(len(set(row)) for row in devices.tolist())
+    (few,) = setup.held_out_load(documents[:1], rows=1)[:1]
+    assert few.experts.sum() == 16 * 4
 
 
 def test_summary_compares_seed_by_seed():

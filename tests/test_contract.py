@@ -257,3 +257,25 @@ def test_imports_have_no_circles():
     while leaves := [file for file, needs in graph.items() if not needs]:
         graph = {file: needs - set(leaves) for file, needs in graph.items() if needs}
     assert not graph
+
+
+FOLDERS = sorted(f.removesuffix("/__init__.py") for f in FILES if f.endswith("/__init__.py"))
+
+
+def members(folder: Path) -> list[str]:
+    """Modules and folders of a folder, as "name.py" and "name/"."""
+    files = [p.name for p in folder.glob("*.py") if p.name != "__init__.py"]
+    return sorted([*files, *(f"{p.parent.name}/" for p in folder.glob("*/__init__.py"))])
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_folder_names_its_files(folder):
+    text = ast.get_docstring(ast.parse(source(f"{folder}/__init__.py")), clean=False)
+    names = re.findall(r"^  (\w+)  +\S", text, re.M)
+    assert sorted(names) == sorted(re.split(r"\.|/", name)[0] for name in members(PACKAGE / folder))
+
+
+def test_the_package_names_its_files_and_folders():
+    lines = re.findall(r"^  (\w+(?:\.py|/)) +\S", dsv2_ref.__doc__, re.M)
+    lines += {f"{file.split('/')[0]}/" for file in CONCEPTS if f" {file} " in dsv2_ref.__doc__}
+    assert sorted(lines) == members(PACKAGE)

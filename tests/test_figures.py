@@ -54,8 +54,8 @@ DRAW = {
         {**BYTES, "MLA, six bits": 25_920}, figures.LENGTHS),
 }
 LABELS = {
-    "loss_curve": [("tokens read (millions)", "training loss (nats a token)"),
-                   ("tokens read (millions)", "held-out text (bits a byte)")],
+    "loss_curve": [("tokens read (millions)", "training loss (nats per token)"),
+                   ("tokens read (millions)", "held-out text (bits per byte)")],
     "cache_bars": [("cache of one token, all layers (bytes)", "")],
     "expert_load": [("routed expert", "layer"), ("", "load (fair share = 1)")],
     "router_heat_map": [("routed expert", "token"), ("", "gate (weight of the expert)")],

@@ -91,10 +91,10 @@ def test_texts_stay_in_the_figure_and_in_their_boxes(name):
 
 
 @pytest.mark.parametrize("name, labels", [
-    ("groups_like_mla", ("keys and values in a layer (groups of heads)", "numbers a token")),
+    ("groups_like_mla", ("keys and values in a layer (groups of heads)", "numbers per token")),
     ("turned_pair", ("first number of the pair", "second number of the pair")),
     ("pair_clocks", ("pair of numbers", "position")),
-    ("losses_by_position", ("position in the text (tokens)", "mean loss (nats a token)")),
+    ("losses_by_position", ("position in the text (tokens)", "mean loss (nats per token)")),
     ("angle_errors", ("position", "largest error of an angle (rad)")),
     ("errors_by_position", ("position (tokens)", "error relative to the output")),
     ("yarn_pairs", ("pair of numbers", "turns in 4,096 positions")),
@@ -110,8 +110,8 @@ def test_titles_state_the_message_from_the_data():
         "grouped_heads": "GQA: 16 query heads on 4 keys and values, 1,024 numbers; MLA keeps 576",
         "grouped_heads, all": "MHA: 16 query heads on 16 keys and values, 4,096 numbers",
         "groups_like_mla": "MLA keeps as much as GQA with 2.25 groups would",
-        "mla_flow": "MLA keeps 576 numbers a token and layer (blue); its expanded keys and values "
-                    "would be 40,960",
+        "mla_flow": "MLA keeps 576 numbers per token and layer (blue); its expanded keys and "
+                    "values would be 40,960",
         "mla_flow, plain queries": "would be 5,120",
         "turned_pair": "turns the pair by 30°",
         "pair_clocks": "Pair 0 turns once in 6.28 positions, pair 31 in 47,117",

@@ -46,8 +46,8 @@ LABELS = {
     "slots_by_device": [("slot, by rank", "affinity of the slot"), ("slot, by rank", "")],
     "dropped_against_capacity": [("capacity factor (1 = average load)", "slots dropped (%)")],
     "dropped_over_training": [("training step", "slots dropped (%)")],
-    "loss_floor": [("tokens read (millions)", "held-out stories (bits a byte)"),
-                   ("tokens read (millions)", "above the floor (bits a byte)")],
+    "loss_floor": [("tokens read (millions)", "held-out stories (bits per byte)"),
+                   ("tokens read (millions)", "above the floor (bits per byte)")],
 }
 TITLES = {
     "loss_arrows": ["Expert loss lowers 0, 2", "Device loss lowers none",
@@ -57,7 +57,7 @@ TITLES = {
     "slots_by_device": ["Device 0 drops 2 of 5 slots", "Device 1 drops none of 1 slots"],
     "dropped_against_capacity": ["Dropped at capacity 1: even 2 %, skewed 31 %"],
     "dropped_over_training": ["Dropped at the end: off 39 %, on 3 %"],
-    "loss_floor": ["0.150 bits a byte, the floor is 0.105",
+    "loss_floor": ["0.150 bits per byte, the floor is 0.105",
                    "The gap: 0.045 bits, 43 % of the floor"],
 }
 

@@ -32,7 +32,7 @@ DRAW = {
 }
 TITLES = {
     "schedule_curves": ["Rates end at: V2 10 %, ours 2 %"],
-    "live_picture": ["Step 20 of 40: 3.10 nats a token", "Fullest expert: 2.0 times its share"],
+    "live_picture": ["Step 20 of 40: 3.10 nats per token", "Fullest expert: 2.0 times its share"],
     "rounding_paths": ["2 updates: exact +0.200, nearest +0.000"],
     "code_steps": ["Become 0: linear 50 %, logarithmic 0 % of these sizes"],
     "memory_bars": ["In 141 GB fits: small"],
@@ -41,7 +41,7 @@ TITLES = {
 }
 LABELS = {
     "schedule_curves": [("done (% of the run)", "rate (peak = 1)")],
-    "live_picture": [("step", "training loss (nats a token)"),
+    "live_picture": [("step", "training loss (nats per token)"),
                      ("routed expert of the last layer", "load (fair share = 1)")],
     "rounding_paths": [("update", "weight")],
     "code_steps": [("size (largest of the block = 1)", "size after coding")],

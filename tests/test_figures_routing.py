@@ -34,20 +34,20 @@ DRAW = {
 LABELS = {
     "expert_lift": [("routed expert", "kind of token"),
                     ("", "share of the gates (all tokens = 1)")],
-    "ablation_cost": [("routed expert", "kind of token"), ("", "more loss (nats a token)")],
+    "ablation_cost": [("routed expert", "kind of token"), ("", "more loss (nats per token)")],
     "device_messages": [("limit M (devices a token may reach)", "devices reached (mean)")],
     "device_traffic": [("to device", "from device"), ("", "messages")],
     "token_routing": [("routed expert", "affinity")],
     "limit_quality": [("limit M (devices a token may reach)",
-                       "bits a byte against no limit (%)")],
+                       "bits per byte against no limit (%)")],
 }
 TITLES = {
     "expert_lift": "“colour”: expert 1 gets 3.2 times its usual share of the gates",
     "ablation_cost": "Without expert 1 a token after “punctuation” costs 0.90 nats more",
-    "device_messages": "M = 2: 2.00 messages a token; without a limit 2.75",
+    "device_messages": "M = 2: 2.00 messages per token; without a limit 2.75",
     "device_traffic": "25 % of the messages leave their device",
     "token_routing": "M = 2: experts 0, 5, gates 0.53 in all",
-    "limit_quality": "Within one seed a limit changes bits a byte by -1.2 to +10.0 %",
+    "limit_quality": "Within one seed a limit changes bits per byte by -1.2 to +10.0 %",
 }
 
 

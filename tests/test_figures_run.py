@@ -50,7 +50,7 @@ TITLES = {
 }
 LABELS = {
     "gradient_norm": [("step", "gradient norm before clipping")],
-    "rate_curve": [("step", "rate"), ("step", "sequences a step")],
+    "rate_curve": [("step", "rate"), ("step", "sequences per step")],
     "balance_curves": [("step", "fullest expert (fair share = 1)"),
                        ("step", "entropy of affinities (nats)")],
 }

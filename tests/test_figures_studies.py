@@ -35,7 +35,7 @@ def test_each_seed_is_compared_with_itself_and_bars_are_one_deviation():
     for values, bar in zip(([3, 4, 5], [1, -1, 0.5]), bars, strict=True):
         assert np.allclose(bar, np.mean(values) + np.std(values, ddof=1) * np.array([-1, 1]))
     assert [t.get_text() for t in ax.get_xticklabels()] == ["GQA", "MLA"]
-    assert ax.get_xlabel() == "attention" and ax.get_ylabel() == "bits a byte against\nbase (%)"
+    assert ax.get_xlabel() == "attention" and ax.get_ylabel() == "bits per byte against\nbase (%)"
 
 
 def test_the_title_counts_what_stands_out_from_the_seeds():

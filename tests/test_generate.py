@@ -54,6 +54,17 @@ def test_default_stop_is_the_models_own_end(model):
     assert generate(same, PROMPTS, 20) == generate(model, PROMPTS, 20, stop=free[2][2])
 
 
+@pytest.mark.parametrize("several", [True, False])
+def test_the_model_may_have_several_ends_or_none(model, several):
+    free = generate(model, PROMPTS, 20, stop=())
+    stops = (free[0][4], free[2][2]) if several else ()
+    torch.manual_seed(0)
+    same = DeepSeekV2(model.config.with_(eos=stops or None)).double()
+    ended = generate(same, PROMPTS, 20)
+    assert ended == generate(model, PROMPTS, 20, stop=stops)
+    assert ([row[-1] in stops for row in ended][::2] == [True, True]) == several
+
+
 def test_going_on_from_a_cache_equals_one_long_prompt(model):
     cache = model.new_cache(2, 40)
     first = generate(model, PROMPTS[:2], 4, stop=(), cache=cache)

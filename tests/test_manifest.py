@@ -9,6 +9,7 @@ from refusals import refused
 from safetensors.torch import load_file, save_file
 
 from dsv2_ref import checkpoint
+from dsv2_ref.__main__ import main
 from dsv2_ref.config import TINY
 from dsv2_ref.model import DeepSeekV2
 
@@ -32,6 +33,11 @@ def _stranger(folder: Path, name: str) -> str:
     if name == "folder":
         file.mkdir()
         (file / "net.py").write_text("thesis")
+    elif name == "tokenizer.json as a link":             # to the very same content
+        name = "tokenizer.json"
+        file = folder / name
+        file.rename(folder.parent / name)
+        file.symlink_to(folder.parent / name)
     elif name == "link":
         file.symlink_to(folder / "config.json")
     elif name == "model.safetensors":                    # trained further with another tool
@@ -47,13 +53,13 @@ def _stranger(folder: Path, name: str) -> str:
 
 @pytest.mark.parametrize("name", [
     "net.py", ".tmpAB12", "config.json", "tokenizer.json", "model.safetensors", "manifest.json",
-    "folder", "link", "model-00001-of-00002.safetensors",
+    "folder", "link", "tokenizer.json as a link", "model-00001-of-00002.safetensors",
 ])
 def test_only_what_save_wrote_is_replaced(tmp_path, name: str) -> None:
     """Everything else is refused by name before anything is touched."""
     checkpoint.save(_model(), tmp_path / "m", {"tokenizer.json": "{}"})
     checkpoint.save(_model(), tmp_path / "m", {"tokenizer.json": "{}"}, overwrite=True)
-    _stranger(tmp_path / "m", name)
+    name = _stranger(tmp_path / "m", name)
     before = _listing(tmp_path)
     for act in (lambda: checkpoint.save(_model(), tmp_path / "m", overwrite=True),
                 lambda: checkpoint.check_place(tmp_path / "m", overwrite=True)):
@@ -73,3 +79,14 @@ def test_a_folder_of_others_is_never_replaced(tmp_path) -> None:
     (tmp_path / "m" / "config.json").write_bytes((tmp_path / "other/config.json").read_bytes())
     refused(lambda: checkpoint.save(_model(), tmp_path / "m", overwrite=True), "config.json")
     assert (tmp_path / ".m.1.tmp" / "a").read_text() == "mine"
+
+
+@pytest.mark.parametrize("command", [["train", "--steps", "1", "--preset", "tiny"], ["run"]])
+def test_a_command_refuses_before_it_begins(tmp_path, capsys, command: list[str]) -> None:
+    (tmp_path / "X" / "model").mkdir(parents=True)
+    (tmp_path / "X" / "model" / "net.py").write_text("thesis")
+    before = _listing(tmp_path)
+    assert main([*command, "--out", str(tmp_path / "X")]) == 2
+    out, error = capsys.readouterr()
+    assert out == "" and "net.py" in error and len(error.splitlines()) == 1
+    assert _listing(tmp_path) == before

@@ -47,7 +47,7 @@ def test_groups():
     names = {id(p): n for n, p in model.named_parameters()}
     adamw, muon = build_optimizers(model, "muon", 6e-3, adamw_lr=4e-3)
     by_muon = {names[id(p)] for group in muon.param_groups for p in group["params"]}
-    assert "blocks.1.experts.W_up" in by_muon and "blocks.0.attention.W_UK.weight" in by_muon
+    assert "blocks.1.ffn.experts.W_up" in by_muon and "blocks.0.attention.W_UK.weight" in by_muon
     assert not any("router" in n or "embedding" in n or "norm" in n for n in by_muon)
     tables, gains = adamw.param_groups
     assert gains["weight_decay"] == 0 and tables["weight_decay"] == 0.1

@@ -39,6 +39,7 @@ def test_papers_numbers():
     (dict(steps=1, seconds=1.0), "steps: 1 and seconds: 1.0, expected just one"),
     (dict(steps=0), "steps: 0, expected a number > 0"),
     (dict(steps=1, lr=float("nan")), "lr: nan, expected a number > 0"),
+    (dict(steps=1, adamw_lr=-1.0), "adamw_lr: -1.0, expected a number > 0"),
     (dict(steps=1, warmup=1.5), "warmup: 1.5, expected a share from 0 to 1"),
     (dict(steps=1, optimizer="sgd"), "optimizer: 'sgd', expected one of"),
     (dict(steps=1, precision="fp8"), "precision: 'fp8', expected one of"),
@@ -54,6 +55,19 @@ def test_with_swaps_steps_for_seconds():
     recipe = Recipe(steps=5, lr=1e-3).with_(seconds=2.0, lr=None)
     assert (recipe.steps, recipe.seconds, recipe.lr) == (None, 2.0, 1e-3)
     assert recipe.with_(steps=7).seconds is None
+
+
+def test_one_rate_moves_the_other_in_proportion():
+    assert Recipe(steps=1).with_(lr=1e-12).adamw_lr is None                # the same as lr
+    assert Recipe(steps=1, lr=4e-3, adamw_lr=1e-3).with_(lr=2e-3).adamw_lr == 5e-4
+    assert Recipe(steps=1, adamw_lr=1e-3).with_(lr=2e-3, adamw_lr=3e-3).adamw_lr == 3e-3
+
+
+@pytest.mark.parametrize(("batch", "start"), [(1, 1), (4, 1), (8, 2), (100, 25), (9216, 2304)])
+def test_the_ramp_keeps_its_ratio(batch, start):
+    recipe = PAPER["v2"].with_(batch=batch)
+    assert recipe.batch_start == recipe.batch_at(0) == start
+    assert PAPER["v2"].with_(batch=batch, batch_start=1).batch_start == 1
 
 
 def test_a_run_in_tokens_counts_the_ramp():

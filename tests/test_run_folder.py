@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""A run survives what may happen to it: kills, a damaged file, a torn log, a full disk."""
+"""A run survives what may happen to it: kills, a damaged file, a torn log, a full disk; and so do
+the files of others."""
 
 import json
 import os
@@ -8,10 +9,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from kill_and_resume import SAVE_EVERY, live
+import torch
+from kill_and_resume import CONFIG, SAVE_EVERY, live
 from refusals import refused
+from small_run import trainer
+from torch import Tensor
 
-from dsv2_ref.training.run_folder import RunFolder
+from dsv2_ref import checkpoint
+from dsv2_ref.files import whole
+from dsv2_ref.model import DeepSeekV2
+from dsv2_ref.training import run_folder
+from dsv2_ref.training.run_folder import RunFolder, load_state, save_state
 
 KILLS = int(os.environ.get("DSV2_KILLS", "5"))          # `make kill`: 200
 EXACT = ("step", "tokens", "language", "expert", "device", "communication", "gradient_norm", "lr")
@@ -77,8 +85,10 @@ def test_a_damaged_state_is_told_and_the_one_before_is_used(tmp_path, spoil):
 def test_the_last_states_are_kept_in_order(tmp_path):
     run = RunFolder(tmp_path, keep=3)
     for step in (9, 10, 99, 100, 1000):
-        run.save(step, lambda path: path.write_text("x"))
+        run.save(step, lambda path: save_state(path, {}, {}))
     assert [int(p.stem.split("-")[1]) for p in run.states] == [1000, 100, 99]
+    RunFolder(tmp_path, keep=3).save(1001, lambda path: save_state(path, {}, {}))
+    assert [int(p.stem.split("-")[1]) for p in run.states] == [1001, 1000, 100]
 
 
 def test_a_torn_log_is_mended(tmp_path):
@@ -87,10 +97,14 @@ def test_a_torn_log_is_mended(tmp_path):
     with open(tmp_path / "log.jsonl", "a") as file:
         file.write('{"step": 9, "language": 3.1')
     (tmp_path / ".state-000000009.safetensors.123.tmp").write_text("half")
-    (tmp_path / ".tmp7VDIXW").write_text("half")         # what safetensors writes into first
+    (tmp_path / ".state-000000009.safetensors.123.safetensors").mkdir()   # what it is made in
+    (tmp_path / ".state-000000009.safetensors.123.safetensors" / ".tmp7VDIXW").write_text("half")
+    others = {".tmp7VDIXW", ".state.tmp", ".state-of-mind.safetensors.1.tmp", ".log.jsonl.tmp"}
+    for name in others:
+        (tmp_path / name).write_text("of others")
     live(tmp_path, 8)
     assert exact(read_log(tmp_path)) == exact(whole)
-    assert not list(tmp_path.glob(".*"))
+    assert {p.name for p in tmp_path.glob(".*")} == others
 
 
 FULL = """
@@ -119,3 +133,208 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, room):
     assert {p.name: p.read_bytes() for p in RunFolder(tmp_path).states} == states
     live(tmp_path, 8)
     assert exact(read_log(tmp_path)) == exact(whole)
+
+
+# ---- training states
+
+def _state() -> tuple[dict[str, Tensor], dict]:
+    g = torch.Generator().manual_seed(0)
+    tensors = {
+        "w": torch.randn(3, 5, generator=g), "w.t": torch.randn(4, 2, generator=g).T,
+        "half": torch.randn(7, generator=g).bfloat16(), "rng": g.get_state(),
+        "step": torch.tensor(12),
+    }
+    return tensors, {"step": 12, "lr": 3e-4, "files": ["a", "ä"], "none": None}
+
+
+def test_state_round_trip(tmp_path) -> None:
+    tensors, state = _state()
+    save_state(tmp_path / "new" / "state.safetensors", tensors, state)
+    back, back_state = load_state(str(tmp_path / "new" / "state.safetensors"))
+    assert back_state == state and set(back) == set(tensors)
+    for name, t in tensors.items():
+        assert back[name].dtype == t.dtype and torch.equal(back[name], t), name
+    assert os.listdir(tmp_path / "new") == ["state.safetensors"]
+
+
+def test_state_of_tied_weights(tmp_path) -> None:
+    """A state dict names the tied matrix twice; both names come back."""
+    weights = DeepSeekV2(CONFIG.with_(tie_embeddings=True)).state_dict()
+    save_state(tmp_path / "s", weights, {})
+    back, _ = load_state(tmp_path / "s")
+    assert all(torch.equal(back[name], weight) for name, weight in weights.items())
+
+
+def listing(path: Path) -> dict[str, bytes]:
+    """Every file below `path`, hidden ones too, with its content."""
+    return {str(f.relative_to(path)): f.read_bytes() for f in path.rglob("*") if f.is_file()}
+
+
+@pytest.mark.parametrize("accident", [RuntimeError("disk"), KeyboardInterrupt()])
+def test_interrupted_state_leaves_the_good_file(
+    tmp_path, monkeypatch, accident: BaseException
+) -> None:
+    tensors, state = _state()
+    file = tmp_path / "state.safetensors"
+    save_state(file, tensors, state)
+    before = listing(tmp_path)
+
+    def failing_save(_, path, **__):
+        Path(path).write_bytes(b"half a file")
+        raise accident
+
+    monkeypatch.setattr(run_folder, "save_file", failing_save)
+    with pytest.raises(type(accident)):
+        save_state(file, tensors, state | {"step": 13})
+    assert listing(tmp_path) == before
+    assert load_state(file)[1] == state
+
+
+def test_state_that_cannot_be_written(tmp_path) -> None:
+    (tmp_path / "file").write_text("mine")
+    tensors, state = _state()
+    refused(lambda: save_state(tmp_path / "file" / "s", tensors, state),
+            tmp_path / "file" / "s", "cannot be written")
+    assert listing(tmp_path) == {"file": b"mine"}
+
+
+def test_state_from_the_wrong_file(tmp_path) -> None:
+    checkpoint.save(DeepSeekV2(CONFIG), saved := tmp_path / "model")
+    refused(lambda: load_state(saved / "model.safetensors"),
+            saved / "model.safetensors", "no training state")
+    refused(lambda: load_state(saved / "config.json"), "config.json", "damaged")
+    refused(lambda: load_state(tmp_path / "nowhere"), "nowhere", "no such file")
+    refused(lambda: load_state(saved), saved, "expected a whole safetensors file")
+
+
+def test_a_bit_of_any_tensor_is_missed(tmp_path):
+    """Each tensor's first, middle and last byte, and every byte of the small ones."""
+    tensors, state = _state()
+    save_state(tmp_path / "s", tensors, state)
+    good = (tmp_path / "s").read_bytes()
+    start = 8 + int.from_bytes(good[:8], "little")
+    header = json.loads(good[8:start])
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        first, end = entry["data_offsets"]
+        places = range(first, end) if end - first < 70 else (first, (first + end) // 2, end - 1)
+        for place in places:
+            bad = bytearray(good)
+            bad[start + place] ^= 1 << place % 8
+            (tmp_path / "s").write_bytes(bad)
+            refused(lambda: load_state(tmp_path / "s"), "damaged", "checksum")
+    (tmp_path / "s").write_bytes(good)
+    assert load_state(tmp_path / "s")[1] == state
+
+
+def test_a_state_is_on_the_disk_before_it_is_renamed(tmp_path, monkeypatch):
+    calls, replace = [], os.replace
+    monkeypatch.setattr(whole, "flush", lambda path: calls.append(("flush", path.suffix)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (
+        calls.append(("rename", Path(b).suffix)), replace(a, b)))
+    trainer().save(tmp_path / "a.state")
+    assert calls == [("rename", ".tmp"), ("flush", ".tmp"), ("rename", ".state"),
+                     ("flush", tmp_path.suffix)]
+
+
+def test_a_line_of_the_log_is_there_at_once(tmp_path):
+    run = RunFolder(tmp_path).open_log(0)
+    for step in (1, 2):
+        run.log({"step": step, "gradient_norm": float("inf"), "load": [[float("nan"), 1.0]]})
+        last = (tmp_path / "log.jsonl").read_text().splitlines()[step - 1]
+        assert last == f'{{"step": {step}, "gradient_norm": null, "load": [[null, 1.0]]}}'
+    run.close()
+
+
+# ---- the files of others, and other processes
+
+def test_nothing_is_made_by_looking(tmp_path):
+    assert RunFolder(tmp_path / "x").states == [] and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("name", ["state-of-the-art.safetensors", "state-1.safetensors",
+                                  "state-000000001.safetensors", "estate-000000001.safetensors"])
+def test_a_file_that_is_no_state_is_not_pruned(tmp_path, name):
+    (tmp_path / name).write_text("weights of somebody")
+    run = RunFolder(tmp_path).open_log(0)
+    for step in (2, 3, 4):
+        run.save(step, lambda path: save_state(path, {}, {}))
+    run.forget_from(1)
+    run.close()
+    assert (tmp_path / name).read_text() == "weights of somebody"
+
+
+HOLD = """
+import sys
+from dsv2_ref.training.run_folder import RunFolder
+with RunFolder(sys.argv[1]).held() as run:
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_the_lock_dies_with_its_process_and_refuses_first(tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], text=True,
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        scratch = tmp_path / ".state-000000009.safetensors.123.tmp"
+        scratch.write_text("of the live run")
+        refused(lambda: live(tmp_path, 4), tmp_path, "another process trains into it")
+        assert listing(tmp_path) == {scratch.name: b"of the live run"}
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdin.close()
+        holder.stdout.close()
+    assert len(live(tmp_path, 4)) == 4 and not scratch.exists()
+
+
+def test_one_holder_at_a_time_in_a_process_too(tmp_path):
+    run = RunFolder(tmp_path)
+    with run.held(), run.held():                             # its own is no obstacle
+        refused(lambda: RunFolder(tmp_path).held().__enter__(), "another process")
+    with RunFolder(tmp_path).held():
+        pass
+
+
+def test_where_folders_cannot_be_locked_training_works(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "fcntl", None)
+    assert len(live(tmp_path, 2)) == 2
+
+
+@pytest.mark.parametrize(("name", "text"), [
+    ("config.json", '{"mine": 1}'), ("config.json", ""), ("tokenizer.json", "{}"),
+    ("log.jsonl", "hello\n"), ("log.jsonl", '{"step": 1, "reward": 2}\n'), ("model/net.py", "x"),
+    ("model", "a file"),
+])
+def test_a_new_run_takes_no_place_of_others(tmp_path, name, text):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(text)
+    refused(RunFolder(tmp_path).check_new, tmp_path / name.split("/")[0], "not written by")
+    assert listing(tmp_path) == {name: text.encode()}
+
+
+def test_what_a_run_wrote_is_known_again(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    run = RunFolder(tmp_path).open_log(0)
+    run.check_new()
+    run.log({"step": 1, "gradient_norm": 1.0})
+    run.close()
+    run.check_new()
+    for torn in ('{"step": 2, "gra', '{"st', "\0\0\0"):
+        (tmp_path / "log.jsonl").write_text('{"step": 1, "gradient_norm": 1.0}\n' + torn)
+        run.check_new()
+    run.save(1, lambda path: save_state(path, {}, {}))
+    refused(run.check_new, "state-000000001", "expected --resume")
+
+
+def test_a_saved_model_is_replaced_only_if_nothing_else_is_in_its_folder(tmp_path):
+    run, config = RunFolder(tmp_path), json.loads(json.dumps(CONFIG.to_hf()))
+    run.check_model(config)
+    checkpoint.save(DeepSeekV2(CONFIG).bfloat16(), tmp_path / "model", {"tokenizer.json": "{}"})
+    run.check_model(config)
+    refused(lambda: run.check_model(config | {"hidden_size": 25}), "model", "not written by")
+    (tmp_path / "model" / "notes.md").write_text("thesis")
+    refused(lambda: run.check_model(config), "model", "not written by")

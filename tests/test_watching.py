@@ -9,7 +9,7 @@ import pytest
 from refusals import refused
 
 from dsv2_ref.__main__ import main
-from dsv2_ref.training.watching import Watch, scalars
+from dsv2_ref.training.watching import Watch, fair_shares, scalars
 
 ENTRY = {"step": 7, "tokens": 700, "seconds": 3.5, "language": 2.0, "expert": 0.1, "device": 0.2,
          "communication": 0.3, "gradient_norm": 1.5, "lr": 1e-3, "batch": 4}
@@ -80,6 +80,12 @@ def test_scalars_of_an_entry():
     assert "tokens_per_second" not in scalars(ENTRY, ENTRY)          # no time went by
 
 
+def test_fair_shares_are_of_a_layer():
+    assert fair_shares([[0, 4, 4, 8], [10, 10, 10, 10]]).tolist() == [[0, 1, 1, 2], [1, 1, 1, 1]]
+    assert fair_shares([3, 1]).tolist() == [1.5, 0.5]
+    assert fair_shares([[0, 0], [1, 3]]).tolist() == [[0, 0], [0.5, 1.5]]   # nothing was sent
+
+
 def test_tensorboard_gets_every_scalar_at_its_step(tensorboard, tmp_path):
     watch = Watch("tensorboard", tmp_path, 6, print)
     assert tensorboard.opened == (str(tmp_path / "tensorboard"), 7)
@@ -125,7 +131,7 @@ def test_a_missing_package_is_one_line_before_anything_is_read(kind, module, tmp
     code = main(["train", "--watch", kind, "--corpus", "/no/such/place", "--out", str(tmp_path)])
     out, err = capsys.readouterr()
     assert code == 2 and out == "" and err.count("\n") == 1
-    assert f"needs {kind}: .venv/bin/pip install -e '.[watch]'" in err
+    assert f"needs {kind}: pip install 'dsv2-ref[watch]'" in err
 
 
 def test_unknown_writers_are_refused(tmp_path):

@@ -1,2 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""Measurements, each against a real peer in the same run."""
+"""Measurements, most of them against a peer in the same run.
+
+  all             the four GPU benches below that measure kernels, in one process
+  attention       causal attention, on a GPU
+  mla_decode      decoding from the latent cache, on a GPU
+  six_bit_decode  decoding from the six-bit cache, on a GPU
+  experts         the routed experts of a layer, on a GPU
+  train           a training step beside transformers
+  cpu_decode      decoding on a CPU beside transformers
+  cache_quality   what a quantised cache costs in quality
+  fp8_quality     what FP8 weights cost in quality
+  ablations       what the paper's choices cost or bring, in small
+  harness         what the benches share
+"""

@@ -12,21 +12,25 @@
   balance     the three losses of section 2.2.3, the expert's alone, none: does routing collapse?
               Nothing is dropped here.
   dropping    off, at the paper's capacity 1.0, and at half of it. Never in evaluation.
+  devices     section 2.2.2's limit: at most M of 4 devices per token, from 4 (no limit, the plain
+              greedy top K) to 1, at capacity 1.0. The paper says that M >= 3 is about as good as
+              no limit, and shows no numbers.
 
   bits_per_byte   of held-out text, the model used as it was trained
   floor           the grammar's entropy: no model needs less on average (stories alone)
   dropped         share of slots dropped in training, mean over the last tenth
   fullest, emptiest, dead    on held-out text: load of the fullest and the emptiest expert in fair
               shares, mean over layers; share of experts that get under a hundredth of theirs
-  cached      numbers that attention caches a token and layer
+  devices     that a token is sent to, mean over tokens and layers of held-out text
+  cached      numbers that attention caches per token and layer
 
 Each study is run alone by `--only NAME`. Without a GPU the models have 0.2 to 0.3M activated
 parameters and read 0.3M tokens of stories, three seeds, about five minutes of one core for a study;
 data/README.md says what came out. On a GPU they are four times as wide and read 16M tokens of
-Python source: GPU numbers pending. The device limit M has a bench of its own, device_limit.
+Python source: GPU numbers pending. (data/results/device_limit-2026-11-24.json is the study of
+devices as it was when it had a bench of its own: 500 steps, 0.5M tokens.)
 """
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -35,15 +39,16 @@ from torch import Tensor, nn
 
 from dsv2_ref import cost
 from dsv2_ref.attention.mha import MultiHeadAttention
-from dsv2_ref.bench.harness.study import held_out_load, summary, trained
-from dsv2_ref.bench.harness.timing import machine
+from dsv2_ref.bench.harness.study import HELD_OUT, summary, trained
 from dsv2_ref.config import TINY, Config
 from dsv2_ref.model import DeepSeekV2
 from dsv2_ref.text import stories
 from dsv2_ref.text.corpora import Corpus, open_corpus, stories_corpus
 from dsv2_ref.text.tokenizer import TextTokenizer, train_tokenizer
+from dsv2_ref.training.machine import machine
 from dsv2_ref.training.recipe import Recipe
 from dsv2_ref.training.setup import Setup
+from dsv2_ref.training.watching import fair_shares
 
 DENSE = TINY.with_(n_dense=TINY.n_layers, n_h=8, d_c=64, dense_width=192)
 ROUTED = TINY.with_(n_routed=32, expert_width=32, top_k=4, drop_capacity=None)     # 8 a device
@@ -109,10 +114,14 @@ def settings(study: str, factor: int = 1) -> Settings:
     if study == "dropping":
         return {"off": (routed, None), **{f"capacity {c}": (routed.with_(drop_capacity=c), None)
                                           for c in (1.0, 0.5)}}
+    if study == "devices":
+        limited = routed.with_(drop_capacity=1.0)
+        return {f"M = {m}": (limited.with_(max_devices=m), None)
+                for m in range(limited.n_devices, 0, -1)}
     raise ValueError(f"only: {study!r}, expected one of {', '.join(STUDIES)}")
 
 
-STUDIES = ("attention", "experts", "balance", "dropping")
+STUDIES = ("attention", "experts", "balance", "dropping", "devices")
 
 
 def run(quick: bool = False, only: str | None = None) -> dict[str, Any]:
@@ -129,7 +138,7 @@ def run(quick: bool = False, only: str | None = None) -> dict[str, Any]:
     studies = {name: _study(models, [recipe.with_(seed=s) for s in seeds], corpus, tokenizer)
                for name, models in chosen.items()}
     return {
-        "name": "ablations", "quick": quick, **machine(), "cores": os.cpu_count(),
+        "name": "ablations", "quick": quick, **machine(),
         "device": torch.cuda.get_device_name() if gpu else "cpu",
         "training": {"corpus": corpus.name, "steps": recipe.steps, "batch": recipe.batch,
                      "sequence": recipe.sequence, "optimizer": recipe.optimizer, "lr": recipe.lr,
@@ -160,11 +169,13 @@ def _sizes(setup: Setup) -> dict[str, int]:
 
 
 def load_shares(setup: Setup) -> dict[str, float]:
-    """The fullest, the emptiest and the dead experts on held-out text, as the module says."""
-    load = held_out_load(setup)
+    """Experts and devices on held-out text, as the module says; nothing for a dense model."""
+    load = setup.held_out_load(setup.corpus.test[:HELD_OUT])
     if not load:
         return {}
-    shares = torch.stack([layer.experts / layer.experts.float().mean() for layer in load])
-    return {"fullest": shares.amax(1).mean().item(), "emptiest": shares.amin(1).mean().item(),
-            "dead": (shares < 0.01).float().mean().item(),
+    shares = fair_shares(torch.stack([layer.experts for layer in load]).numpy(force=True))
+    tokens = sum(len(layer.routing.indices) for layer in load)
+    return {"fullest": float(shares.max(1).mean()), "emptiest": float(shares.min(1).mean()),
+            "dead": float((shares < 0.01).mean()),
+            "devices": sum(layer.devices.sum().item() for layer in load) / tokens,
             "gate_entropy": sum(layer.entropy for layer in load) / len(load)}

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Every GPU benchmark in one process, one after the other: the one command to run on a GPU.
+"""The four benches of kernels on a GPU, one after the other in one process.
 
 It takes a few minutes, tells its progress on stderr and writes data/results/gpu-DATE.json, which
-notebook 13 draws. One that fails is recorded with its reason, and the rest go on.
+notebook 13 draws. One that fails is recorded with its reason, and the rest go on. `train` and
+`ablations` use a GPU too, and are run by themselves.
 """
 
 import gc
@@ -18,6 +19,7 @@ import torch
 
 from dsv2_ref.bench.harness.gpu import device_for, record
 from dsv2_ref.checkout import in_checkout
+from dsv2_ref.files.whole import write_text
 
 NAMES = ("attention", "mla_decode", "six_bit_decode", "experts")
 
@@ -36,9 +38,8 @@ def run(quick: bool = False, folder: Path | None = None) -> dict[str, Any]:
             torch.cuda.empty_cache()
     result["seconds"] = time.perf_counter() - start
     if not quick:
-        folder.mkdir(parents=True, exist_ok=True)
         file = folder / f"gpu-{result['date']}.json"
-        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_text(file, json.dumps(result, indent=1) + "\n")
         print(f"written: {file}", file=sys.stderr)
     return result
 

@@ -9,12 +9,12 @@ Ours (kernels/flash_attention.py, with the RoPE key shared by all heads) against
   flex           FlexAttention, compiled, with a causal block mask and its default tiles
 
 The others get keys that are put together and repeated for every head, and values that are padded,
-beforehand: those copies are in nobody's time. 16 and 128 heads, 4K and 8K tokens a sequence, bf16;
-forward, and backward alone (the gradients of all inputs; ours sums that of the shared key over the
-heads, the others leave it to whoever repeated the key). Ours is compared with fp32 in both
+beforehand: those copies are in nobody's time. 16 and 128 heads, 4K and 8K tokens per sequence,
+bf16; forward, and backward alone (the gradients of all inputs; ours sums that of the shared key
+over the heads, the others leave it to whoever repeated the key). Ours is compared with fp32 in both
 directions before anything is timed.
 
-TFLOP/s by the analytic count of what causality leaves, T·(T + 1)/2 pairs a sequence and head: two
+TFLOP/s by the analytic count of what causality leaves, T·(T + 1)/2 pairs per sequence and head: two
 products forward, five backward (scores again, dP, dV, dQ, dK), however many a kernel takes.
 """
 

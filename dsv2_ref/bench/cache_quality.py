@@ -21,9 +21,7 @@ first (attention/latent_basis.py). FP8 is the yardstick: what people use without
 
 import copy
 import math
-import platform
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +37,7 @@ from dsv2_ref.model import DeepSeekV2
 from dsv2_ref.text.corpora import Document, open_corpus
 from dsv2_ref.text.data import encode
 from dsv2_ref.text.tokenizer import TextTokenizer, load_tokenizer
+from dsv2_ref.training.machine import machine
 
 Quantiser = Callable[[Tensor], Tensor]      # rows (..., n) -> what is read back
 TRAINED, TIMES = 256, 4                     # tokens of a training window; windows here are longer
@@ -49,7 +48,7 @@ def exact(x: Tensor) -> Tensor:
 
 
 def symmetric(bits: int, group: int | None = None) -> Quantiser:
-    """Integers times a bf16 scale for every `group` numbers, None for one a row."""
+    """Integers times a bf16 scale for every `group` numbers, None for one per row."""
 
     def quantise(x: Tensor) -> Tensor:
         y, half = x.unflatten(-1, (-1, min(group or x.shape[-1], x.shape[-1]))), 2 ** (bits - 1)
@@ -73,7 +72,7 @@ def with_zero(bits: int, group: int) -> Quantiser:
 
 
 def fp8(x: Tensor) -> Tensor:
-    """e4m3 with a scale a row."""
+    """e4m3 with a scale per row."""
     scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 448
     return (x / scale).to(torch.float8_e4m3fn).to(x.dtype) * scale
 
@@ -233,10 +232,7 @@ def run(
     of_model, schemes = measure(loaded, tokenizer, documents, *((2, 1) if quick else (4, 10)))
     c = loaded.config
     return {
-        "name": "cache_quality", "quick": quick, "date": date.today().isoformat(),
-        "machine": platform.machine(), "processor": platform.processor() or "CPU",
-        "threads": torch.get_num_threads(), "python": platform.python_version(),
-        "torch": torch.__version__, "dtype": "float32", "corpus": corpus,
+        "name": "cache_quality", "quick": quick, **machine(), "dtype": "float32", "corpus": corpus,
         "model": {key: getattr(c, key) for key in "d n_layers n_h d_h d_r d_v d_c vocab".split()},
         "trained_on_tokens_a_window": TRAINED, "yarn_factor": c.yarn_factor,
         "exact": of_model, "schemes": schemes,

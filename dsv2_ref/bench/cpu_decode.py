@@ -6,11 +6,11 @@ own `DynamicCache`, in one process, fp32, the same files on disk. transformers c
 well, but expands every old token's keys and values again for every new one; here the queries go
 down to the latent instead, so the gap grows with the context.
 
-  decode     tokens a second with 2K (batch 1 and 4) and 8K tokens (batch 1) in the cache
+  decode     tokens per second with 2K (batch 1 and 4) and 8K tokens (batch 1) in the cache
   attention  one attention layer of V2-Lite at its real size, alone
 
 The model is V2 made small in its own proportions: 512 wide, 4 layers, 16 heads of 64 + 32, a
-latent of 256, 2 shared and 16 routed experts of width 256, 4 of them a token from 2 of 4 groups;
+latent of 256, 2 shared and 16 routed experts of width 256, 4 of them per token from 2 of 4 groups;
 36M parameters. All widths are multiples of 16, so that no backend of transformers is excluded.
 
 How it is measured: transformers runs with each of its attention and expert backends for a few
@@ -33,9 +33,10 @@ from dsv2_ref.attention.kv_cache import LatentCache
 from dsv2_ref.attention.mla import attend_absorbed
 from dsv2_ref.attention.rope import rope_tables, yarn_frequencies
 from dsv2_ref.bench.harness.peer import ATTENTION, EXPERTS, MODEL, both, peer, quiet, sizes, use
-from dsv2_ref.bench.harness.timing import agree, in_turns, machine, milliseconds, result, times
+from dsv2_ref.bench.harness.timing import agree, in_turns, milliseconds, result, times
 from dsv2_ref.config import LITE
 from dsv2_ref.model import DeepSeekV2
+from dsv2_ref.training.machine import machine
 
 # only its attention is used
 LAYER = LITE.with_(n_layers=1, vocab=64, bos=0, eos=1, dense_width=64, init_std=0.02)

@@ -8,12 +8,12 @@ stored weights differ:
   fp8_file          saved with `fp8=True` and loaded again: the blocks of the published rows
   fp8_file_bf16     the same, dequantised into bf16, as `load` does unless told otherwise
   fp8_memory        `quantise_model`: the blocks of our matrices, read from FP8 in every pass
-  fp8_per_tensor    one scale a matrix instead of one a block
+  fp8_per_tensor    one scale per matrix instead of one per block
   fp8_with_router   the router in FP8 too, which V3 (and this project) leave alone
 
 Held-out are test stories of the corpus that the model was trained on. `kl` is the mean of
-KL(bf16 ‖ variant) in nats a token over the first of them; `same_experts` the share of routed slots
-whose expert bf16 chooses too.
+KL(bf16 ‖ variant) in nats per token over the first of them; `same_experts` the share of routed
+slots whose expert bf16 chooses too.
 """
 
 import tempfile
@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from dsv2_ref import checkpoint
-from dsv2_ref.bench.harness.timing import machine
 from dsv2_ref.checkout import in_checkout
 from dsv2_ref.inference.evaluate import bits_per_byte
 from dsv2_ref.inference.fp8_model import quantise_model, stored_bytes
@@ -33,12 +32,13 @@ from dsv2_ref.model import DeepSeekV2
 from dsv2_ref.text.corpora import byte_count, stories_corpus
 from dsv2_ref.text.data import marked
 from dsv2_ref.text.tokenizer import load_tokenizer
+from dsv2_ref.training.machine import machine
 
 SEQUENCE = 256
 
 
 def rounded(model: DeepSeekV2, whole: bool = False, router: bool = False) -> DeepSeekV2:
-    """The model with its weights rounded to FP8, in place: with one scale a matrix, or the router
+    """The model with its weights rounded to FP8, in place: with one scale per matrix, or the router
     as well."""
     with torch.no_grad():
         for name, W in model.blocks.named_parameters():

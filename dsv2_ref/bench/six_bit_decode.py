@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Decoding from the six-bit cache on one GPU, against our own bf16 kernel on as many tokens.
 
-  ours    kernels/six_bit_decode.py on packed rows: 436 bytes a token of 512 + 64 numbers
+  ours    kernels/six_bit_decode.py on packed rows: 436 bytes per token of 512 + 64 numbers
   bf16    kernels/latent_decode.py on bf16 rows: 1152 bytes
   copy    torch's copy of half the packed rows: as many bytes, half read and half written
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A training step side by side with transformers: tokens a second, and MFU.
+"""A training step side by side with transformers: tokens per second, and MFU.
 
   small, 36M   on a CPU, fp32: forward, backward, clipping and AdamW on 1024 tokens, as 4 sequences
                of 256 and as one. `small` is the main job's preset; 36M is V2's proportions made
@@ -47,16 +47,10 @@ from dsv2_ref.bench.harness.peer import (
     update,
     use,
 )
-from dsv2_ref.bench.harness.timing import (
-    in_turns,
-    machine,
-    matmul_rate,
-    milliseconds,
-    result,
-    times,
-)
+from dsv2_ref.bench.harness.timing import in_turns, matmul_rate, milliseconds, result, times
 from dsv2_ref.config import LITE, SMALL, Config
 from dsv2_ref.model import DeepSeekV2
+from dsv2_ref.training.machine import machine
 
 EQUAL = dict(alpha_expert=0.0, alpha_device=0.0, alpha_comm=0.0, drop_capacity=None)
 MODELS = {"small": SMALL.with_(**EQUAL), "36M": MODEL}

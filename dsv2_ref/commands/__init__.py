@@ -1,2 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""The command line, a file a command; `__main__` reads the options."""
+"""The command line: a file for each command, with its options and its work; `__main__` joins them.
+
+  options   what the options of several commands share
+  common    messages, the output folder, the saved model, a sample of text
+  run       the main job
+  train     a preset and a recipe into a run folder
+  figures   a run drawn from its log
+  generate  a prompt continued
+  paper     the paper's claims beside ours
+  copy      a concept file lifted out
+  bench     a measurement against a peer
+"""

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What several commands share: messages, the output folder, the saved model, a sample of text."""
+"""What several commands share in their work."""
 
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,16 +21,17 @@ def say(text: str = "") -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def output_folder(path: str | Path) -> Path:
-    """An output folder that exists and can be written to."""
+def output_folder(path: str | Path, with_model: bool = False) -> Path:
+    """An output folder that exists and can be written to; `with_model`, where model/ may be too."""
     path = Path(path)
+    if with_model:
+        checkpoint.check_place(path / "model", overwrite=True)
     if path.is_file():
         raise ValueError(f"{path}: cannot be written, it is a file, expected a folder")
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".writable"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=path):
+            pass
     except OSError as error:
         raise ValueError(f"{path}: cannot be written ({error.strerror})") from None
     return path
@@ -39,19 +41,29 @@ def save_model(setup: Setup, path: Path) -> None:
     """The published format in bf16, tokenizer.json beside it; replaces an earlier one."""
     state = DeepSeekV2(setup.model.config)
     state.load_state_dict(setup.model.state_dict())
-    text = setup.tokenizer.tokenizer.to_str(pretty=True)
-    checkpoint.save(state.bfloat16(), path, {"tokenizer.json": text}, overwrite=True)
+    files = {"tokenizer.json": setup.tokenizer.to_json()}
+    checkpoint.save(state.bfloat16(), path, files, overwrite=True)
 
 
 def write_sample(
     model: DeepSeekV2, tokenizer: TextTokenizer, prompt: str, max_new_tokens: int,
     temperature: float, top_p: float, write: Callable[[str], object], seed: int = 0,
+    cache: str = "latent",
 ) -> str:
-    """Stream a continuation of `prompt` to `write`; returns the whole text."""
-    ids = [tokenizer.bos, *tokenizer.encode(prompt)]
+    """Stream a continuation of `prompt` to `write`; returns the whole text.
+
+    `cache`: latent or six_bit, the kind that the model reads from while it writes.
+    """
+    try:
+        ids = [tokenizer.bos, *tokenizer.encode(prompt)]
+    except UnicodeEncodeError:
+        raise ValueError(f"prompt: {prompt!r}, expected text that UTF-8 can hold") from None
+    rows = None                                 # `generate` makes a latent cache of its own
+    if cache != "latent":
+        rows = model.new_cache(1, len(ids) + max(max_new_tokens, 1) - 1, cache)
     draws = torch.Generator(model.embedding.weight.device).manual_seed(seed)
     stream = TextStream(tokenizer.decode, write, prompt)
-    new = generate(model, [ids], max_new_tokens, temperature, top_p, stream=stream,
+    new = generate(model, [ids], max_new_tokens, temperature, top_p, cache=rows, stream=stream,
                    generator=draws)[0]
     stream.end()
     write("\n")

@@ -4,42 +4,41 @@
 import json
 import sys
 import time
+from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dsv2_ref import cost, figures, paper
 from dsv2_ref.commands.common import output_folder, save_model, say, write_sample
+from dsv2_ref.commands.options import CORPORA, filled
 from dsv2_ref.config import SMALL, V2, Config
+from dsv2_ref.files.whole import write_text
 from dsv2_ref.inference.evaluate import compressed_bits_per_byte
 from dsv2_ref.inference.live_cache import measured_cache_bytes
 from dsv2_ref.text.corpora import Document, byte_count, open_corpus
-from dsv2_ref.text.data import encode
 from dsv2_ref.training.machine import (
-    autocast,
     default_device,
     keep_freed_memory,
+    machine,
     set_fastest_threads,
-    versions,
 )
 from dsv2_ref.training.pretrain import train
 from dsv2_ref.training.recipe import Recipe
+from dsv2_ref.training.run_folder import RunFolder
 from dsv2_ref.training.setup import Setup, set_up
 
 # no space at the end: tokens carry the space before a word, not the one after it
 PROMPT = "class Parser:\n    def __init__(self, name):\n        self.name = name\n\n    def"
 
 
-def expert_load(setup: Setup, batches: int = 8) -> Tensor:
-    """(MoE layers, experts) slots that held-out text sends to each expert."""
-    tokens = torch.from_numpy(encode(setup.corpus.validation, setup.tokenizer).astype("int64"))
-    T = min(setup.trainer.recipe.sequence, len(tokens))
-    rows = tokens[: len(tokens) // T * T].view(-1, T)[:batches].to(setup.trainer.device)
-    with torch.no_grad(), autocast(setup.trainer.device, setup.trainer.precision):
-        load = setup.model.eval().losses(rows, rows, with_load=True).load
-    return torch.stack([layer.experts for layer in load])
+def add_options(parser: ArgumentParser) -> None:
+    parser.add_argument("--out", type=filled, default="build")
+    parser.add_argument("--seconds", type=float, default=225.0,
+                        help="for everything together; training gets at least 30 %%")
+    parser.add_argument("--corpus", type=filled, default="python", help=CORPORA)
+    parser.set_defaults(act=run)
 
 
 def run(
@@ -50,7 +49,7 @@ def run(
     Returns what it writes to `out`/run.json.
     """
     began = time.perf_counter()
-    recipe, out = Recipe(seconds=seconds), output_folder(out)
+    recipe, out = Recipe(seconds=seconds), checked(output_folder(out, with_model=True))
     keep_freed_memory()
     say("1. Text and tokenizer")
     text = open_corpus(corpus)
@@ -88,10 +87,26 @@ def run(
     draw(setup, log, compressed_bits_per_byte(few), caches["V2's size"], out)
     result = summary(setup, bits, compressors, caches)
     result["seconds"] = time.perf_counter() - began
-    (out / "run.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_text(out / "run.json", json.dumps(result, indent=2) + "\n")
     say(f"\nDone in {result['seconds']:.0f} s. In {out}/: run.json, loss.png, cache.png, "
         "expert_load.png, model/ (published format), training/")
     return result
+
+
+def checked(out: Path) -> Path:
+    """The folder. ValueError if the job would replace in it what it did not write."""
+    RunFolder(out / "training").check_log()
+    try:
+        earlier = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        earlier = None
+    if isinstance(earlier, dict) and "cache_bytes_per_token_at_v2_size" in earlier:
+        return out
+    for name in ("run.json", "loss.png", "cache.png", "expert_load.png"):
+        if (out / name).exists():
+            raise ValueError(f"{out / name}: exists and was not written by this job, expected "
+                             "another --out, or this moved away")
+    return out
 
 
 def _prefix(documents: list[Document], n_bytes: int) -> list[Document]:
@@ -140,7 +155,7 @@ def summary(
         "cache_bytes_per_token": caches["this model"],
         "cache_bytes_per_token_at_v2_size": caches["V2's size"],
         "corpus": setup.corpus.origin, "test_bytes": byte_count(setup.corpus.test),
-        "versions": versions(), "threads": torch.get_num_threads(), "precision": trainer.precision,
+        **machine(), "precision": trainer.precision,
         "device": torch.cuda.get_device_name() if default_device() == "cuda" else "cpu",
     }
 
@@ -154,5 +169,6 @@ def draw(
     figures.save(figures.loss_curve(log, references), out / "loss.png")
     figures.save(figures.cache_bars(cache_bytes), out / "cache.png")
     c = setup.model.config
-    load = expert_load(setup).numpy(force=True)
-    figures.save(figures.expert_load(load, c.n_devices, c.n_dense), out / "expert_load.png")
+    load = setup.held_out_load(setup.corpus.validation, rows=8)
+    slots = torch.stack([layer.experts for layer in load]).numpy(force=True)
+    figures.save(figures.expert_load(slots, c.n_devices, c.n_dense), out / "expert_load.png")

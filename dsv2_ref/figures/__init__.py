@@ -1,11 +1,20 @@
 # SPDX-License-Identifier: MIT
 """Every plot and widget, in one style: `figures.cache_bars(...)`, `figures.save(...)`.
 
-style: colours, `Picture`, `save`; absorption: two orders of one attention; architecture: the whole
-model; attention: matrices in numbers, heads; balance: losses, load, dropping; cache: what is kept;
-experts: where tokens go; kernels: tiles, rooflines; positions: RoPE; routing: what experts are for,
-and the limit on devices; sliders: what moves; studies: ablations; pretraining, run: how a run
-went.
+  style         colours, `Picture`, `save`
+  absorption    two orders of one attention
+  architecture  the whole model
+  attention     matrices in numbers, heads
+  balance       losses, load, dropping
+  cache         what is kept
+  experts       where tokens go
+  kernels       tiles, rooflines
+  positions     RoPE
+  routing       what experts are for, and the limit on devices
+  sliders       what moves, with ipywidgets and without
+  studies       ablations
+  pretraining   schedules, memory and rounding; a run as it goes on
+  run           how a run went
 """
 
 from dsv2_ref.figures.absorption import absorption_crossover, absorption_flops, absorption_regions

@@ -197,7 +197,7 @@ def group_slider(n_h: int, d_h: int, latent_row: int) -> Any:
 
 @styled
 def groups_like_mla(n_h: int, d_h: int, n_layers: int, latent_row: int) -> Figure:
-    """Numbers cached a token by GQA against its groups, and the groups that equal MLA's row."""
+    """Numbers cached per token by GQA against its groups, and the groups that equal MLA's row."""
     equal, figure = latent_row / (2 * d_h), Picture(7.2, 3.8)
     ax = figure.subplots()
     counts = np.array([n for n in range(1, n_h + 1) if n_h % n == 0])
@@ -213,7 +213,7 @@ def groups_like_mla(n_h: int, d_h: int, n_layers: int, latent_row: int) -> Figur
     ax.plot([equal, equal], [kept[0] / 2, mla], color=COLORS["MLA"], ls=":")
     ax.annotate(f"MLA  {mla:,}", (counts[-1], mla), (0, 6), ha="right", color=COLORS["MLA"],
                 textcoords="offset points")
-    ax.set(xscale="log", yscale="log", ylim=(kept[0] / 2, kept[-1] * 2), ylabel="numbers a token",
+    ax.set(xscale="log", yscale="log", ylim=(kept[0] / 2, kept[-1] * 2), ylabel="numbers per token",
            xlabel="keys and values in a layer (groups of heads)",
            title=f"MLA keeps as much as GQA with {equal:.3g} groups would")
     ax.set_xticks(counts, [str(n) for n in counts])
@@ -244,7 +244,7 @@ def mla_flow(
     d_cq = None: queries are not compressed, c^Q is h itself.
     """
     expanded = n_h * (d_h + d_r + d_v)
-    figure, ax = _canvas(14.2, 9.8, 0.66, f"MLA keeps {d_c + d_r:,} numbers a token and layer "
+    figure, ax = _canvas(14.2, 9.8, 0.66, f"MLA keeps {d_c + d_r:,} numbers per token and layer "
                          f"(blue); its expanded keys and values would be {expanded:,}")
     boxes = {      # text, x, y, width
         "h": (f"$h$   {d}", 6.8, 0.4, 1.7),

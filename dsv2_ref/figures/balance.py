@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from dsv2_ref.figures.style import COLORS, INK, MORE_COLORS, Picture, styled
+from dsv2_ref.training.watching import fair_shares
 
 UP, DOWN, SAFE = COLORS["MLA"], COLORS["MHA"], MORE_COLORS[1]
 IDLE = 0.1             # of a fair share: an expert below it is called idle
@@ -72,7 +73,7 @@ def _shares(loads: Mapping[str, Any], n_devices: int) -> dict[str, np.ndarray]:
         if load.ndim != 3 or load.shape[2] % n_devices:
             raise ValueError(f"loads: {name!r} has shape {load.shape} on {n_devices} devices, "
                              "expected (steps, layers, a multiple of the devices)")
-        shares[name] = load / np.maximum(load.mean(-1, keepdims=True), 1e-12)
+        shares[name] = fair_shares(load)
     if len({s.shape for s in shares.values()}) != 1:
         raise ValueError("loads: runs of different sizes, expected at least one, all of one shape")
     return shares
@@ -87,7 +88,7 @@ def _idle(share: np.ndarray) -> str:
 @styled
 def load_over_training(loads: Mapping[str, Any], n_devices: int = 1,
                        first_layer: int = 0) -> Figure:
-    """Heat map of each expert's load over the steps: a column a run, a row a layer.
+    """Heat map of each expert's load over the steps: a column per run, a row per layer.
 
     loads[name] (steps, layers, experts) counts. Idle: less than a tenth of a fair share, in the
     mean of the last tenth of the steps.
@@ -157,7 +158,7 @@ def slots_by_device(indices: Any, affinity: Any, keep: Any, n_routed: int, n_dev
                     budget: int, protected: Any = None) -> Figure:
     """Every slot of each device, ranked as it is when some must go; what is dropped is hollow.
 
-    indices, affinity, keep (N, K); protected (N,) tokens, ranked first; a panel a device.
+    indices, affinity, keep (N, K); protected (N,) tokens, ranked first; a panel per device.
     """
     indices, affinity, keep = np.asarray(indices), np.asarray(affinity, float), np.asarray(keep)
     if not indices.shape == affinity.shape == keep.shape or indices.ndim != 2:
@@ -194,7 +195,7 @@ def slots_by_device(indices: Any, affinity: Any, keep: Any, n_routed: int, n_dev
 @styled
 def dropped_against_capacity(capacity: Sequence[float],
                              dropped: Mapping[str, Sequence[float]]) -> Figure:
-    """Share of slots dropped against the capacity factor, a line a routing; 1.0 is the paper's."""
+    """Share of slots dropped against the capacity factor, a line per routing; the paper has 1.0."""
     x = np.asarray(capacity, float)
     if not dropped or any(len(y) != len(x) for y in dropped.values()) or not (x == 1.0).any():
         raise ValueError(f"dropped: {len(dropped)} lines over {len(x)} capacities, expected at "
@@ -217,7 +218,7 @@ def dropped_against_capacity(capacity: Sequence[float],
 
 @styled
 def dropped_over_training(dropped: Mapping[str, Sequence[float]]) -> Figure:
-    """Share of slots dropped at each training step, a line a run."""
+    """Share of slots dropped at each training step, a line per run."""
     if not dropped or not all(len(y) for y in dropped.values()):
         raise ValueError(f"dropped: {len(dropped)} runs, expected at least one, none of it empty")
     figure = Picture(7.6, 4.0)

@@ -105,14 +105,14 @@ def cache_growth(tokens: Sequence[int], filled: Mapping[str, Sequence[float]],
     """
     if not filled or any(len(sizes) != len(tokens) for sizes in filled.values()):
         raise ValueError(f"filled: {[len(s) for s in filled.values()]} sizes, expected "
-                         f"{len(tokens)} for each kind, one a step")
+                         f"{len(tokens)} for each kind, one per step")
     figure = Picture(7.6, 4.0)
     ax = figure.subplots()
     kinds, last = list(filled), {kind: sizes[-1] / tokens[-1] for kind, sizes in filled.items()}
     for kind in kinds:
         sizes = [n / 1024 for n in filled[kind]]
         ax.plot([0, *tokens], [0, *sizes], color=color_of(kind, kinds), marker=".", ms=4)
-        ax.annotate(f"{kind}: {last[kind]:,.0f} bytes a token", (tokens[-1], sizes[-1]), (6, 0),
+        ax.annotate(f"{kind}: {last[kind]:,.0f} bytes per token", (tokens[-1], sizes[-1]), (6, 0),
                     textcoords="offset points", va="center", annotation_clip=False)
     if prompt:
         ax.axvspan(0, prompt, color="#EEEEEE", lw=0)

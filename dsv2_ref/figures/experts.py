@@ -11,6 +11,7 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import MaxNLocator
 
 from dsv2_ref.figures.style import INK, Picture, styled
+from dsv2_ref.training.watching import fair_shares
 
 
 def _heat_map(values: np.ndarray, n_devices: int, first: int, height: float, label: str,
@@ -51,7 +52,7 @@ def expert_load(load: Any, n_devices: int = 1, first_layer: int = 0) -> Figure:
     load (layers, experts) counts; `first_layer` is the number of the first row's layer.
     """
     load = _rows("load", load, n_devices)
-    shares = load / np.maximum(load.mean(1, keepdims=True), 1e-12)
+    shares = fair_shares(load)
     figure, ax = _heat_map(shares, n_devices, first_layer, min(0.3 * len(load) + 2.2, 8.0),
                            "load (fair share = 1)", cmap="PuOr_r", vmin=0, vmax=2)
     ax.set(ylabel="layer", title=f"The fullest expert has {shares.max():.1f} times its fair share, "

@@ -108,10 +108,10 @@ def decode_roofline(
     work: Mapping[str, tuple[float, float]], memory_tb: float, matrix_tf: float, card: str,
     measured: Mapping[str, tuple[float, float]] | None = None,
 ) -> Figure:
-    """What a card can do at most against operations a byte, and where decoding stands.
+    """What a card can do at most against operations per byte, and where decoding stands.
 
     work: name -> (FLOPs, bytes) of one cached token; memory_tb in TB/s, matrix_tf in TFLOP/s, both
-    of `card`; measured: name -> (FLOPs a byte, TFLOP/s). Without any, the picture says so.
+    of `card`; measured: name -> (FLOPs per byte, TFLOP/s). Without any, the picture says so.
     """
     if not work or min(min(pair) for pair in work.values()) <= 0:
         raise ValueError(f"work: {dict(work)}, expected (FLOPs, bytes), positive, of one at least")
@@ -137,7 +137,7 @@ def decode_roofline(
         ax.annotate(PENDING, (0.97, 0.06), xycoords="axes fraction", ha="right", color=INK,
                     bbox={"boxstyle": "round", "fc": "#FFF6D5", "ec": COLORS["GQA"]})
     slow = [name for name, (flops, nbytes) in work.items() if flops / nbytes < ridge]
-    ax.set(xlim=(8, 1024), ylim=(32, matrix_tf * 2), xlabel="operations a byte read (FLOP/byte)",
+    ax.set(xlim=(8, 1024), ylim=(32, matrix_tf * 2), xlabel="operations per byte read (FLOP/byte)",
            ylabel="at most (TFLOP/s)",
            title=f"Memory is the limit of {len(slow)} of {len(work)}: those left of the ridge")
     return figure
@@ -203,7 +203,7 @@ def decode_floors(
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:g}"))
     ax.xaxis.set_minor_locator(NullLocator())
-    ax.set(ylim=(0, max(first) * 1.12), xticks=h, xlabel="heads", ylabel="at least (µs a layer)",
+    ax.set(ylim=(0, max(first) * 1.12), xticks=h, xlabel="heads", ylabel="at least (µs per layer)",
            title=f"{kinds[-1]} gains {gain[0]:.1f}x at {heads[0]} heads and "
                  f"{gain[-1]:.1f}x at {heads[-1]}")
     ax.grid(True)

@@ -103,7 +103,7 @@ def _lines(x: Any, curves: Mapping[str, Any], title: str, xlabel: str, ylabel: s
 
 @styled
 def losses_by_position(edges: Sequence[int], curves: Mapping[str, Any]) -> Figure:
-    """Mean loss, nats a token, of groups of positions; the first curve is right, the second wrong.
+    """Mean loss (nats per token) of groups of positions; the first curve is right, the second not.
 
     edges: group i is positions edges[i] to edges[i + 1] - 1, so there is one edge more than groups.
     """
@@ -114,7 +114,7 @@ def losses_by_position(edges: Sequence[int], curves: Mapping[str, Any]) -> Figur
     figure = _lines(range(len(groups)), curves,
                     f"{name}: {wrong[1] - right[1]:+.2f} nats at tokens {groups[1]}, "
                     f"{wrong[-1] - right[-1]:+.2f} at {groups[-1]}",
-                    "position in the text (tokens)", "mean loss (nats a token)")
+                    "position in the text (tokens)", "mean loss (nats per token)")
     ax = figure.axes[0]
     for line in ax.lines:
         line.set(marker="o", markersize=5)

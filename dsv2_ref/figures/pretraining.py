@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dsv2_ref.figures.style import COLORS, INK, MORE_COLORS, Picture, styled
+from dsv2_ref.training.watching import fair_shares
 
 _LINES = (COLORS["MLA"], COLORS["MHA"], COLORS["GQA"], *MORE_COLORS)
 _DASHES = ("-", "--", "-.", ":")
@@ -42,14 +43,13 @@ def live_picture(log: Sequence[Mapping[str, Any]], steps: int) -> Figure:
     loads = [entry["expert_load"] for entry in log if "expert_load" in entry]
     if not loads:
         raise ValueError("log: no entry has 'expert_load', expected one at least")
-    load = np.array(loads[-1][-1], float)
-    shares = load / max(load.mean(), 1e-12)
+    shares = fair_shares(loads[-1][-1])                                     # (E,)
     figure = Picture(10.0, 3.6)
     left, right = figure.subplots(1, 2)
     left.plot([entry["step"] for entry in log], [entry["language"] for entry in log],
               color=COLORS["MLA"], lw=1.2, marker=".", ms=4)
-    left.set(xlabel="step", ylabel="training loss (nats a token)", xlim=(0, steps),
-             title=f"Step {log[-1]['step']} of {steps}: {log[-1]['language']:.2f} nats a token")
+    left.set(xlabel="step", ylabel="training loss (nats per token)", xlim=(0, steps),
+             title=f"Step {log[-1]['step']} of {steps}: {log[-1]['language']:.2f} nats per token")
     right.bar(range(len(shares)), shares, color=COLORS["GQA"])
     right.axhline(1, color=INK, lw=1.2, ls="--")
     right.set(xlabel="routed expert of the last layer", ylabel="load (fair share = 1)",

@@ -73,12 +73,12 @@ def expert_lift(lift: Any, kinds: Sequence[str]) -> Figure:
 def ablation_cost(cost: Any, kinds: Sequence[str]) -> Figure:
     """What the loss gains, on tokens of each kind, when one expert is removed.
 
-    cost (kinds, experts) in nats a token.
+    cost (kinds, experts) in nats per token.
     """
     cost = _matrix("cost", cost, len(kinds))
     kind, expert = np.unravel_index(cost.argmax(), cost.shape)
     return _table(np.where(np.abs(cost) < 0.005, 0.0, cost), kinds, ".2f",
-                  "more loss (nats a token)",
+                  "more loss (nats per token)",
                   f"Without expert {expert} a token after “{kinds[kind]}” costs "
                   f"{cost.max():.2f} nats more", 0, max(cost.max(), 1e-9), "YlOrBr")
 
@@ -98,7 +98,8 @@ def device_messages(reached: Mapping[int, float], limit: int) -> Figure:
     ax.set_xticks(list(reached))
     ax.set(xlabel="limit M (devices a token may reach)", ylabel="devices reached (mean)",
            ylim=(0, free * 1.15),
-           title=f"M = {limit}: {reached[limit]:.2f} messages a token; without a limit {free:.2f}")
+           title=f"M = {limit}: {reached[limit]:.2f} messages per token; without a limit "
+                 f"{free:.2f}")
     return figure
 
 
@@ -203,8 +204,9 @@ def limit_quality(runs: Sequence[Mapping[str, float]]) -> Figure:
     ax.set_xticks(limits[:-1])
     ax.margins(x=0.2, y=0.15)
     ax.grid(True, axis="y")
-    ax.set(xlabel="limit M (devices a token may reach)", ylabel="bits a byte against no limit (%)",
-           title=f"Within one seed a limit changes bits a byte by {change.min():+.1f} to "
+    ax.set(xlabel="limit M (devices a token may reach)",
+           ylabel="bits per byte against no limit (%)",
+           title=f"Within one seed a limit changes bits per byte by {change.min():+.1f} to "
                  f"{change.max():+.1f} %")
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure

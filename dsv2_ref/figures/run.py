@@ -13,6 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from dsv2_ref.figures.experts import expert_load
 from dsv2_ref.figures.style import COLORS, INK, MORE_COLORS, Picture, styled
+from dsv2_ref.training.watching import fair_shares
 
 Log = Sequence[Mapping[str, Any]]
 
@@ -44,10 +45,10 @@ def _columns(log: Log, *names: str) -> list[np.ndarray]:
 def loss_curve(
     log: Sequence[Mapping[str, float]], references: Mapping[str, float] | None = None
 ) -> Figure:
-    """Training loss, and held-out bits a byte where the log has any.
+    """Training loss, and held-out bits per byte where the log has any.
 
-    log: records with `tokens` (read so far) and `language` (nats a token), some of them with
-    `bits_per_byte`. references: bits a byte of compressors, drawn as lines.
+    log: records with `tokens` (read so far) and `language` (nats per token), some of them with
+    `bits_per_byte`. references: bits per byte of compressors, drawn as lines.
     """
     if not log:
         raise ValueError("log: empty, expected at least one record")
@@ -62,8 +63,8 @@ def loss_curve(
     smooth = np.convolve(y, window, "same") / np.convolve(np.ones_like(y), window, "same")
     axes[0].plot(x / 1e6, y, color=COLORS["MLA"], alpha=0.35, lw=0.8, label="each step")
     axes[0].plot(x / 1e6, smooth, color=COLORS["MLA"], label="running mean")
-    axes[0].set(ylabel="training loss (nats a token)",
-                title=f"Training loss: {y[0]:.2f} to {smooth[-1]:.2f} nats a token")
+    axes[0].set(ylabel="training loss (nats per token)",
+                title=f"Training loss: {y[0]:.2f} to {smooth[-1]:.2f} nats per token")
     if held_out:
         x, bits = (np.array([r[k] for r in held_out], float) for k in ("tokens", "bits_per_byte"))
         axes[1].plot(x / 1e6, bits, "o-", color=COLORS["MLA"], ms=4, label="model")
@@ -71,8 +72,8 @@ def loss_curve(
             axes[1].axhline(value, color=INK, lw=1.4, ls=line, label=f"{name} ({value:.2f})")
         beaten = sorted((v, f", below {name}") for name, v in (references or {}).items()
                         if bits[-1] < v)
-        axes[1].set(ylabel="held-out text (bits a byte)", ylim=(0, None),
-                    title=f"Held-out: {bits[-1]:.2f} bits a byte{beaten[0][1] if beaten else ''}")
+        axes[1].set(ylabel="held-out text (bits per byte)", ylim=(0, None),
+                    title=f"Held-out: {bits[-1]:.2f} bits per byte{beaten[0][1] if beaten else ''}")
     for ax in axes:
         ax.set_xlabel("tokens read (millions)")
         ax.grid(True, axis="y")
@@ -82,9 +83,9 @@ def loss_curve(
 
 @styled
 def loss_floor(tokens: Sequence[float], bits: Sequence[float], floor: float) -> Figure:
-    """Held-out bits a byte against tokens read, and what lies between them and the exact entropy.
+    """Held-out bits per byte against tokens read, and what lies between them and the exact entropy.
 
-    floor: the entropy rate in bits a byte, which no model can pass in expectation.
+    floor: the entropy rate in bits per byte, which no model can pass in expectation.
     """
     x, y = np.asarray(tokens, float) / 1e6, np.asarray(bits, float)
     if x.shape != y.shape or not len(x) or not y.min() > floor > 0:
@@ -95,11 +96,11 @@ def loss_floor(tokens: Sequence[float], bits: Sequence[float], floor: float) -> 
     left, right = figure.subplots(1, 2)
     left.plot(x, y, "o-", color=COLORS["MLA"], ms=4, label="model")
     left.axhline(floor, color=INK, lw=1.4, ls="--", label=f"exact entropy rate ({floor:.3f})")
-    left.set(ylabel="held-out stories (bits a byte)", ylim=(0, None),
-             title=f"{y[-1]:.3f} bits a byte, the floor is {floor:.3f}")
+    left.set(ylabel="held-out stories (bits per byte)", ylim=(0, None),
+             title=f"{y[-1]:.3f} bits per byte, the floor is {floor:.3f}")
     left.legend(loc="best")
     right.plot(x, gap, "o-", color=COLORS["MLA"], ms=4)
-    right.set(ylabel="above the floor (bits a byte)", xscale="log", yscale="log",
+    right.set(ylabel="above the floor (bits per byte)", xscale="log", yscale="log",
               title=f"The gap: {gap[-1]:.3f} bits, {100 * gap[-1] / floor:.0f} % of the floor")
     for ax in (left, right):
         ax.set_xlabel("tokens read (millions)")
@@ -157,7 +158,7 @@ def rate_curve(log: Log) -> Figure:
                       f"{rates[-1]:.2g} at the end")
     if grows:
         axes[1].step(steps, batches, where="mid", color=COLORS["GQA"])
-        axes[1].set(ylabel="sequences a step", ylim=(0, None),
+        axes[1].set(ylabel="sequences per step", ylim=(0, None),
                     title=f"Batch: {batches[0]:.0f} to {batches[-1]:.0f} sequences")
     for ax in axes:
         ax.set_xlabel("step")
@@ -167,7 +168,7 @@ def rate_curve(log: Log) -> Figure:
 
 @styled
 def balance_curves(log: Log, first_layer: int = 0) -> Figure:
-    """By step, a line a layer: the fullest expert against its fair share, and the gates' entropy.
+    """By step, a line per layer: the fullest expert against its fair share, and the gates' entropy.
 
     log: entries, some with `expert_load` (layers, experts) and `gate_entropy` (layers).
     """
@@ -175,7 +176,7 @@ def balance_curves(log: Log, first_layer: int = 0) -> Figure:
     if not loads:
         raise ValueError("log: no entry has 'expert_load', expected one at least")
     steps, load, entropy = _columns(loads, "step", "expert_load", "gate_entropy")
-    fullest = load.max(2) / np.maximum(load.mean(2), 1e-12)                 # (records, layers)
+    fullest = fair_shares(load).max(2)                                      # (records, layers)
     most = math.log(load.shape[2])
     figure = Picture(10.0, 4.0)
     axes = figure.subplots(1, 2)

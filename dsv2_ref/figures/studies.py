@@ -37,7 +37,7 @@ def study_changes(studies: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
                         mew=2.0, capsize=4, lw=1.6)
         ax.set_xticks(places, kinds[1:])
         ax.set(xlim=(0.5, len(kinds) - 0.5), xlabel=name,
-               ylabel=f"bits a byte against\n{kinds[0]} (%)")
+               ylabel=f"bits per byte against\n{kinds[0]} (%)")
         ax.grid(True, axis="y")
     for ax in axes[len(studies):]:
         ax.remove()

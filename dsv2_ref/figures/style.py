@@ -13,7 +13,6 @@ Needs: matplotlib, numpy, and Pillow, which matplotlib brings.
 
 import functools
 import io
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,8 @@ from typing import Any
 from matplotlib import style
 from matplotlib.figure import Figure
 from PIL import Image
+
+from dsv2_ref.files.whole import whole_file
 
 COLORS = {"MHA": "#D55E00", "GQA": "#E69F00", "MQA": "#56B4E9", "MLA": "#0072B2"}
 MORE_COLORS = ("#CC79A7", "#009E73", "#F0E442", "#999999")
@@ -70,12 +71,10 @@ def png(figure: Figure) -> bytes:
 
 def save(figure: Figure, path: str | Path) -> Path:
     """Write a PNG at 150 dpi, whole or not at all; makes the folder. Returns the path."""
-    path = Path(path)
     image = png(figure)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_bytes(image)
-    return part.replace(path)
+    with whole_file(path) as scratch:
+        scratch.write_bytes(image)
+    return Path(path)
 
 
 def tokens_label(n: float) -> str:

@@ -1,3 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What `checkpoint` stands on: published names (published), tensors read (tensors), files and
-folders written whole (whole), and what proves that they are ours (manifest)."""
+"""What `checkpoint` stands on.
+
+  published  the published tensors of a model, and what they cannot hold
+  manifest   what was written into a folder, so that only that is replaced
+  tensors    safetensors files that others wrote, read
+  whole      files that are there whole or not at all
+"""

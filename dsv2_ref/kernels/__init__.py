@@ -1,2 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Lower-level forms of what attention and moe compute, one file each: FP8 weights."""
+"""What attention and moe compute, in forms for a GPU, and weights in FP8.
+
+  flash_attention  causal attention in tiles, forward and backward
+  latent_decode    decoding: a row read once, as key and value
+  six_bit_decode   the same from packed six-bit rows
+  route_tokens     routing, and sorting the slots
+  grouped_experts  experts as products over sorted slots
+  fp8              FP8 weights in blocks of 128×128; plain torch
+  target           which card a kernel runs on, and what cannot run without one
+"""

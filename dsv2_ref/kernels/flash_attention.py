@@ -6,9 +6,9 @@ the manner of FlashAttention-2 (Dao, 2023; section 3.1.3 of the paper says that 
 an improved version of it). A program owns a tile of queries of one head and walks over tiles of
 keys. A softmax can be had in pieces: keep the largest score m so far, the sum l of exp(s - m) and
 the weighted sum of values; when a tile brings a larger score, multiply both by exp(m - m_new). At
-the end o = acc / l, and of all scores only log-sum-exp, one number a query and head, is kept.
+the end o = acc / l, and of all scores only log-sum-exp, one number per query and head, is kept.
 
-The backward pass makes the scores again, P = exp(s - lse), and needs five products a tile:
+The backward pass makes the scores again, P = exp(s - lse), and needs five products per tile:
   dV = Pᵀ·dO,  dP = dO·Vᵀ,  dS = P∘(dP - δ) with δ = rowsum(dO∘O),  dQ = dS·K,  dK = dSᵀ·Q.
 dQ is a sum over keys and dK, dV are sums over queries, so two kernels each own what they sum up.
 S and dP are made twice, seven products instead of five; no atomics, hence the same bits each time.
@@ -16,11 +16,11 @@ S and dP are made twice, seven products instead of five; no atomics, hence the s
 How it differs from the famous version:
   1. A key is two pieces, k_c of each head and the RoPE key k_r that all heads share, and a score is
      q_c·k_c + q_r·k_r. k_r is read as it lies, (Nk, d_r), never repeated for every head: for V2 in
-     bf16, 32 KB of keys a token and layer instead of 48. Widths 128 and 64 are powers of two, as
+     bf16, 32 KB of keys per token and layer instead of 48. Widths 128 and 64 are powers of two, as
      Triton wants them; one key of 192 would be padded to 256, a fifth more work. Other widths are
      padded inside the kernels, each piece by itself.
   2. The gradient of k_r is the sum over heads of dSᵀ·q_r. Each head writes its own part, in fp32,
-     and one plain sum outside adds them: deterministic, for 4·n_h·d_r bytes a token while the
+     and one plain sum outside adds them: deterministic, for 4·n_h·d_r bytes per token while the
      backward pass runs (32 KB for V2, as many as the gradient of k_c has).
   3. Sequences are packed, one behind the other, with `cu_q`, `cu_k` their starts. Query i of T
      stands at position i + S - T of its S keys, or where `positions` says, in any order.
@@ -32,8 +32,8 @@ How it differs from the famous version:
   6. δ is made by the dq kernel, which has dO at hand, and left for the dk/dv kernel.
 
 Shapes: B sequences of T queries and S keys each, Nq and Nk those of all, n_h (H) heads, d_h + d_r
-(query, key) and d_v (value) numbers; BM queries and BN keys a tile. In the kernels capitals lie in
-memory and small letters are tiles; the shapes at the margin leave the padding out.
+(query, key) and d_v (value) numbers; BM queries and BN keys per tile. In the kernels capitals lie
+in memory and small letters are tiles; the shapes at the margin leave the padding out.
 Copy with: target.py.  Needs: torch, triton.
 
 Wiring, once copied:
@@ -56,12 +56,12 @@ from torch.autograd.function import once_differentiable
 
 from dsv2_ref.kernels.target import check_device, target_of
 
-# kernel -> (BM queries, BN keys, num_warps, num_stages). Of the first three cards: large tiles that
-# compile for widths 128, 64, 128 in 16 bits without a spilled register and with no product taken
-# twice (tests/audit/flash_attention.py); not timed yet. On sm_90 they take 234, 229 and 247
-# registers and 213, 164 and 144 KB; dkdv with 64 queries would spill in its loop. "small" is
-# for fp32, which no card does fast and the compiler not at all in large tiles, and for wider rows;
-# the other names are those of target.py.
+# kernel -> (BM queries, BN keys, num_warps, num_stages), not timed yet. The first three rows have
+# the large tiles that their cards have room for: with widths 128, 64, 128 in 16 bits no register is
+# spilled and no product is computed twice (tests/audit/flash_attention.py). On sm_90 the kernels
+# take 234, 229 and 247 registers and 213, 164 and 144 KB; dkdv with 64 queries would spill in its
+# loop. "small" is for fp32 and for wider rows: in fp32 large tiles do not compile, and no card is
+# fast. The other names are those of target.py.
 TILES = {
     "sm_90": {"forward": (128, 128, 8, 2), "dq": (128, 64, 8, 2), "dkdv": (32, 128, 8, 3)},
     "sm_80": {"forward": (128, 64, 8, 3), "dq": (128, 32, 8, 2), "dkdv": (16, 64, 4, 2)},

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""FP8 weights: one byte a number, and one scale for every 128×128 block of a matrix.
+"""FP8 weights: one byte per number, and one scale for every 128×128 block of a matrix.
 
 Section 3.2.3 says only that V2's parameters are converted "into the precision of FP8" for
 deployment. How is not told; this file does it as DeepSeek-V3 has published it: format e4m3, blocks
 of 128×128, and a file's `weight_scale_inv` is the number that codes are *multiplied* with.
 
 e4m3 has a sign, 4 bits of exponent and 3 of mantissa: ±448 the largest, 2⁻⁶ the smallest normal
-number, steps of 2⁻⁹ below it, one NaN a sign and no infinity. Weights lie where those steps are
-coarse, so each block is divided by its own scale s, the block's largest magnitude over 448. A
+number, steps of 2⁻⁹ below it, one NaN of each sign and no infinity. Weights lie where those steps
+are coarse, so each block is divided by its own scale s, the block's largest magnitude over 448. A
 number ten thousand times the others then costs its own block the small ones (they fall below the
-steps), and not the whole matrix, as it would with one scale a tensor.
+steps), and not the whole matrix, as it would with one scale per tensor.
 
   |W - code·s| <= max(2⁻⁴·|W|, 2⁻¹⁰·s)      half a step of a normal or subnormal code
 
@@ -52,7 +52,7 @@ SMALLEST_SCALE = 7.888609052210118e-31                     # 2⁻¹⁰⁰
 
 
 def scale_shape(shape: tuple[int, ...], block: int = BLOCK) -> tuple[int, ...]:
-    """(..., r, c) -> (..., R, C), one scale a block."""
+    """(..., r, c) -> (..., R, C), one scale per block."""
     if len(shape) < 2 or 0 in shape:
         raise ValueError(f"weight: shape {tuple(shape)}, expected (..., rows, columns)")
     return (*shape[:-2], -(-shape[-2] // block), -(-shape[-1] // block))
@@ -128,11 +128,12 @@ class Fp8Weight(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """Bytes kept: one a number and four a block."""
+        """Bytes kept: one per number and four per block."""
         return self.codes.nbytes + self.scale.nbytes
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Fp8Weight":
-        # every move and cast of nn.Module comes through here; of a cast only the news is taken
+        # nn.Module moves and casts through here: codes and scales move, but are never cast; a cast
+        # changes only the dtype that the weight is read in
         like = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device))
         self.dtype = like.dtype
         for name in ("codes", "scale"):

@@ -2,7 +2,7 @@
 """Routed experts as grouped matrix products, forward and backward.
 
 The routed part of equation (20), section 2.2.1. After routing, each expert has its own number of
-rows. Padding all experts to the fullest one computes on air; one product an expert leaves the
+rows. Padding all experts to the fullest one computes on air; one product per expert leaves the
 machine idle between them. Grouped products do neither: the slots are sorted by expert, each
 expert's rows are cut into tiles, and a program finds out on the device which expert its tile
 belongs to. The host never learns how many rows an expert got, so it never waits: a fixed number of
@@ -16,12 +16,12 @@ programs walk through the tiles until these run out.
   weights  dW of an expert = the product of two (rows, ·) matrices over its rows
 
 How this file differs from the famous versions:
-  1. No atomics. K rows a token are written and summed in a fixed order: one more pass over
+  1. No atomics. K rows per token are written and summed in a fixed order: one more pass over
      (N·K, d), by bytes a few per cent of the products' time, and the same bits every time.
      Dropped slots are left out of the sum, and nothing else has to know of them.
-  2. gate and up are kept for the backward, 4·w bytes a slot in bf16, and h is made from them again.
-     Keeping x alone would cost two products more, on top of the nine that there are; keeping h too,
-     half as much memory again to spare one elementwise step. Outputs are not kept, for
+  2. gate and up are kept for the backward, 4·w bytes per slot in bf16, and h is made again from
+     them. Keeping x alone would cost two products more, on top of the nine that there are; keeping
+     h too, half as much memory again to spare one elementwise step. Outputs are not kept, for
      <dy, h W_downᵀ> is <dy W_down, h>.
   3. gate and up are rounded to x's dtype before silu, as in a computation layer by layer, so that
      forward and backward see the same numbers. The slot's gate enters before rounding.
@@ -31,7 +31,7 @@ How this file differs from the famous versions:
      over (E·w, d) or (E·d, w); elsewhere, and in fp32 or odd widths, through pointers.
 
 A slot is one (token, expert) pair, numbered n·K + k.
-Shapes: N flat tokens, d width, w expert width, E routed experts, K slots a token, R kept slots.
+Shapes: N flat tokens, d width, w expert width, E routed experts, K slots per token, R kept slots.
 Copy with: route_tokens.py, target.py.  Needs: torch, triton.
 
 Wiring, once copied:
@@ -57,7 +57,7 @@ from dsv2_ref.kernels.target import check_device, multiprocessors, target_of
 
 # target -> BM, BN, BK, warps, stages, blocks an SM: narrow for up and back, wide for the others.
 # Not timed yet; from the code for sm_90 at Lite's widths: no spills, three buffers, and for 1,024
-# clocks of matrix work a step (back: 512) 148, 92, 111 and 209 instructions in up, rows, back and
+# clocks of matrix work per step (back: 512) 148, 92, 111 and 209 instructions in up, rows, back and
 # weights. up reads its rows for two 128-wide products, so shared memory takes 1,152 clocks.
 TILES = {
     "sm_90": {"narrow": (128, 128, 64, 8, 3, 1), "wide": (128, 256, 64, 8, 3, 1)},

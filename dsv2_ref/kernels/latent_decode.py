@@ -3,11 +3,11 @@
 
 Section 2.1.2: the absorbed form, attention/mla.py's `attend_absorbed`, is multi-query attention.
 All heads of a token meet one row [c_kv ; k_r] of d_c + d_r numbers (576), whose first d_c are the
-value too. Each row costs 1152 bytes in bf16 and 2·(2·d_c + d_r) = 2176 operations a head: with 16
-heads (V2-Lite) 30 operations a byte, far below the 184 where a Hopper GPU's memory and matrix units
-balance, so the time is that of reading the cache; with 128 heads (V2) 242, so it is that of
-multiplying. The kernel holds what must not be read twice (the queries and one sum a head, 16 x 512)
-and streams the rows past it:
+value too. Each row costs 1152 bytes in bf16 and 2·(2·d_c + d_r) = 2176 operations per head: with 16
+heads (V2-Lite) 30 operations per byte, far below the 184 where a Hopper GPU's memory and matrix
+units balance, so the time is that of reading the cache; with 128 heads (V2) 242, so it is that of
+multiplying. The kernel holds what must not be read twice (the queries and one sum per head, 16 x
+512) and streams the rows past it:
 
   split      A sequence is cut into `splits` pieces, each a program of its own, so that a batch of
              one fills the GPU too. A program reads its piece in tiles of BN rows, several on their
@@ -26,7 +26,7 @@ How this file differs from famous ones (FlashMLA, FlashInfer, vLLM's Triton kern
   3. Pages: the number of the *next* tile's page is loaded one tile ahead and carried through the
      loop. Looked up where it is needed, it would stop the pipeline at one buffer.
   4. Positions instead of lengths: query t sees keys 0 .. positions[b, t]. That gives ragged
-     batches, several new tokens a sequence, and empty sequences (-1), whose output is 0.
+     batches, several new tokens per sequence, and empty sequences (-1), whose output is 0.
   5. Any sizes: those that are not a power of two are masked.
 The form with `swap` multiplies rows x queries instead of queries x rows, so that 64 rows fill the
 matrix unit where 16 heads would not. No tile was timed on a GPU yet; the bench tries them all.

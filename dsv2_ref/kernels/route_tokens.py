@@ -25,9 +25,9 @@ How this file differs from its twins in moe/:
 
 A device is one of the D groups of experts in device-limited routing. A slot is one (token, expert)
 pair, numbered n·K + k.
-Launch: 32 tokens or 64 slots a program, 4 warps. Not timed yet.
+Launch: 32 tokens or 64 slots per program, 4 warps. Not timed yet.
 
-Shapes: N flat tokens, E routed experts, K slots a token, D devices, M devices a token, R kept
+Shapes: N flat tokens, E routed experts, K slots per token, D devices, M devices per token, R kept
 slots.
 Copy with: target.py.  Needs: torch, triton.
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Decoding from the six-bit cache: rows are unpacked in registers, on their way to the matrix unit.
 
-Section 3.2.3 stores the cache at 6 bits a number; attention/cache_quant.py says which 436 bytes a
+Section 3.2.3 stores the cache at 6 bits per number; attention/cache_quant.py says which 436 bytes a
 row of 512 + 64 numbers takes, and its `attend_packed` is this kernel's naive twin. Read as it lies,
 a row costs 2.6 times less traffic than in bf16, which is what decoding with 16 heads waits for.
 With 128 heads the matrix units are the limit and six bits buy room, not speed.
@@ -15,12 +15,13 @@ each multiprocessor. Splitting, paging and combining are those of latent_decode.
   dequantise  A code becomes a number by putting its bits under those of 1024 in fp16, whose last
               ten mantissa bits count ones: and-or, no conversion. v1, v4 and v7 stay four bits
               higher, as 16·code, and the query for them is 16 times smaller.
-  offsets     A code is 32 too large (16·code 512, and 1024 come on top). For keys that is the same
-              for all tokens, 1056·Σq, and is taken off the score. For values it would drown a flat
-              average in rounding, so it is subtracted from every number.
+  offsets     A number so made is too large by 1024 + 32 (where it is 16·code by 1024 + 512). Keys
+              keep the excess: in a score it is 1056·Σq for every token, and is subtracted there.
+              Values cannot: their average would be lost in the rounding of the large excess. So it
+              is subtracted from each of their numbers.
   lent bits   The lowest bits of RoPE codes stand in the fields v2 and v5. They are two further
               tiles of 0 and 1, met by the queries that borrowed them: q_r and 2·q_r.
-  scales      One a token for the latent, one for the RoPE key: both come to the scores, and the
+  scales      One per token for the latent, one for the RoPE key: both come to the scores, and the
               first to the weights too. Weights become fp16: the scale's power of two goes into the
               exponent of the softmax, so that no weight leaves fp16's range.
 
@@ -31,7 +32,7 @@ operations; 3. queries are scaled to at most 1 before they become fp16; 4. fp32 
 products of exact integers. More than 16 heads share what is unpacked, 32 at a time. Nothing was
 timed on a GPU yet.
 
-Shapes: as in latent_decode.py; w, w_r words a plane (W, W_R), BW and BR columns of their tiles.
+Shapes: as in latent_decode.py; w, w_r words per plane (W, W_R), BW and BR columns of their tiles.
 Copy with: latent_decode.py, target.py.  Needs: torch, triton.
 
 Wiring, once copied:
@@ -99,8 +100,8 @@ def _take(x, y, FROM: tl.constexpr, MASK: tl.constexpr, FROM_Y: tl.constexpr, MA
           MINUS: tl.constexpr, PTX: tl.constexpr):
     """fp16 numbers 1024 + (x >> FROM & MASK | y >> FROM_Y & MASK_Y) - MINUS of int16 words.
 
-    All of it is one piece of assembly. Were shifts an operation of their own, those for keys would
-    serve values too, and stay in registers from before the softmax until after it: that spills.
+    All of it is one piece of assembly. Otherwise the compiler would shift once for keys and values
+    together, and the shifted words would stay in registers during the softmax: they would spill.
     """
     if PTX:
         return tl.inline_asm_elementwise(assembly(FROM, MASK, FROM_Y, MASK_Y, MINUS), "=r,r,r",

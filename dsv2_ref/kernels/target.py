@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: MIT
 """Which card a kernel runs on, said once for all kernels of this folder.
 
-A kernel computes the same on every card, and is fast only with tiles that fit the card: how much
-shared memory a block has, how many registers a thread, which matrix instruction there is. So each
-kernel file has a table of tiles, and here is the list of the names that stand in such a table:
+A kernel computes the same on every card, and is fast only with tiles that fit the card: its shared
+memory per block, its registers per thread, its matrix instruction. So each kernel file has a table
+of tiles, and here is the list of the names that stand in such a table:
 
-  sm_90      Hopper (H100, H200): 227 KB of shared memory a block, tensor descriptors, wgmma. Also
-             the Blackwell cards of data centres (B100, B200, GB200, B300), which have as much of
-             all that: Hopper's tiles compile for them, more is not known.
+  sm_90      Hopper (H100, H200): 227 KB of shared memory per block, tensor descriptors, wgmma. Also
+             the Blackwell cards of data centres (B200, B300), which have as much memory and a
+             larger matrix unit: Hopper's tiles compile for them, more is not known.
   sm_80      Ampere of data centres (A100): 163 KB.
   consumer   All other CUDA cards, with 99 KB or less: RTX 30, 40 and 50 (Blackwell too, capability
              12), L40, RTX PRO. A kernel whose tiles for sm_80 fit into 99 KB takes those.
-  gfx942     AMD (MI300): 64 KB, 64 threads a warp. Other cards of AMD have not been tried.
+  gfx942     AMD (MI300): 64 KB, 64 threads per warp. Other cards of AMD have not been tried.
   cpu        No card: Triton's interpreter, which runs a kernel in numpy to test it.
 
 Triton decides at the moment a kernel is defined whether it is compiled or interpreted

@@ -1,2 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Text: where it comes from (corpora, stories and their grammar), tokens, batches, streaming."""
+"""Text: where it comes from, tokens, packed batches, streaming.
+
+  corpora    whole documents, some of them held out
+  reading    documents from files and folders of your own
+  grammar    a small grammar whose entropy can be computed exactly
+  stories    texts of such a grammar
+  tokenizer  byte-level BPE
+  data       marked documents, and packed batches in an order that can be resumed
+  stream     text that is written while its ids arrive
+"""

@@ -22,7 +22,6 @@ document can end itself. (Another program that opens the saved file has to ask f
 """
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -74,6 +73,10 @@ class TextTokenizer:
         """Text of `ids`; document marks are left out, broken UTF-8 becomes U+FFFD."""
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
+    def to_json(self) -> str:
+        """The content of a tokenizer.json, which `load_tokenizer` reads."""
+        return self.tokenizer.to_str(pretty=True)
+
 
 def train_tokenizer(texts: Iterable[str], vocab: int) -> TextTokenizer:
     """Learn the merges from `texts`; ids 0 and 1 are the document marks, then bytes, then merges.
@@ -106,17 +109,6 @@ def _cut_by(pieces: str) -> pre_tokenizers.PreTokenizer:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-
-
-def save_tokenizer(tokenizer: TextTokenizer, path: str | Path) -> None:
-    """Write tokenizer.json in one step: a reader finds the old file or the new, never a half."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(tokenizer.tokenizer.to_str(pretty=True), encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def load_tokenizer(path: str | Path) -> TextTokenizer:

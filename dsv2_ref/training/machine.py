@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: MIT
-"""What this machine does fast: its precision, its threads, its memory."""
+"""What this machine is, and what it does fast: its precision, its threads, its memory."""
 
 import ctypes
 import math
+import os
 import platform
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import date
 from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -63,11 +67,47 @@ def autocast(device: torch.device, precision: str) -> Iterator[None]:
         yield
 
 
+def memory(device: torch.device | str) -> tuple[int | None, int | None]:
+    """Bytes of memory that are free and that there are in all; None where the system does not say.
+
+    On a GPU what torch holds without using it counts as free.
+    """
+    if torch.device(device).type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated(), total
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        kib = {line.split(":")[0]: int(line.split()[1]) for line in lines}
+        return 1024 * kib["MemAvailable"], 1024 * kib["MemTotal"]
+    except (OSError, LookupError, ValueError):                  # not Linux
+        pass
+    try:
+        return None, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):               # Windows
+        return None, None
+
+
 def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def versions() -> dict[str, str]:
-    """What a dated result has to name."""
-    names = ("torch", "numpy", "tokenizers", "safetensors")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+def machine() -> dict[str, Any]:
+    """What a dated result has to name: the day, what it ran on, and the versions."""
+    gpu = {}
+    if torch.cuda.is_available():
+        gpu = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    return {
+        "date": date.today().isoformat(), "cpu": _cpu_name(), "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(), "python": platform.python_version(),
+        "torch": torch.__version__,
+        **{name: version(name) for name in ("numpy", "tokenizers", "safetensors")}, **gpu,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

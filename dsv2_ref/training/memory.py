@@ -4,7 +4,7 @@
 What stands all the time is known in closed form: weights, and the moments of the optimiser. What
 comes and goes is the gradients, which grow through the backward pass while the activations that
 autograd kept shrink; the peak lies somewhere between, and `plan` walks through the blocks to find
-it. How many bytes a block keeps a token depends on which of the equal algorithms runs, so it is
+it. How many bytes a block keeps per token depends on which of the equal algorithms runs, so it is
 asked, not derived: the model is run forward on a few tokens, and what autograd saves is counted.
 
 Left out are what a kernel library keeps for itself and the allocator's fragments: a per cent or
@@ -20,6 +20,7 @@ from dsv2_ref.cross_entropy import chunk_rows
 from dsv2_ref.model import DeepSeekV2
 from dsv2_ref.training.adamw8 import BLOCK, PIECE
 from dsv2_ref.training.machine import autocast
+from dsv2_ref.training.optim import by_muon
 from dsv2_ref.training.recipe import Recipe
 
 
@@ -72,8 +73,8 @@ def state_bytes(n_parameters: int, recipe: Recipe) -> int:
 def _moment_bytes(name: str, weight: Tensor, recipe: Recipe) -> int:
     if recipe.optimizer == "adamw8":
         return -(-weight.numel() // BLOCK) * (2 * BLOCK + 8)
-    by_muon = weight.ndim > 1 and not any(x in name for x in ("embedding", "head", "router"))
-    return weight.nbytes if recipe.optimizer == "muon" and by_muon else 2 * weight.nbytes
+    one = recipe.optimizer == "muon" and by_muon(name, weight)
+    return weight.nbytes if one else 2 * weight.nbytes
 
 
 def _optimizer_bytes(model: DeepSeekV2, recipe: Recipe) -> int:
@@ -85,7 +86,7 @@ def _optimizer_bytes(model: DeepSeekV2, recipe: Recipe) -> int:
 
 
 def _kept_a_token(model: DeepSeekV2, recipe: Recipe, precision: str) -> int:
-    """Bytes that all blocks keep a token if none is recomputed, from one and from two sequences."""
+    """Bytes that all blocks keep per token, none recomputed, from one and from two sequences."""
     T, before = min(recipe.sequence, 1024), (model.recompute, model.training)
     model.recompute = 0.0
     model.train()
@@ -103,7 +104,8 @@ def _kept(model: DeepSeekV2, B: int, T: int, precision: str) -> int:
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage.nbytes(), tensor      # held: the address stays its
+            # the tensor is held, so that its address is not given to another one
+            seen[storage.data_ptr()] = storage.nbytes(), tensor
         return tensor
 
     device = model.embedding.weight.device

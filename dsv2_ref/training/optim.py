@@ -70,6 +70,11 @@ class Muon(torch.optim.Optimizer):
                     W.add_(update.view_as(W), alpha=-lr * max(1.0, rows / columns) ** 0.5)
 
 
+def by_muon(name: str, weight: Tensor) -> bool:
+    """Whether Muon takes a parameter of that name: matrices and stacks that are no tables."""
+    return weight.ndim > 1 and not any(x in name for x in ("embedding", "head", "router"))
+
+
 def build_optimizers(
     model: nn.Module, kind: str, lr: float, weight_decay: float = 0.1,
     betas: tuple[float, float] = (0.9, 0.95), adamw_lr: float | None = None, seed: int = 0,
@@ -78,8 +83,9 @@ def build_optimizers(
 
     kind 'adamw': everything by AdamW at `lr`; 'adamw8': the same in little memory, bf16 weights
     rounded stochastically from `seed`. kind 'muon': matrices and stacks of experts by Muon
-    at `lr`, the embedding, the head, the routers and the norms by AdamW at `adamw_lr`. Norm gains
-    are never decayed: pulling a gain to zero regularises nothing (the paper does not say).
+    at `lr`, the embedding, the head, the routers and the norms by AdamW at `adamw_lr`, None for
+    `lr`. Norm gains are never decayed: pulling a gain to zero regularises nothing (the paper does
+    not say).
     """
     if kind not in ("adamw", "adamw8", "muon"):
         raise ValueError(f"optimizer: {kind!r}, expected 'adamw', 'adamw8' or 'muon'")
@@ -87,7 +93,7 @@ def build_optimizers(
     for name, weight in model.named_parameters():
         if weight.ndim == 1:
             gains.append(weight)
-        elif kind == "muon" and not any(x in name for x in ("embedding", "head", "router")):
+        elif kind == "muon" and by_muon(name, weight):
             matrices.append(weight)
         else:
             tables.append(weight)

@@ -47,7 +47,7 @@ class Recipe:
     weights: str = "fp32"                # or "bf16", with "adamw8" alone; the router stays in fp32
     recompute: float = 0.0               # share of the blocks run again in the backward pass
     lr: float = 6e-3                     # peak rate
-    adamw_lr: float | None = 6e-3        # of embedding, head, routers and norms beside Muon
+    adamw_lr: float | None = None        # of embedding, head, routers, norms beside Muon; None: lr
     weight_decay: float = 0.1
     clip: float = 1.0                    # largest norm of all gradients together
     schedule: str = "linear"             # or "step", the paper's
@@ -65,8 +65,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.seconds is None):
             raise ValueError(f"steps: {self.steps} and seconds: {self.seconds}, expected just one")
-        for name in ("steps", "seconds", "batch", "sequence", "lr", "clip", "batch_start",
-                     "micro_batch"):
+        for name in ("steps", "seconds", "batch", "sequence", "lr", "adamw_lr", "clip",
+                     "batch_start", "micro_batch"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}: {value}, expected a number > 0")
@@ -98,10 +98,16 @@ class Recipe:
         return round(self.batch_start + grown)
 
     def with_(self, **changes: Any) -> "Recipe":
-        """A copy with those changes that are not None; `steps` and `seconds` replace each other."""
+        """A copy with those changes that are not None; `steps` and `seconds` replace each other.
+
+        `lr` moves `adamw_lr` in proportion, and `batch` the ramp's start, unless they are given.
+        """
         changes = {name: value for name, value in changes.items() if value is not None}
         if "batch" in changes and self.batch_start is not None:          # the ramp keeps its ratio
-            changes["batch_start"] = max(1, changes["batch"] * self.batch_start // self.batch)
+            changes.setdefault("batch_start",
+                               max(1, changes["batch"] * self.batch_start // self.batch))
+        if "lr" in changes and self.adamw_lr is not None:
+            changes.setdefault("adamw_lr", changes["lr"] * (self.adamw_lr / self.lr))
         if len({"steps", "seconds"} & set(changes)) == 1:
             changes = {"steps": None, "seconds": None} | changes
         return replace(self, **changes)

@@ -1,40 +1,102 @@
 # SPDX-License-Identifier: MIT
 """The folder of a run, which may be killed at any moment: its last states and its log.
 
-A state is written under another name, flushed to the disk and renamed: it is there whole or not at
-all, and carries a checksum of its tensors. The last `keep` are kept, so that one that the disk has
-damaged is not the end: the one before it is gone back to, and the run says so.
+A state is one file, there whole or not at all, and carries a checksum of its tensors. The last
+`keep` are kept, so that one that the disk has damaged is not the end: the one before it is gone
+back to, and the run says so. The log is a line a step. A kill can tear its last line, and steps
+after the last state will be done again: both are cut off when the run goes on.
 
-The log is a line a step. A kill can tear its last line, and steps after the last state will be
-done again: both are cut off when the run goes on.
+Nobody else's file is replaced or deleted. A file under one of our names has to prove by what is in
+it that a run wrote it; else the run is refused before anything is touched. While a run goes on it
+holds a lock on its folder, which ends with its process, however that ends.
 """
 
 import json
+import math
 import os
-from collections.abc import Callable
+import re
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
-from dsv2_ref.checkpoint import load_state
+from dsv2_ref.files.tensors import open_file
+from dsv2_ref.files.whole import whole_file
+from dsv2_ref.training import proof
 
-STATES = "state-*.safetensors"
+try:
+    import fcntl
+except ImportError:          # Windows: folders cannot be locked there
+    fcntl = None
+
+# what a killed run leaves behind: our names, a process, and what it was
+SCRATCH = re.compile(r"\.(\w+-\d{9}\.safetensors|log\.jsonl|config\.json|tokenizer\.json|model)"
+                     r"\.\d+\.(tmp|safetensors|partial)")
+
+
+def save_state(path: str | Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """Write a training state, tensors and a JSON-able dictionary, as one file, atomically.
+
+    An interruption at any moment leaves the file that was there before.
+    """
+    seen: set[int] = set()
+    whole = {}
+    for name, t in tensors.items():            # a tied matrix is written under both its names
+        t = t.detach().contiguous().cpu()
+        whole[name] = t.clone() if t.data_ptr() in seen else t
+        seen.add(t.data_ptr())
+    metadata = {"state": json.dumps(state), "crc32": _crc32(whole)}
+    with whole_file(path) as scratch:
+        room = scratch.with_suffix(".safetensors")    # it writes beside its file first, under a
+        try:                                          # name that only here is known to be ours
+            room.mkdir(exist_ok=True)
+            save_file(whole, room / "state", metadata=metadata)
+            os.replace(room / "state", scratch)
+        except SafetensorError as error:
+            raise ValueError(f"{path}: cannot be written ({error})") from None
+        finally:
+            shutil.rmtree(room, ignore_errors=True)
+
+
+def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read back what `save_state` wrote. ValueError if a bit of its tensors has changed."""
+    with open_file(Path(path)) as reader:
+        metadata = reader.metadata() or {}
+        if "state" not in metadata:
+            raise ValueError(f"{path}: no training state inside, expected a file of `save_state`")
+        tensors = {name: reader.get_tensor(name) for name in reader.keys()}
+    if (found := _crc32(tensors)) != metadata.get("crc32"):
+        raise ValueError(f"{path}: damaged, expected checksum {metadata.get('crc32')}, not {found}")
+    try:
+        return tensors, json.loads(metadata["state"])
+    except json.JSONDecodeError:
+        raise ValueError(f"{path}: damaged, expected JSON as its state") from None
+
+
+def _crc32(tensors: dict[str, Tensor]) -> str:
+    """A checksum of all tensors' bytes, in the order of their names."""
+    total = 0
+    for name in sorted(tensors):
+        flat = tensors[name].reshape(-1).view(torch.uint8)
+        total = zlib.crc32(flat.numpy(), total)
+    return f"{total:08x}"
 
 
 class RunFolder:
-    """`path` of one run; makes it. ValueError where it cannot be written."""
+    """`path` of one run; its states are files named `name`-STEP. Nothing is made before `held`."""
 
-    def __init__(self, path: str | Path, keep: int = 2) -> None:
-        self.path, self.keep = Path(path), keep
+    def __init__(self, path: str | Path, keep: int = 2, name: str = "state") -> None:
+        self.path, self.keep, self.name = Path(path), keep, name
         self._log: TextIO | None = None
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            for pattern in (".state-*.tmp", ".tmp*"):    # of a killed process; safetensors' own
-                for scratch in self.path.glob(pattern):
-                    scratch.unlink()
-        except OSError as error:
-            raise self._unwritable(error) from None
+        self._held = False
+        self._mine = self.states[::-1]        # states of this run, the oldest first
 
     def _unwritable(self, error: OSError) -> ValueError:
         return ValueError(f"{self.path}: cannot be written ({error.strerror or error})")
@@ -42,13 +104,75 @@ class RunFolder:
     @property
     def states(self) -> list[Path]:
         """Saved states, the newest first."""
-        return sorted(self.path.glob(STATES), reverse=True)
+        pattern = re.compile(rf"{re.escape(self.name)}-\d{{9}}\.safetensors")
+        return sorted((p for p in self.path.glob(f"{self.name}-*")
+                       if pattern.fullmatch(p.name)), reverse=True)
+
+    @contextmanager
+    def held(self) -> Iterator["RunFolder"]:
+        """Make the folder and lock it, unless this object has already.
+
+        ValueError where it cannot be written or another process trains into it.
+        """
+        if self._held:
+            yield self
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.path, os.W_OK):
+                raise PermissionError(None, "no permission")
+        except OSError as error:
+            raise self._unwritable(error) from None
+        with _lock(self.path):
+            self._held = True
+            try:
+                yield self
+            finally:
+                self._held = False
+
+    def _remove_scratch(self) -> None:
+        for path in self.path.glob(".*"):
+            if SCRATCH.fullmatch(path.name):
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
+
+    def check_new(self) -> None:
+        """ValueError if a new run here would replace what no run wrote, or a run's states."""
+        if self.states:
+            raise ValueError(f"{self.states[0]}: exists, expected --resume to go on with it or "
+                             "another --out")
+        config, tokenizer = self.path / "config.json", self.path / "tokenizer.json"
+        self._check(config, proof.is_config)
+        self._check(tokenizer, lambda path: proof.is_tokenizer(path, config))
+        self.check_log()
+
+    def check_log(self) -> None:
+        """ValueError if there is a log.jsonl that no run wrote."""
+        self._check(self.path / "log.jsonl", proof.is_log)
+
+    def _check(self, path: Path, ours: Callable[[Path], bool]) -> None:
+        if (path.exists() or path.is_symlink()) and not ours(path):
+            raise ValueError(f"{path}: exists and was not written by this run, expected another "
+                             "--out, or this moved away")
 
     def save(self, step: int, write: Callable[[Path], None]) -> None:
-        """`write` the state after `step`, atomically; then forget all but the last `keep`."""
-        write(self.path / f"state-{step:09}.safetensors")
-        for old in self.states[self.keep :]:
-            old.unlink(missing_ok=True)
+        """`write` the state after `step`, atomically; then forget all but the last `keep` of this
+        run, and those of runs before it."""
+        path = self.path / f"{self.name}-{step:09}.safetensors"
+        write(path)
+        self._mine = [p for p in self._mine if p != path] + [path]
+        for old in self.states:
+            if old not in self._mine[-self.keep :] and proof.is_state(old):
+                old.unlink(missing_ok=True)
+
+    def forget_from(self, step: int) -> None:
+        """Remove the states after `step` updates and more, as long as there is one before them."""
+        number = {path: int(path.stem.rpartition("-")[2]) for path in self.states}
+        if any(n < step for n in number.values()):
+            for path in (path for path, n in number.items() if n >= step and proof.is_state(path)):
+                path.unlink(missing_ok=True)
 
     def newest(self, say: Callable[[str], None]) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
         """The newest state that is whole; `say` is told of each damaged one.
@@ -56,7 +180,8 @@ class RunFolder:
         ValueError if there is none.
         """
         if not self.states:
-            raise ValueError(f"{self.path}: no {STATES}, expected a saved state to resume from")
+            raise ValueError(f"{self.path}: no {self.name}-*.safetensors, expected a saved state "
+                             "to resume from")
         for path in self.states:
             try:
                 return path, *load_state(path)
@@ -65,26 +190,32 @@ class RunFolder:
         raise ValueError(f"{self.path}: every saved state is damaged, expected a whole one")
 
     def open_log(self, steps: int) -> "RunFolder":
-        """log.jsonl for appending; lines after `steps`, and a torn one, are cut off."""
+        """log.jsonl for appending; lines after `steps`, and a torn one, are cut off.
+
+        What a killed run left half-written is removed.
+        """
         path = self.path / "log.jsonl"
-        scratch = path.with_name(".log.jsonl.tmp")
+        self.check_log()
+        self._remove_scratch()
         kept = []
         try:
             if steps and path.exists():
                 for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                    if (entry := _entry(line)) and entry["step"] <= steps:
+                    if (entry := proof.entry_of(line)) and entry["step"] <= steps:
                         kept.append(line + "\n")
-            scratch.write_text("".join(kept), encoding="utf-8")
-            os.replace(scratch, path)                # the old log is there until the new one is
+            with whole_file(path) as scratch:        # the old log is there until the new one is
+                scratch.write_text("".join(kept), encoding="utf-8")
             self._log = path.open("a", encoding="utf-8")
         except OSError as error:
             raise self._unwritable(error) from None
+        last = f"{self.name}-{steps:09}.safetensors"
+        self._mine = [p for p in self.states[::-1] if steps and p.name <= last]
         return self
 
     def log(self, entry: dict[str, Any]) -> None:
-        """One line, at once."""
+        """One line, at once; what is no number is null."""
         try:
-            self._log.write(json.dumps(entry) + "\n")
+            self._log.write(json.dumps(plain(entry), allow_nan=False) + "\n")
             self._log.flush()
         except OSError as error:
             raise self._unwritable(error) from None
@@ -97,16 +228,40 @@ class RunFolder:
                 pass
 
 
-def _entry(line: str) -> dict[str, Any] | None:
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """The folder itself is locked: no file is left behind, and the lock dies with its process."""
+    if fcntl is None:
+        yield
+        return
+    number = os.open(folder, os.O_RDONLY)
     try:
-        entry = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    return entry if isinstance(entry, dict) and "step" in entry else None
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(number)
+        raise ValueError(f"{folder}: another process trains into it, expected its end first, or "
+                         "another folder") from None
+    except OSError:              # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(number)
+
+
+def plain(values: Any) -> Any:
+    """The same with None for what is no number: JSON has no NaN."""
+    if isinstance(values, dict):
+        return {key: plain(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [plain(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
 def read_log(folder: str | Path) -> list[dict[str, Any]]:
-    """The entries of a folder's log.jsonl; a torn line is left out. ValueError if there are none.
+    """The entries of a folder's log.jsonl; a torn line is left out, null is NaN.
+
+    ValueError if there are none.
     """
     path = Path(folder) / "log.jsonl"
     try:
@@ -114,6 +269,7 @@ def read_log(folder: str | Path) -> list[dict[str, Any]]:
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}), expected the log of a run"
                          ) from None
-    if not (entries := [entry for line in lines if (entry := _entry(line))]):
+    if not (entries := [entry for line in lines if (entry := proof.entry_of(line))]):
         raise ValueError(f"{path}: no entries, expected a line of JSON a step")
-    return entries
+    return [{key: math.nan if value is None else value for key, value in entry.items()}
+            for entry in entries]

@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: MIT
 """A model that is ready to be trained: tokenizer, weights, optimisers, data, from one recipe."""
 
-import os
 from dataclasses import dataclass
 
 import torch
 
 from dsv2_ref import cost
+from dsv2_ref.block import Traffic
 from dsv2_ref.config import Config
 from dsv2_ref.inference.evaluate import bits_per_byte
 from dsv2_ref.model import DeepSeekV2
 from dsv2_ref.text.corpora import Corpus, Document, byte_count
 from dsv2_ref.text.data import encode, marked
 from dsv2_ref.text.tokenizer import TextTokenizer, train_tokenizer
-from dsv2_ref.training.machine import autocast, default_device
+from dsv2_ref.training.machine import autocast, default_device, memory
 from dsv2_ref.training.memory import state_bytes
-from dsv2_ref.training.pretrain import Trainer
 from dsv2_ref.training.recipe import Recipe
+from dsv2_ref.training.trainer import Trainer
 
 
 @dataclass
@@ -43,30 +43,60 @@ class Setup:
             return bits_per_byte(self.model, ids, byte_count(documents),
                                  self.trainer.recipe.sequence, progress=progress)
 
+    @torch.no_grad()
+    def held_out_load(self, documents: list[Document], rows: int = 40) -> list[Traffic]:
+        """Where documents of the corpus are sent, a `Load` per MoE layer.
+
+        Read are the first `rows` rows of the recipe's `sequence` tokens, documents one behind the
+        other; fewer rows, or a shorter one, where the documents have no more.
+        """
+        tokens = torch.from_numpy(encode(documents, self.tokenizer).astype("int64"))
+        T = min(self.trainer.recipe.sequence, len(tokens))
+        x = tokens[: len(tokens) // T * T].view(-1, T)[:rows].to(self.trainer.device)   # (B, T)
+        with autocast(self.trainer.device, self.trainer.precision):
+            return self.model.eval().losses(x, x, with_load=True).load
+
 
 def set_up(
-    config: Config, recipe: Recipe, corpus: Corpus, tokenizer: TextTokenizer | None = None,
+    config: Config | None, recipe: Recipe, corpus: Corpus, tokenizer: TextTokenizer | None = None,
+    model: DeepSeekV2 | None = None,
 ) -> Setup:
-    """Tokenizer (trained on the corpus unless given), model and trainer; all from recipe.seed."""
-    _check_memory(config, recipe)
-    if tokenizer is None:
-        tokenizer = train_tokenizer((d.text for d in corpus.train), config.vocab)
-    config = config.with_(vocab=tokenizer.vocab, bos=tokenizer.bos, eos=tokenizer.eos,
-                          max_positions=max(config.max_positions, recipe.sequence))
-    torch.manual_seed(recipe.seed)
-    with torch.device(default_device()):        # 15.7B random numbers take minutes on a CPU
-        model = DeepSeekV2(config)
+    """Tokenizer (trained on the corpus unless given), model and trainer; all from recipe.seed.
+
+    A ready `model` is trained as it is, with the tokenizer given; `config` is then None.
+    """
+    if model is None:
+        _check_memory(config, recipe)
+        if tokenizer is None:
+            tokenizer = train_tokenizer((d.text for d in corpus.train), config.vocab)
+        config = config.with_(vocab=tokenizer.vocab, bos=tokenizer.bos, eos=tokenizer.eos,
+                              max_positions=max(config.max_positions, recipe.sequence))
+        torch.manual_seed(recipe.seed)
+        with torch.device(default_device()):        # 15.7B random numbers take minutes on a CPU
+            model = DeepSeekV2(config)
+    else:
+        _check_ready(model.config, recipe, tokenizer)
+        model.to(default_device())
     return Setup(corpus, tokenizer, Trainer(model, recipe, encode(corpus.train, tokenizer)))
+
+
+def _check_ready(config: Config, recipe: Recipe, tokenizer: TextTokenizer | None) -> None:
+    """ValueError if a ready model cannot be trained so."""
+    if tokenizer is None:
+        raise ValueError("tokenizer: None, expected the one that the ready model was trained with")
+    if tokenizer.vocab > config.vocab:
+        raise ValueError(f"tokenizer: {tokenizer.vocab} tokens, expected at most the model's "
+                         f"{config.vocab}")
+    if recipe.sequence > config.max_positions:
+        raise ValueError(f"sequence: {recipe.sequence}, expected at most the model's "
+                         f"max_positions = {config.max_positions}")
 
 
 def _check_memory(config: Config, recipe: Recipe) -> None:
     """ValueError if weights, gradients and moments cannot fit; activations aside."""
     needed = state_bytes(cost.parameters(config).total, recipe)
-    if default_device() == "cuda":
-        there = torch.cuda.mem_get_info()[1]
-    else:
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > there:
+    _, there = memory(default_device())
+    if there is not None and needed > there:
         raise ValueError(f"preset: its training state takes {needed / 2**30:,.0f} GiB, expected "
                          f"one that fits in {there / 2**30:,.0f} GiB (small, mini, tiny, or "
                          "--optimizer adamw8 --weights bf16)")

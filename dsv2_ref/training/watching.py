@@ -26,6 +26,12 @@ class Writer(Protocol):
     def close(self) -> None: ...
 
 
+def fair_shares(load: Any) -> np.ndarray:
+    """Slots that experts got, (..., E), in fair shares: 1 where all get the same, 0 for none."""
+    load = np.asarray(load, float)
+    return load / np.maximum(load.mean(-1, keepdims=True), 1e-12)
+
+
 def scalars(entry: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> dict[str, float]:
     """The numbers of a log entry by name; the speed is that since the entry `before`.
 
@@ -42,8 +48,7 @@ def scalars(entry: Mapping[str, Any], before: Mapping[str, Any] | None = None) -
     if "bits_per_byte" in entry:
         values["bits_per_byte"] = entry["bits_per_byte"]
     if "expert_load" in entry:
-        load = np.array(entry["expert_load"], float)                        # (layers, E)
-        shares = load / load.mean(1, keepdims=True)
+        shares = fair_shares(entry["expert_load"])                          # (layers, E)
         values |= {"load/fullest": float(shares.max()), "load/emptiest": float(shares.min()),
                    "load/gate_entropy": float(np.mean(entry["gate_entropy"])),
                    "load/dropped": float(np.mean(entry["dropped"]))}
@@ -127,4 +132,4 @@ def _needed(module: str, package: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(f"watching with {package} needs {package}: "
-                          ".venv/bin/pip install -e '.[watch]'") from error
+                          "pip install 'dsv2-ref[watch]'") from error

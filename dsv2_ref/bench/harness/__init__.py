@@ -1,2 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""What the benches share: timing, one GPU, one large model a card, transformers, studies."""
+"""What the benches share.
+
+  timing    two things in turns, in one process
+  gpu       kernels on one GPU, beside what the card does at most
+  one_card  training steps of a model that fills a card
+  peer      transformers on our weights
+  study     a model trained and judged, several seeds
+"""

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv2_ref.bench.harness.timing import machine
+from dsv2_ref.training.machine import machine
 
 TOLERANCE = 5e-3        # relative RMS, of bf16 against fp32
 
@@ -51,7 +51,7 @@ def record(device: torch.device) -> dict[str, Any]:
     return machine() | {
         "device": properties.name, "capability": list(torch.cuda.get_device_capability(device)),
         "multiprocessors": properties.multi_processor_count, "l2_bytes": properties.L2_cache_size,
-        "memory_bytes": properties.total_memory, "driver": _driver(), "cuda": torch.version.cuda,
+        "memory_bytes": properties.total_memory, "driver": _driver(),
         "triton": _triton(), **rates(device),
     }
 

@@ -63,7 +63,7 @@ def agreement(
 
 
 def add_mfu(record: dict[str, Any], config: Config, flops: float) -> None:
-    """Both sides' share of `flops` a second, from the tokens a second of sequences of `length`."""
+    """Both sides' share of `flops` per second, from tokens per second in sequences of `length`."""
     work = cost.causal_training_flops(config, record["length"]) / flops
     for side in ("ours", "theirs"):
         record[f"{side}_mfu"] = work * record[f"{side}_tokens_per_s"]

@@ -10,10 +10,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-
 from dsv2_ref.config import Config
-from dsv2_ref.model import DeepSeekV2, Load
+from dsv2_ref.model import DeepSeekV2
 from dsv2_ref.text.corpora import Corpus
 from dsv2_ref.text.tokenizer import TextTokenizer
 from dsv2_ref.training.machine import default_device
@@ -41,15 +39,6 @@ def trained(
         "seed": recipe.seed, "bits_per_byte": setup.held_out(corpus.test[:HELD_OUT]),
         "dropped": statistics.fmean(dropped) if dropped else 0.0,
     }
-
-
-@torch.no_grad()
-def held_out_load(setup: Setup, n_documents: int = 40) -> list[Load]:
-    """Where held-out text is sent, a `Load` a MoE layer: the first tokens of some documents."""
-    ids = setup.tokenizer.encode_batch([d.text for d in setup.corpus.test[:n_documents]])
-    length = min(*map(len, ids), setup.trainer.recipe.sequence)
-    tokens = torch.tensor([row[:length] for row in ids], device=setup.trainer.device)   # (B, T)
-    return setup.model.eval().losses(tokens, tokens, with_load=True).load
 
 
 def summary(runs: Sequence[dict[str, Any]], setting: str, value: str) -> list[dict[str, Any]]:

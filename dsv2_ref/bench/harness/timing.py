@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Timing two things in one process, in turns, so that both see the same state of the machine."""
 
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from datetime import date
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,17 +12,6 @@ from torch import Tensor
 TOLERANCE = 1e-4        # of the largest output
 
 Step = Callable[[], object]
-
-
-def machine() -> dict[str, Any]:
-    """What a dated record has to name."""
-    gpu = {}
-    if torch.cuda.is_available():
-        gpu = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-    return {
-        "date": date.today().isoformat(), "cpu": cpu_name(), "threads": torch.get_num_threads(),
-        "python": platform.python_version(), "torch": torch.__version__, **gpu,
-    }
 
 
 def agree(a: Tensor, b: Tensor, what: str) -> float:
@@ -80,12 +66,3 @@ def matmul_rate(device: torch.device | str, dtype: torch.dtype, size: int) -> fl
     g = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(size, size, generator=g, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / statistics.median(times(lambda: a @ b, 12)[2:])
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

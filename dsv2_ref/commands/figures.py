@@ -1,13 +1,21 @@
 # SPDX-License-Identifier: MIT
 """`figures`: a run drawn from its log."""
 
+from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
 from dsv2_ref import figures
 from dsv2_ref.commands.common import output_folder
+from dsv2_ref.commands.options import filled
 from dsv2_ref.config import Config
 from dsv2_ref.training.run_folder import read_log
+
+
+def add_options(parser: ArgumentParser) -> None:
+    parser.add_argument("folder", type=filled, metavar="RUN_FOLDER",
+                        help="pictures go to RUN_FOLDER/figures")
+    parser.set_defaults(act=figures_command)
 
 
 def figures_command(folder: str) -> dict[str, Any]:
