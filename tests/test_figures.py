@@ -222,9 +222,3 @@ def test_slider_redraws_when_it_is_moved():
     assert shortest != longest and bytes(shortest).startswith(PNG)
     slider.value = figures.LENGTHS[-1]
     assert image.value == longest
-
-
-def test_slider_says_what_is_missing(monkeypatch):
-    monkeypatch.setitem(sys.modules, "ipywidgets", None)
-    with pytest.raises(ImportError, match=r"install dsv2-ref\[notebooks\]"):
-        figures.cache_slider(BYTES)

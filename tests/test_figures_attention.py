@@ -3,7 +3,6 @@
 
 import io
 import math
-import sys
 
 import matplotlib
 import numpy as np
@@ -245,11 +244,3 @@ def test_sliders_redraw_when_they_are_moved(make, start, moved):
     assert image.value != before and bytes(image.value).startswith(PNG)
     slider.value = start
     assert image.value == before
-
-
-@pytest.mark.parametrize("make", [lambda: figures.group_slider(16, 128, 576),
-                                  lambda: figures.position_slider(FREQUENCIES, [0], 9)])
-def test_sliders_say_what_is_missing(make, monkeypatch):
-    monkeypatch.setitem(sys.modules, "ipywidgets", None)
-    with pytest.raises(ImportError, match=r"install dsv2-ref\[notebooks\]"):
-        make()

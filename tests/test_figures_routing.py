@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Figures of experts and of the limit on devices: what is drawn is what was given."""
 
-import sys
 
 import numpy as np
 import pytest
@@ -151,9 +150,3 @@ def test_slider_redraws_when_it_is_moved():
     assert image.value != free and bytes(image.value).startswith(PNG)
     slider.value = 3
     assert image.value == free
-
-
-def test_slider_says_what_is_missing(monkeypatch):
-    monkeypatch.setitem(sys.modules, "ipywidgets", None)
-    with pytest.raises(ImportError, match=r"install dsv2-ref\[notebooks\]"):
-        figures.device_limit_slider(SCORES, 2, 3)

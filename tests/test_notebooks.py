@@ -73,6 +73,10 @@ def faults(notebook: dict[str, Any], size: int) -> list[str]:
         found.append(f"{n} exercises, expected 3 to 5")
     if "<summary>Solutions</summary>" not in source:
         found.append("no solutions")
+    if any(re.search(r"""["']\.\./""", text(c)) for c in code):
+        found.append("a path from the current folder, expected in_checkout: it may be any folder")
+    if "ipywidgets" in source:
+        found.append("names ipywidgets, expected figures alone: it may be missing")
     if any("execution" in c["metadata"] for c in cells):
         found.append("timing metadata, which changes at every run")
     return found
@@ -120,6 +124,8 @@ def _cell(notebook: dict[str, Any], has: str) -> dict[str, Any]:
     (lambda n: n["cells"][3].update(source="open('/home/me/x')"), "path of some machine"),
     (lambda n: n["cells"][5]["outputs"].append(
         {"output_type": "stream", "text": "in /usr/lib/python3"}), "path of some machine"),
+    (lambda n: _cell(n, "assert").update(source="load('../data/model')"), "in_checkout"),
+    (lambda n: _cell(n, "assert").update(source="import ipywidgets"), "names ipywidgets"),
     (lambda n: n["cells"].pop(0), "what one will see"),
     (lambda n: _cell(n, "platform").update(outputs=[]), "versions"),
     (lambda n: n["cells"][3].update(source="class MLA(nn.Module):\n    pass"), "truth"),

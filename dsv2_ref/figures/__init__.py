@@ -11,6 +11,7 @@
   kernels       tiles, rooflines
   positions     RoPE
   routing       what experts are for, and the limit on devices
+  sliders       what moves, with ipywidgets and without
   studies       ablations
   pretraining   schedules, memory and rounding; a run as it goes on
   run           how a run went
@@ -84,6 +85,7 @@ from dsv2_ref.figures.run import (
     rate_curve,
     run_figures,
 )
+from dsv2_ref.figures.sliders import live_image
 from dsv2_ref.figures.studies import study_changes
 from dsv2_ref.figures.style import COLORS, GIB, INK, LENGTHS, MORE_COLORS, Picture, save, styled
 
@@ -95,10 +97,10 @@ __all__ = [
     "code_steps", "decode_floors", "decode_roofline", "device_limit_slider", "device_messages",
     "device_traffic", "dropped_against_capacity", "dropped_over_training", "errors_by_position",
     "expert_lift", "expert_load", "flops_against_context", "gradient_norm", "group_slider",
-    "grouped_heads", "groups_like_mla", "limit_quality", "live_picture", "load_animation",
-    "load_over_training", "loss_arrows", "loss_curve", "loss_floor", "losses_by_position",
-    "matrices", "memory_bars", "mla_flow", "pair_clocks", "parameter_shares", "position_slider",
-    "rate_curve", "rounding_paths", "router_heat_map", "run_figures", "save", "saving_steps",
-    "schedule_curves", "shared_heads", "slots_by_device", "softmax_in_pieces", "study_changes",
-    "styled", "token_routing", "turned_pair", "yarn_pairs",
+    "grouped_heads", "groups_like_mla", "limit_quality", "live_image", "live_picture",
+    "load_animation", "load_over_training", "loss_arrows", "loss_curve", "loss_floor",
+    "losses_by_position", "matrices", "memory_bars", "mla_flow", "pair_clocks", "parameter_shares",
+    "position_slider", "rate_curve", "rounding_paths", "router_heat_map", "run_figures", "save",
+    "saving_steps", "schedule_curves", "shared_heads", "slots_by_device", "softmax_in_pieces",
+    "study_changes", "styled", "token_routing", "turned_pair", "yarn_pairs",
 ]

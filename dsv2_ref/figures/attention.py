@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Attention on paper: small matrices with their numbers, who shares a key, how MLA's data flows."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 from matplotlib.textpath import TextPath
 from matplotlib.ticker import FuncFormatter
 
+from dsv2_ref.figures.sliders import slider
 from dsv2_ref.figures.style import COLORS, MORE_COLORS, Picture, png, styled
 
 CELL, GREY = 0.47, "#999999"      # inches a cell; whatever is not the point
@@ -185,24 +186,13 @@ def grouped_heads(n_h: int, n_kv: int, d_h: int, latent_row: int) -> Figure:
 
 
 def group_slider(n_h: int, d_h: int, latent_row: int) -> Any:
-    """A slider over the key-value heads that n_h allows, and below it `grouped_heads`.
+    """A slider over the key-value heads that n_h allows, and below it `grouped_heads`."""
+    options = [n for n in range(1, n_h + 1) if n_h % n == 0]
 
-    An ipywidgets.VBox of a SelectionSlider and an Image; moving one redraws the other.
-    """
-    try:
-        import ipywidgets
-    except ImportError as error:
-        raise ImportError("group_slider needs ipywidgets: install dsv2-ref[notebooks]") from error
-    counts = [n for n in range(1, n_h + 1) if n_h % n == 0]
-    slider = ipywidgets.SelectionSlider(options=counts, value=n_h, description="n_kv")
-    image = ipywidgets.Image(value=png(grouped_heads(n_h, n_h, d_h, latent_row)), format="png",
-                             width=840)
+    def draw(n_kv: int) -> bytes:
+        return png(grouped_heads(n_h, n_kv, d_h, latent_row))
 
-    def redraw(change: Mapping[str, Any]) -> None:
-        image.value = png(grouped_heads(n_h, change["new"], d_h, latent_row))
-
-    slider.observe(redraw, names="value")
-    return ipywidgets.VBox([slider, image])
+    return slider("n_kv", options, n_h, draw, width=840)
 
 
 @styled

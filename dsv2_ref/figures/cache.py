@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: MIT
 """What the kinds of attention keep: bars, lines over context, steps of saving, and sliders."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from dsv2_ref.figures.sliders import slider
 from dsv2_ref.figures.style import (
     COLORS,
     GIB,
@@ -205,17 +206,14 @@ def batch_slider(
     def draw(gib: float) -> bytes:
         return png(styled(_batches)(bytes_per_token, context, gib * GIB, most))
 
-    return _slider([(f"{gib:g} GiB", gib) for gib in memory_gib], "memory", draw)
+    options = [(f"{gib:g} GiB", gib) for gib in memory_gib]
+    return slider("memory", options, options[-1][1], draw)
 
 
 def cache_slider(
     bytes_per_token: Mapping[str, float], context: Sequence[int] = LENGTHS
 ) -> Any:
-    """A slider over context lengths (tokens) and, below it, each kind's cache at that length.
-
-    An ipywidgets.VBox of a SelectionSlider and an Image; moving one redraws the other. Nothing is
-    printed or displayed on the way, so a cell's stored output stays the same.
-    """
+    """A slider over context lengths (tokens) and, below it, each kind's cache at that length."""
     longest = max(bytes_per_token.values()) * max(context) / GIB
 
     def draw(length: int) -> bytes:      # the axis stays, so that the bars are seen to grow
@@ -224,16 +222,4 @@ def cache_slider(
         return png(styled(_bars)(sizes, texts, longest, "cache of one sequence (GiB)",
                                    f"Cache at {tokens_label(length)} tokens"))
 
-    return _slider([(tokens_label(n), n) for n in context], "context", draw)
-
-
-def _slider(options: Sequence[tuple[str, Any]], name: str, draw: Callable[[Any], bytes]) -> Any:
-    try:
-        import ipywidgets
-    except ImportError as error:
-        raise ImportError(f"a {name} slider needs ipywidgets: install "
-                          "dsv2-ref[notebooks]") from error
-    slider = ipywidgets.SelectionSlider(options=options, value=options[-1][1], description=name)
-    image = ipywidgets.Image(value=draw(options[-1][1]), format="png", width=760)
-    slider.observe(lambda change: setattr(image, "value", draw(change["new"])), names="value")
-    return ipywidgets.VBox([slider, image])
+    return slider("context", [(tokens_label(n), n) for n in context], context[-1], draw)

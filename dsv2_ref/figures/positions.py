@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from dsv2_ref.figures.sliders import slider
 from dsv2_ref.figures.style import COLORS, INK, MORE_COLORS, Picture, png, styled
 
 LINES = (COLORS["MLA"], COLORS["MHA"], MORE_COLORS[1], MORE_COLORS[0])
@@ -72,16 +73,10 @@ def pair_clocks(frequencies: Any, positions: Sequence[int], pairs: Sequence[int]
 
 def position_slider(frequencies: Any, pairs: Sequence[int], last: int) -> Any:
     """A slider over positions 0 to `last` and below it the clocks of the pairs at that position."""
-    try:
-        import ipywidgets
-    except ImportError as e:
-        raise ImportError("position_slider needs ipywidgets: install dsv2-ref[notebooks]") from e
-    slider = ipywidgets.IntSlider(value=0, min=0, max=last, description="position")
-    image = ipywidgets.Image(value=png(pair_clocks(frequencies, [0], pairs)), format="png",
-                             width=820)
-    slider.observe(lambda change: setattr(
-        image, "value", png(pair_clocks(frequencies, [change["new"]], pairs))), names="value")
-    return ipywidgets.VBox([slider, image])
+    def draw(position: int) -> bytes:
+        return png(pair_clocks(frequencies, [position], pairs))
+
+    return slider("position", range(last + 1), 0, draw, width=820)
 
 
 def _lines(x: Any, curves: Mapping[str, Any], title: str, xlabel: str, ylabel: str,

@@ -14,6 +14,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
+from dsv2_ref.figures.sliders import slider
 from dsv2_ref.figures.style import INK, MORE_COLORS, Picture, png, styled
 from dsv2_ref.moe.routing import select_device_limited
 
@@ -169,23 +170,14 @@ def token_routing(scores: Any, top_k: int, n_devices: int, max_devices: int) -> 
 def device_limit_slider(scores: Any, top_k: int, n_devices: int) -> Any:
     """A slider over M and, below it, `token_routing` with that limit.
 
-    An ipywidgets.VBox of an IntSlider and an Image. The lowest M is the first that has top_k
-    experts in reach.
+    The lowest M is the first that has top_k experts in reach.
     """
-    try:
-        import ipywidgets
-    except ImportError as error:
-        raise ImportError(
-            "device_limit_slider needs ipywidgets: install dsv2-ref[notebooks]") from error
     lowest = -(-top_k * n_devices // len(scores))
 
     def draw(limit: int) -> bytes:
         return png(token_routing(scores, top_k, n_devices, limit))
 
-    slider = ipywidgets.IntSlider(min=lowest, max=n_devices, value=n_devices, description="M")
-    image = ipywidgets.Image(value=draw(n_devices), format="png", width=760)
-    slider.observe(lambda change: setattr(image, "value", draw(change["new"])), names="value")
-    return ipywidgets.VBox([slider, image])
+    return slider("M", range(lowest, n_devices + 1), n_devices, draw)
 
 
 @styled
