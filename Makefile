@@ -26,6 +26,10 @@ notebooks: ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --nbval --nbval-cell-timeout 120 \
 		-n 2 --dist loadscope notebooks
 
+# slower: unit tests and notebooks as other CPUs would run them, and on two threads (half an hour)
+matrix: ready
+	@$(BIN)/python tests/matrix.py
+
 # slower: every notebook in JupyterLab in a real browser; needs Chromium (Debian: chromium)
 browser: EXTRAS := $(EXTRAS),browser
 browser: ready
@@ -70,5 +74,5 @@ ready:
 clean:
 	rm -rf build .venv
 
-.PHONY: ready run lab test lint unit notebooks browser kill bench audit mutants map execute model \
+.PHONY: matrix ready run lab test lint unit notebooks browser kill bench audit mutants map execute model \
 	clean

@@ -55,3 +55,24 @@ def test_softmax_is_fp32_under_autocast():
     assert loss.dtype == h.grad.dtype == W.grad.dtype == torch.float32
     plain = F.cross_entropy(F.linear(h.bfloat16(), W.bfloat16()).float(), t)
     assert torch.allclose(loss, plain, rtol=1e-6)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_many_chunks_are_summed_in_fp32(monkeypatch, autocast):
+    """1024 times the same token, a chunk each: the gradient of their mean is that of one of them.
+
+    To the last bit: a 1024th of a bf16 number is one too, and fp32 holds k of them for all k.
+    """
+    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", 29)
+    h, W, t = (x[:n].detach() for x, n in zip(problem([]), (1, 29, 1)))
+    dtype = torch.float32 if autocast else torch.bfloat16
+    gradients = []
+    for n in (1, 1024):
+        many = h.to(dtype).expand(n, -1).clone().requires_grad_()
+        head = W.to(dtype).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            linear_cross_entropy(many, head, t.expand(n)).backward()
+        gradients.append((many.grad.sum(0), head.grad))
+    (one_h, one_W), (all_h, all_W) = gradients
+    assert one_W.abs().max() > 0.1 and torch.equal(all_W, one_W)
+    assert torch.equal(all_h.float(), one_h.float())

@@ -57,6 +57,15 @@ def test_mode_is_restored_and_nothing_is_dropped(model):
     assert training == bits_per_byte(model, DOCUMENTS, 100, 16)
 
 
+def test_nothing_is_kept_for_gradients(model):
+    """The graph of a forward pass doubles its memory."""
+    seen = []
+    hook = model.norm.register_forward_hook(lambda module, given, made: seen.append(made))
+    bits_per_byte(model, DOCUMENTS, 100, 16)
+    hook.remove()
+    assert seen and not any(made.requires_grad for made in seen)
+
+
 def test_no_text(model):
     with pytest.raises(ValueError, match="documents: 0 with 0 bytes, expected some text"):
         bits_per_byte(model, [], 0, 16)

@@ -287,3 +287,14 @@ assert not any(name.startswith("dsv2_ref.kernels.") and name != "dsv2_ref.kernel
                           env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, check=False)
     assert done.returncode == 0, done.stderr
     assert "attend_expanded" in done.stdout
+
+
+@pytest.mark.parametrize("n_routed,top_k,few", [(160, 6, 53), (64, 6, 21), (8, 3, 5)])
+def test_the_loop_is_taken_while_it_reads_fewer_experts_than_there_are(n_routed, top_k, few):
+    """V2's and Lite's numbers, and others: below two slots an expert on average."""
+    c = CONFIG.with_(d=16, expert_width=24, n_routed=n_routed, top_k=top_k, n_devices=1,
+                     max_devices=None)
+    for dtype, best in ((torch.float32, "experts_grouped"), (torch.float64, "experts_padded")):
+        for n, form in ((1, "experts_loop"), (few, "experts_loop"), (few + 1, best),
+                        (99 * few, best)):
+            assert experts_form(c, torch.zeros(1, dtype=dtype), n, None).__name__ == form, n

@@ -63,6 +63,11 @@ def test_numbers(rows, claim, printed, ours, value):
                              "YaRN softmax-scale factor"}),
     ({"yarn_mscale_all_dim": None}, {"YaRN length factor sqrt(t)", "YaRN softmax-scale factor"}),
     ({"yarn_mscale_all_dim": 1.0}, {"YaRN length factor sqrt(t)", "YaRN softmax-scale factor"}),
+    # off by more than half and less than one of the last digit that the paper gives
+    ({"vocab": 102_400 + 83_000}, {"parameters, V2", "implied TFLOP/s a GPU, V2"}),   # 236.6, 205
+    ({"d_c": 514}, {"cache, large MoE with MLA"}),                                    # 34.68
+    ({"d_c": 516}, {"KV saved, both at 16 bits"}),                                    # 82.11
+    ({"yarn_factor": 40.035}, {"YaRN length factor sqrt(t)"}),                        # 1.26087
 ])
 def test_another_v2_breaks_the_claims_about_it(changes, broken):
     fail = {row.claim for row in paper.rows(v2=V2.with_(**changes)) if not row.holds}

@@ -90,12 +90,15 @@ def test_tensorboard_gets_every_scalar_at_its_step(tensorboard, tmp_path):
     watch = Watch("tensorboard", tmp_path, 6, print)
     assert tensorboard.opened == (str(tmp_path / "tensorboard"), 7)
     watch(ENTRY)
-    watch(LOADED | {"step": 8, "tokens": 900, "seconds": 4.5})
+    watch(LOADED | {"step": 8, "tokens": 900, "seconds": 4.0})
+    watch(ENTRY | {"step": 9, "tokens": 950, "seconds": 4.5})
     watch.close()
     assert {(name, step) for name, _, step in tensorboard.written} == {
-        *((name, 7) for name in scalars(ENTRY)), *((name, 8) for name in scalars(LOADED))}
+        *((name, step) for name in scalars(ENTRY) for step in (7, 9)),
+        *((name, 8) for name in scalars(LOADED))}
     speeds = [v for name, v, _ in tensorboard.written if name == "tokens_per_second"]
-    assert speeds == [200.0, 200.0] and tensorboard.closed == 1
+    assert speeds == [200.0, 400.0, 100.0]           # since the entry before, not since the start
+    assert tensorboard.closed == 1
 
 
 def test_trackio_goes_on_with_its_run_and_keeps_stdout_clean(trackio, tmp_path, capsys):
