@@ -96,6 +96,8 @@ def test_a_signal_that_is_ignored_stays_so(tmp_path, monkeypatch):
         step = run.step
         monkeypatch.setattr(run, "step", lambda *a: os.kill(os.getpid(), signal.SIGHUP) or step(*a))
         assert len(train(run, progress=False)) == 2
+    except Stopped:
+        pytest.fail("the signal was taken")
     finally:
         signal.signal(signal.SIGHUP, before)
 
@@ -187,6 +189,10 @@ def test_a_shorter_run_into_a_folder_keeps_its_own_states(tmp_path):
         train(trainer(RECIPE.with_(steps=steps)), tmp_path, save_every=1, progress=False)
         names = [p.name for p in RunFolder(tmp_path).states]
         assert names == [f"state-{steps - i:09}.safetensors" for i in (0, 1)]
+    seen = []
+    train(trainer(RECIPE.with_(steps=1)), tmp_path, progress=False,
+          watch=lambda entry: seen.extend(p.name for p in RunFolder(tmp_path).states))
+    assert seen == ["state-000000000.safetensors"]        # of this run alone, from its beginning
 
 
 def test_the_log_of_others_is_not_overwritten(tmp_path):

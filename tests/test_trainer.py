@@ -409,6 +409,8 @@ def test_the_log_says_the_rate_of_both_optimisers():
     adamw, muon = run.optimizers
     assert [g["lr"] for g in (*adamw.param_groups, *muon.param_groups)] == [1e-3, 1e-3, 2e-3]
     assert "adamw_lr" not in trainer(RECIPE.with_(optimizer="adamw")).step()
+    entry = trainer(Recipe(steps=12, batch=2, sequence=17, precision="fp32", lr=1e-12)).step()
+    assert entry["lr"] == entry["adamw_lr"] == 1e-12
 
 
 # ---- objective and world
