@@ -4,6 +4,7 @@
 On a CPU the kernels run in Triton's interpreter, on a CUDA machine as compiled.
 """
 
+import math
 import os
 from collections.abc import Callable
 from functools import partial
@@ -274,6 +275,26 @@ def test_in_a_model_with_a_ragged_cache():
             u = m(new, cos[at], sin[at], attend_flash, cache)
             close(u, torch.stack([full[b, at[b]] for b in range(2)]))
             cache.advance(n)
+
+
+def test_weights_and_outputs_are_summed_in_fp32():
+    """64 keys of weight 1, then many of 2⁻¹², which would not move a sum kept in fp16 at all.
+
+    fp16 holds these weights exactly, so an output is off by one rounding of fp16 (2⁻¹¹ of it) and
+    by what 1200 sums in fp32 are.
+    """
+    n_q, n_k = [3], [1200]
+    given = packed(n_q, n_k, dtype=torch.float16)
+    q_c, q_r, k_c, k_r, v = given
+    height = 12.0 * (torch.arange(1200) < 64).to(k_r)
+    q_c[:], q_r[:], k_r[:] = 0, 1, 0
+    k_r[:, 0] = height
+    o = flash_attention(*given, math.log(2), starts(n_q), starts(n_k), 3, 1200)
+    for i in range(3):
+        w, seen = 2.0 ** height[: 1198 + i].double(), v[: 1198 + i].double()
+        exact, size = (torch.einsum("j,jhd->hd", w / w.sum(), x) for x in (seen, seen.abs()))
+        bound = 2.0**-11 * exact.abs() + 2 * 1200 * 2.0**-24 * size
+        assert ((o[i].double() - exact).abs() <= bound).all()
 
 
 def test_half_precision():
