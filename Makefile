@@ -26,6 +26,10 @@ notebooks: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --nbval --nbval-cell-timeout 120 \
 		-n 2 --dist loadscope notebooks
 
+# slower: the tests and notebooks as other processors would run them, on 1 and on 2 threads
+matrix: .venv/ready
+	$(BIN)/python tests/matrix.py
+
 # slower: every notebook in JupyterLab in a real browser; needs Chromium (Debian: chromium)
 browser: .venv/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS),browser]'
@@ -71,4 +75,4 @@ model: .venv/ready
 clean:
 	rm -rf build .venv
 
-.PHONY: run lab test lint unit notebooks browser kill bench audit mutants map execute model clean
+.PHONY: run lab test lint unit notebooks matrix browser kill bench audit mutants map execute model clean

@@ -297,6 +297,43 @@ def test_weights_and_outputs_are_summed_in_fp32():
         assert ((o[i].double() - exact).abs() <= bound).all()
 
 
+def gradients(given: list[Tensor], grad: Tensor, T: int, S: int) -> list[Tensor]:
+    given = [x.requires_grad_() for x in given]
+    o = flash_attention(*given, math.log(2), starts([T]), starts([S]), T, S)
+    return [x.double() for x in torch.autograd.grad(o, given, grad)]
+
+
+def test_gradients_of_queries_are_summed_in_fp32():
+    """One query, 1024 keys of equal weight: dS is 2⁻⁶ for 64 of them, and 2⁻¹⁸ for the rest."""
+    q_c, q_r, k_c, k_r, v = given = packed([1], [1024], dtype=torch.float16)
+    for x in given:
+        x[:] = 0
+    sign = 1.0 - 2.0 * (torch.arange(1024) % 2).to(v)[:, None]          # so that o is 0
+    v[:, :, 0] = sign * (2.0**-8 + (16 - 2.0**-8) * (torch.arange(1024) < 64).to(v)[:, None])
+    k_c[:, :, 0], k_r[:, :1] = sign, sign
+    dq_c, dq_r, *_ = gradients(given, torch.ones(1, 2, 8).to(v), 1, 1024)
+    exact = math.log(2) * (64 * 2.0**-6 + 960 * 2.0**-18)
+    for dq in (dq_c, dq_r):
+        assert ((dq[0, :, 0] - exact).abs() <= (2.0**-11 + 2.0**-13) * exact).all()
+
+
+def test_gradients_of_keys_and_values_are_summed_in_fp32():
+    """Keys 0 and 1 share all weight of 400 queries, of gradient 1 (16 of them) or 2⁻¹³."""
+    q_c, q_r, k_c, k_r, v = given = packed([400], [401], dtype=torch.float16)
+    for x in given:
+        x[:] = 0
+    q_c[:, :, 0], q_r[:, :, 0], k_r[:2, 0] = 1, 1, 40
+    v[0, :, 0], v[1, :, 0] = 1, -1                                      # so that o is 0
+    grad = torch.zeros(400, 2, 8).to(v)
+    grad[:, :, 0], grad[64:80, :, 0] = 2.0**-13, 1
+    _, _, dk_c, dk_r, dv = gradients(given, grad, 400, 401)
+    exact = 0.5 * (16 + 384 * 2.0**-13)
+    scaled = exact * math.log(2)
+    for got, value in ((dv[:2, :, 0], exact), (dk_c[0, :, 0], scaled), (-dk_c[1, :, 0], scaled),
+                       (dk_r[0, 0], 2 * scaled)):                       # of both heads
+        assert ((got - value).abs() <= (2.0**-11 + 2.0**-13) * value).all()
+
+
 def test_half_precision():
     """fp16 in, sums in fp32: as exact as the weights and dS, which are rounded once, allow."""
     agree(inputs(1, 70, 70, dtype=torch.float16), tolerance=2e-3)
