@@ -116,11 +116,10 @@ def experts_form(c: Config, x: Tensor, n_tokens: int, W_gate: object | None) -> 
         return experts_fused_autocast if autocast else kernel(experts_loop)
     if n_tokens * c.top_k < 2 * c.n_routed:
         return experts_loop                  # few slots: read the chosen experts only
-    # grouped_mm wants rows of whole 16 bytes, does not obey autocast, and the compiler knows it in
-    # bf16 alone
+    # grouped_mm wants rows of whole 16 bytes and does not obey autocast
     fits = all(n * x.element_size() % 16 == 0 for n in (c.d, c.expert_width))
     best = torch.bfloat16 if x.device.type == "cuda" else torch.float32
-    if fits and x.dtype == best and not autocast and not torch.compiler.is_compiling():
+    if fits and x.dtype == best and not autocast:
         return experts_grouped
     return experts_padded
 

@@ -1,42 +1,64 @@
 # SPDX-License-Identifier: MIT
-"""`make matrix`: unit tests and notebooks under several settings of the CPU.
+"""Unit tests and notebooks as several kinds of processors would run them: `make matrix`.
 
-Libraries choose their code by what the CPU can do, and sum in another order with each: a test that
-holds on one CPU alone judges the machine and not the code. Narrower instructions than the machine
-has can be asked for; wider ones cannot. `python tests/matrix.py NAME ...` runs some settings.
+torch, oneDNN and MKL choose their code by what the processor can do, and each sums in an order of
+its own; so does every number of threads. They can be told to use less than there is, and so one
+machine stands for several. (MKL heeds its variable on Intel processors alone.)
+
+`python tests/matrix.py ARGUMENT…` gives pytest those arguments instead, under each setting.
 """
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
-AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2",
-        "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
-SSE = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41",
-       "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"}
-SETTINGS = {
-    "all this CPU has, 1 thread": {},
-    "all this CPU has, 2 threads": {"DSV2_THREADS": "2", "OMP_NUM_THREADS": "2"},
-    "AVX2, 1 thread": AVX2,
-    "AVX2, 2 threads": AVX2 | {"DSV2_THREADS": "2", "OMP_NUM_THREADS": "2"},
-    "SSE, 1 thread": SSE,
-}
-PYTEST = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "loadscope"]
-RUNS = {"unit tests": [*PYTEST, "tests"],
-        "notebooks": [*PYTEST, "--nbval", "--nbval-cell-timeout", "240", "notebooks"]}
+ROOT = Path(__file__).parents[1]
 
 
-def main(names: list[str]) -> int:
-    """0 if everything passed under every setting, else 1; each is named with its outcome."""
-    outcomes = []
-    for name in names or SETTINGS:
-        for what, command in RUNS.items():
-            print(f"== {name}: {what}", flush=True)
-            environment = {"OMP_NUM_THREADS": "1"} | SETTINGS[name]
-            code = subprocess.run(command, env=os.environ | environment, check=False).returncode
-            outcomes.append(f"{'passed' if code == 0 else 'FAILED'}  {name}: {what}")
-    print("\n".join(["", *outcomes]))
-    return int(any(line.startswith("FAILED") for line in outcomes))
+def limited(aten: str, onednn: str, mkl: str) -> dict[str, str]:
+    return {"ATEN_CPU_CAPABILITY": aten, "ONEDNN_MAX_CPU_ISA": onednn,
+            "MKL_ENABLE_INSTRUCTIONS": mkl}
+
+
+# a limit is of interest where the processor has the flag of what lies above it
+LIMITS = [
+    ("AVX-512 without AMX", "amx_tile", limited("avx512", "AVX512_CORE", "AVX512")),
+    ("AVX2", "avx512f", limited("avx2", "AVX2", "AVX2")),
+    ("SSE", "avx2", limited("default", "SSE41", "SSE4_2")),
+]
+
+
+def processor_flags() -> set[str]:
+    """What Linux says of the processor; elsewhere nothing, and only the default is run."""
+    path = Path("/proc/cpuinfo")
+    return set(path.read_text(encoding="utf-8").split()) if path.exists() else set()
+
+
+def settings(flags: set[str]) -> dict[str, dict[str, str]]:
+    """Name -> environment."""
+    kinds = [("default", {})] + [(name, limit) for name, above, limit in LIMITS if above in flags]
+    return {f"{name}, {threads} thread{'s' * (threads > 1)}":
+            limit | {"DSV2_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
+            for name, limit in kinds for threads in (1, 2)}
+
+
+def main(arguments: list[str]) -> int:
+    workers = ["-q", "-n", "2", "--dist", "loadscope"]
+    runs = {"unit tests": workers,
+            "notebooks": ["--nbval", "--nbval-cell-timeout", "240", *workers, "notebooks"]}
+    if arguments:
+        runs = {" ".join(arguments): arguments}
+    summary, failed = [], 0
+    for setting, environment in settings(processor_flags()).items():
+        for what, options in runs.items():
+            print(f"\n==== {setting}: {what}", flush=True)
+            done = subprocess.run([sys.executable, "-m", "pytest", *options], cwd=ROOT,
+                                  env=os.environ | environment, check=False)
+            failed += done.returncode != 0
+            summary.append(f"{'FAILED' if done.returncode else 'passed'}  {setting}: {what}")
+    print("\n==== summary", *summary, f"{len(summary) - failed} of {len(summary)} passed", sep="\n")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 Whatever lies behind the end of a sequence is NaN, and so is the memory that results are written to.
 """
 
+import math
 import os
 
 import pytest
@@ -192,6 +193,27 @@ def test_half_precision():
     got = decode_latent(q_c, q_r, c, r, positions, 0.2)
     assert got.dtype == torch.float16
     close(got, averages(q_c, q_r, c, r, positions, 0.2), 1e-3)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("swap", [False, True])
+def test_weights_and_outputs_are_summed_in_fp32(swap, splits):
+    """64 keys of weight 1, then many of 2⁻¹², which would not move a sum kept in fp16 at all.
+
+    fp16 holds these weights exactly, so an output is off by one rounding of fp16 (2⁻¹¹ of it) and
+    by what 1200 sums in fp32 are.
+    """
+    q_c, q_r, c, r = inputs(1, 1, 1200, d_h=32, dtype=torch.float16)[:4]
+    height = 12 * (torch.arange(1200, device=DEVICE) < 64)
+    q_c[:], q_r[:], r[:] = 0, 1, 0
+    r[0, :, 0] = height
+    positions = torch.tensor([[1199]], device=DEVICE)
+    got = decode_latent(q_c, q_r, c, r, positions, math.log(2), splits=splits,
+                        tile=Tile(16, 32, 4, 1, 1, swap))
+    w = 2.0 ** height.double()
+    exact, size = ((w / w.sum()) @ x for x in (c[0].double(), c[0].double().abs()))
+    bound = 2.0**-11 * exact.abs() + 2 * 1200 * 2.0**-24 * size
+    assert ((got[0, 0].double() - exact).abs() <= bound).all()
 
 
 def test_combining_is_an_average_weighted_by_the_sums():

@@ -6,6 +6,7 @@ kernel's own assembly text, instruction by instruction, on pairs of 16-bit numbe
 the same tests run the real thing.
 """
 
+import math
 import os
 import sys
 
@@ -220,6 +221,29 @@ def test_a_flat_average_does_not_drown_in_offsets(hopper):
     tensors = inputs(1, 1, 300, 3, d_h=128, d_r=16, d_c=128, dtype=torch.float16)[:4]
     positions = torch.tensor([[299]], device=DEVICE)
     close(decode_six_bit(*tensors, positions, 1e-6), averages(*tensors, positions, 1e-6), 1e-3)
+
+
+@pytest.mark.parametrize("form", ["plain", "hopper"])
+def test_weights_and_outputs_are_summed_in_fp32(form, request):
+    """64 keys of weight 1, then many of 2⁻¹², which would not move a sum kept in fp16 at all.
+
+    fp16 holds these weights exactly, so an output is off by one rounding of fp16 (2⁻¹¹ of it) and
+    by what 1200 sums in fp32 are.
+    """
+    if form == "hopper":
+        request.getfixturevalue("hopper")
+    q_c, q_r = inputs(1, 1, 1, d_h=64, d_r=16, dtype=torch.float16)[:2]
+    height = 12 * (torch.arange(1200, device=DEVICE) < 64)
+    n_c = (normal(7, 1, 1200, 64) * 5).round().clamp(-15, 15).int() * 2  # even: bits may be lent
+    n_r = torch.zeros(1, 1200, 16, dtype=torch.int32, device=DEVICE)
+    q_c[:], q_r[:], n_r[0, :, 0] = 0, 1, height
+    scales = torch.ones(1, 1200, 2, dtype=torch.bfloat16, device=DEVICE)
+    positions = torch.tensor([[1199]], device=DEVICE)
+    got = decode_six_bit(q_c, q_r, packed(n_c, n_r), scales, positions, math.log(2), splits=2)
+    w, c = 2.0 ** height.double(), n_c[0].double()
+    exact, size = ((w / w.sum()) @ x for x in (c, c.abs()))
+    bound = 2.0**-11 * exact.abs() + 2 * 1200 * 2.0**-24 * size
+    assert ((got[0, 0].double() - exact).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-6, 1e6])

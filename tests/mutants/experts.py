@@ -52,4 +52,7 @@ MUTANTS = [
     Mutant("routed_born_small", "idle expert", FILE,
            "std=(3 * W.shape[-1]) ** -0.5", "std=0.02 * W.shape[-1] ** -0.5",
            "test_block.py::test_routed_and_shared_experts_begin_alike"),
+    Mutant("grouped_under_the_compiler", "once a pass", FILE,
+           "if torch.compiler.is_compiling() and x.dtype != torch.bfloat16:", "if False:",
+           "test_compile.py::test_compiled_is_the_same[experts_grouped]"),
 ]

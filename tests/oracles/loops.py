@@ -44,9 +44,9 @@ def rounded_well(
     Exact is fp64. Moving every input by one rounding of `dtype`, at random, moves the exact results
     too; an error may be `times` that change (both as root mean squares): in fp32 8 times, as 256
     terms added one after the other are off by about half of √256 roundings; in half precision,
-    summed in fp32, once. A sum that cancels is judged so by the size of its summands, never by the
-    little that is left of them, and the bound does not depend on the order in which some library
-    adds on some processor.
+    summed in fp32, at most once. A sum that cancels is judged so by the size of its summands, never
+    by the little that is left of them, and the bound does not depend on the order in which some
+    library adds on some processor.
     """
     inputs = [x.detach().double() for x in inputs]
     plain, change = exact(*inputs), [0.0] * len(got)
