@@ -7,6 +7,7 @@ by anyone; what compiles kernels does so in a process of its own.
 """
 
 import os
+import signal
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,6 +16,9 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:      # as for a shell's job in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(int(os.environ.get("DSV2_THREADS", "1")))  # `make matrix` takes 2 too
 
