@@ -50,6 +50,25 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--quiet", dest="progress", action="store_false", help="no progress bar")
 
 
+def _add_needle(commands: argparse._SubParsersAction) -> None:
+    p = commands.add_parser("needle", help="what a saved model finds in a long text")
+    p.add_argument("model", metavar="MODEL", help="folder of a saved model, as data/needle")
+    p.add_argument("--lengths", nargs="+", help="tokens, as 512 1024 or 128K; default: the longest "
+                   "that the model has positions for")
+    p.add_argument("--depths", nargs="+", help="per cent; default: 0 20 40 60 80 100")
+    p.add_argument("--cache", choices=("latent", "six_bit"), default="latent")
+    p.add_argument("--kind", choices=("one", "several", "chain"), default="one",
+                   help="one needle, one of four, or x1 = 7, x2 = x1, x3 = x2: what is x3?")
+    p.add_argument("--samples", type=int, default=8, help="needles of a cell")
+    p.add_argument("--factor", type=float, help="YaRN's s; 1 is plain RoPE; default: the model's")
+    p.add_argument("--corpus", default="stories", help="the haystack: " + CORPORA)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--out", default="build/needle", help="cells are kept here, so that a run that "
+                   "was killed goes on")
+    p.add_argument("--json", action="store_true", help="JSON, not a table")
+    p.add_argument("--quiet", dest="progress", action="store_false", help="no progress bar")
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="dsv2_ref", description="DeepSeek-V2, exactly.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
@@ -75,6 +94,8 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--temperature", type=float, default=0.7)
     p.add_argument("--top-p", type=float, default=0.9)
     p.add_argument("--seed", type=int, default=0)
+
+    _add_needle(commands)
 
     p = commands.add_parser("copy", help="lift a concept file into a folder of your own")
     p.add_argument("what", nargs="*", metavar="NAME DEST", help="rope, mla, routing, ...")
@@ -107,6 +128,12 @@ def dispatch(args: dict) -> int | None:
         options = {} if args["only"] is None else {"only": args["only"]}
         record = measure(quick=args["quick"], **options)
         print(json.dumps(record, indent=None if args["json"] else 2))
+        return
+    if command == "needle":
+        from dsv2_ref.commands import needle
+
+        show = needle.as_json if args.pop("json") else needle.as_table
+        print(show(needle.needle_command(**args)))
         return
     if command == "copy":
         result = _copy(**args)

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: MIT
+"""`needle`: what a saved model finds in a long text, by length and depth."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsv2_ref import checkpoint, figures
+from dsv2_ref.commands.common import output_folder, say
+from dsv2_ref.config import Config
+from dsv2_ref.inference.needle import Grid, run
+from dsv2_ref.stretch import stretched, stretched_config, trained_positions
+from dsv2_ref.text.corpora import open_corpus
+from dsv2_ref.text.needles import haystack
+from dsv2_ref.text.tokenizer import load_tokenizer
+from dsv2_ref.training.machine import default_device
+
+
+def numbers(name: str, values: Sequence[str] | None, default: Sequence[float]) -> tuple:
+    """Numbers as written on the command line: `256 512`, `256,512`, `128K` for 128·1024."""
+    if values is None:
+        return tuple(default)
+    result = []
+    for word in ",".join(values).replace(" ", ",").split(","):
+        times = 1024 if word[-1:] in ("k", "K") else 1
+        try:
+            value = float(word[:-1] if times > 1 else word) * times
+        except ValueError:
+            raise ValueError(f"{name}: {word!r}, expected numbers, as 512 or 128K") from None
+        result.append(int(value) if value == value // 1 else value)
+    if name == "lengths" and not all(isinstance(value, int) for value in result):
+        raise ValueError(f"{name}: {result}, expected whole numbers of tokens")
+    return tuple(result)
+
+
+def needle_command(
+    model: str, lengths: Sequence[str] | None, depths: Sequence[str] | None, cache: str, kind: str,
+    samples: int, factor: float | None, corpus: str, seed: int, out: str,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Measure the grid, keep its cells in `out` as they are made, and draw it there."""
+    folder = Path(model)
+    if not folder.is_dir():
+        raise ValueError(f"model: {model!r} is no folder, expected a saved model, as data/needle")
+    config = Config.from_hf(folder)
+    trained = trained_positions(config)
+    if factor is not None:
+        config = stretched_config(config, factor)
+    grid = Grid(numbers("lengths", lengths, (config.max_positions,)),
+                numbers("depths", depths, (0, 20, 40, 60, 80, 100)), samples, kind, cache, seed)
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    text = haystack(open_corpus(corpus).test, tokenizer, max(grid.lengths))
+    device = default_device()
+    loaded = checkpoint.load(model, None if device == "cuda" else torch.float32, device)
+    if factor is not None:
+        loaded = stretched(loaded, factor)
+    place = output_folder(out)
+    s = loaded.config.yarn_factor
+    say(f"{model}: trained at {trained} tokens, "
+        + ("plain RoPE" if s is None else f"YaRN s = {s:g}"))
+    result = run(loaded, tokenizer, text, grid, place, progress)
+    result |= {"model": model, "corpus": corpus, "factor": s or 1.0, "trained": trained}
+    result["figure"] = str(figures.save(figures.needle_grid(result), place / "grid.png"))
+    return result
+
+
+def as_table(result: dict[str, Any]) -> str:
+    """The grid as text: a line a depth, a column a length."""
+    lines = ["depth %  " + "".join(f"{length:>8}" for length in result["lengths"])]
+    for depth, row in zip(result["depths"], zip(*result["grid"])):
+        lines.append(f"{depth:>7g}  " + "".join(f"{value:>8.2f}" for value in row))
+    return "\n".join([*lines, f"mean {result['mean']:.3f}, {result['green']} of {result['cells']} "
+                      f"cells at 0.95 or above; {result['figure']}"])
+
+
+def as_json(result: dict[str, Any]) -> str:
+    return json.dumps(result, ensure_ascii=False)
