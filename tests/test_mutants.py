@@ -106,7 +106,7 @@ def test_every_equation_and_pitfall_has_a_mutant():
 
 
 def test_each_concept_has_its_own_list():
-    assert FILES == sorted([*copying.concepts(), "assembly"])
+    assert FILES == sorted([*copying.concepts(), "assembly", "needle"])
     for name, file in copying.concepts().items():
         (found,) = (vars(LISTS[name])[key] for key in ("MUTANTS", "KERNEL_MUTANTS")
                     if key in vars(LISTS[name]))

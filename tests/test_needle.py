@@ -100,6 +100,9 @@ def test_exact_is_what_greedy_generation_would_write(model):
     shared = model.new_cache(1, 96)
     read_pieces(model, torch.tensor([TEXT[: plan.at]]), shared)
     assert score(model, told, TEXT, shared)["exact"] == 0.5
+    almost = needle.Task(task.needles, task.question, (*own[:-1], (own[-1] + 1) % 1000))
+    told = needle.Plan(plan.length, plan.depth, plan.at, (plan.tasks[0], almost))
+    assert score(model, told, TEXT, shared)["exact"] == 0
 
 
 def test_a_tie_is_not_the_answer(model):
