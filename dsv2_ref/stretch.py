@@ -25,7 +25,7 @@ def stretched_config(config: Config, factor: float, trained: int | None = None) 
 
     Factor 1 is plain RoPE. There is room for factor·trained positions, or what there was before.
     """
-    if not factor >= 1:
+    if not 1 <= factor < float("inf"):
         raise ValueError(f"factor: {factor}, expected a number >= 1 (1 is plain RoPE)")
     trained = trained_positions(config) if trained is None else trained
     room = max(config.max_positions, round(factor * trained))

@@ -2,6 +2,7 @@
 """`needle`: what a saved model finds in a long text, by length and depth."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from dsv2_ref import checkpoint, figures
 from dsv2_ref.commands.common import output_folder, say
 from dsv2_ref.config import Config
-from dsv2_ref.inference.needle import Grid, run
+from dsv2_ref.inference.needle import Grid, plans, run
 from dsv2_ref.stretch import stretched, stretched_config, trained_positions
 from dsv2_ref.text.corpora import open_corpus
 from dsv2_ref.text.needles import haystack
@@ -29,7 +30,9 @@ def numbers(name: str, values: Sequence[str] | None, default: Sequence[float]) -
         try:
             value = float(word[:-1] if times > 1 else word) * times
         except ValueError:
-            raise ValueError(f"{name}: {word!r}, expected numbers, as 512 or 128K") from None
+            value = math.nan
+        if not math.isfinite(value):
+            raise ValueError(f"{name}: {word!r}, expected numbers, as 512 or 128K")
         result.append(int(value) if value == value // 1 else value)
     if name == "lengths" and not all(isinstance(value, int) for value in result):
         raise ValueError(f"{name}: {result}, expected whole numbers of tokens")
@@ -52,6 +55,7 @@ def needle_command(
     grid = Grid(numbers("lengths", lengths, (config.max_positions,)),
                 numbers("depths", depths, (0, 20, 40, 60, 80, 100)), samples, kind, cache, seed)
     tokenizer = load_tokenizer(folder / "tokenizer.json")
+    plans(grid, tokenizer, config.max_positions)          # refused before anything long is read
     text = haystack(open_corpus(corpus).test, tokenizer, max(grid.lengths))
     device = default_device()
     loaded = checkpoint.load(model, None if device == "cuda" else torch.float32, device)

@@ -94,10 +94,15 @@ class Plan:
         return rows
 
 
-def plans(grid: Grid, tokenizer: TextTokenizer, n_text: int) -> list[Plan]:
-    """All cells, those that share more of the text later. ValueError for a length that is no room.
+def plans(grid: Grid, tokenizer: TextTokenizer, most: int) -> list[Plan]:
+    """All cells, those that share more of the text later.
+
+    ValueError for a length without room for the needles, or beyond `most`, the model's positions.
     """
     needles, cells = Needles(tokenizer), []
+    if (longest := max(grid.lengths)) > most:
+        raise ValueError(f"lengths: {longest}, expected at most max_positions = {most} of the "
+                         "model; a larger factor gives more")
     for length in grid.lengths:
         for depth in grid.depths:
             draw = random.Random(f"{grid.seed} {length} {depth} {grid.kind}")
@@ -107,8 +112,6 @@ def plans(grid: Grid, tokenizer: TextTokenizer, n_text: int) -> list[Plan]:
                 raise ValueError(f"lengths: {length}, expected above {length - room} tokens, which "
                                  "the needles and the question take")
             cells.append(Plan(length, depth, 1 + round(depth * room / 100), tasks))
-    if n_text < (longest := max(grid.lengths)):
-        raise ValueError(f"text: {n_text} tokens, expected at least {longest}, the longest length")
     return sorted(cells, key=lambda cell: (cell.at, cell.length))
 
 
@@ -187,13 +190,11 @@ def run(
     `folder`, cells are kept as they are made, and those that are there are not made again. `watch`
     is called with each cell that is made.
     """
-    most = model.config.max_positions
-    for length in grid.lengths:
-        if length > most:
-            raise ValueError(f"lengths: {length}, expected at most max_positions = {most} of the "
-                             "model; a larger --factor gives more")
-    todo = plans(grid, tokenizer, len(text))
-    text = list(text[: max(grid.lengths)])
+    todo = plans(grid, tokenizer, model.config.max_positions)
+    if len(text) < (longest := max(grid.lengths)):
+        raise ValueError(f"text: {len(text)} tokens, expected at least {longest}, the longest "
+                         "length")
+    text = list(text[:longest])
     done, log = {}, nullcontext()
     if folder is not None:
         path, done = kept(Path(folder), {**asdict(grid), "model": fingerprint(model, text)})

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from dsv2_ref.block import Traffic as Load
 from dsv2_ref.checkpoint import load_state, save_state
-from dsv2_ref.model import DeepSeekV2, Load
+from dsv2_ref.model import DeepSeekV2
 from dsv2_ref.text.data import PackedBatches
 from dsv2_ref.training.machine import autocast, fast_precision, set_fastest_threads
 from dsv2_ref.training.optim import build_optimizers, set_rate
