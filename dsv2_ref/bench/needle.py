@@ -77,14 +77,17 @@ def trained(
     seed: int, corpus: Corpus, tokenizer: TextTokenizer, steps: int | None = None,
     watch: Callable[[dict[str, Any]], None] | None = None,
 ) -> tuple[DeepSeekV2, list[dict[str, Any]]]:
-    """The CPU preset after its training; its config carries YaRN over the trained length."""
+    """The CPU preset after its training, rounded to bf16 as it would be saved.
+
+    Its config carries YaRN over the trained length.
+    """
     preset = PRESETS["cpu"]
     recipe = preset.recipe.with_(seed=seed, steps=steps)
     torch.manual_seed(seed)
     model = DeepSeekV2(preset.config.with_(vocab=tokenizer.vocab))
     text = encode(corpus.train[:6000], tokenizer)
     log = learn(model, NeedleBatches(text, tokenizer, recipe.sequence, seed), recipe, watch)
-    return stretched(model, preset.factor), log
+    return stretched(model.bfloat16().float(), preset.factor), log
 
 
 def measure(
