@@ -10,11 +10,11 @@ found, by length and depth, of
   tuned            the same after at most 100 steps at 8 times the length
   yarn 16          not tuned, s = 16
   six_bit          yarn, through the cache of six bits per number
-  several, chain   yarn, the harder questions of text/needles.py
-  python           yarn, needles in Python source, of which the model has never read a line
-  layout, no mscale, index ramp      yarn with a mistake: see `misread`
+  several, chain   yarn, the harder questions of text/needles.py, at 1 and 8 times the length
+  python           the same lengths, needles in Python source, of which it has never read a line
 
-`by_factor` asks from which length and s a mistake shows: share found at s times the trained length.
+`by_factor` asks from which length and s a mistake (see `misread`) shows: the share found at s times
+the trained length with this s.
 `interval` is ± of the mean over the seeds, Student's t at 95 %.
 """
 
@@ -99,6 +99,7 @@ def measure(
     lengths = tuple(n * trained_at for n in lengths)
     text = haystack(corpus.test, tokenizer, 32 * trained_at)
     code = haystack(open_corpus("python").test[:40], tokenizer, lengths[-1])
+    ends = {"lengths": (lengths[0], lengths[3])}
 
     def grid(of: DeepSeekV2, text: list[int] = text, **options: Any) -> dict[str, Any]:
         of = with_config(of, of.config.with_(max_positions=32 * trained_at))
@@ -112,12 +113,12 @@ def measure(
     grids = {
         "plain": grid(stretched(model, 1)), "yarn": grid(model), "tuned": grid(tuned),
         "yarn 16": grid(stretched(model, 16)), "six_bit": grid(model, cache="six_bit"),
-        "several": grid(model, kind="several"), "chain": grid(model, kind="chain"),
-        "python": grid(model, code),
-    } | {mistake: grid(misread(model, mistake)) for mistake in MISTAKES}
+        "several": grid(model, kind="several", **ends), "chain": grid(model, kind="chain", **ends),
+        "python": grid(model, code, **ends),
+    }
     by_factor = {}
     for s in (1.001, 2, 4, 8, 16, 32):       # just above 1 the formulas are YaRN's, and do nothing
-        at = {"lengths": (round(s) * trained_at,)}
+        at = {"lengths": (round(s) * trained_at,), "samples": max(1, samples // 2)}
         longer = stretched(model, s)
         by_factor[f"{s:g}"] = {"yarn": grid(longer, **at)["mean"]} | {
             mistake: grid(misread(longer, mistake), **at)["mean"] for mistake in MISTAKES}
@@ -160,7 +161,7 @@ def one_seed(
     began = time.process_time()
     model, log = trained(seed, corpus, tokenizer, 4 if quick else None)
     seconds = time.process_time() - began
-    few = {"samples": 1, "tuning": 1} if quick else {"samples": 16, "tuning": 50}
+    few = {"samples": 1, "tuning": 1} if quick else {"samples": 8, "tuning": 50}
     return {"seed": seed, "steps": len(log), "training_cpu_seconds": seconds,
             "answer_loss": log[-1]["answer"], **measure(model, tokenizer, corpus, seed, **few)}
 
