@@ -20,7 +20,7 @@ the trained length with this s.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,7 +35,8 @@ from dsv2_ref.text.needles import haystack, sentences
 from dsv2_ref.text.tokenizer import TextTokenizer, train_tokenizer
 from dsv2_ref.training.long_context import PRESETS, NeedleBatches, extend, extension, learn
 
-DEPTHS = (0, 20, 40, 60, 80, 100)
+LENGTHS, DEPTHS = (1, 2, 4, 8, 16), (0, 20, 40, 60, 80, 100)      # lengths in trained ones
+FACTORS = (1.001, 2, 4, 8, 16, 32)           # just above 1 the formulas are YaRN's, and do nothing
 MISTAKES = ("layout", "no mscale", "index ramp")
 T_95 = {1: math.inf, 2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}     # by number of seeds
 
@@ -92,19 +93,20 @@ def trained(
 
 def measure(
     model: DeepSeekV2, tokenizer: TextTokenizer, corpus: Corpus, seed: int, samples: int,
-    tuning: int, lengths: tuple[int, ...] = (1, 2, 4, 8, 16),
+    tuning: int, lengths: Sequence[int] = LENGTHS, depths: Sequence[float] = DEPTHS,
+    factors: Sequence[float] = FACTORS, other: str = "python",
 ) -> dict[str, Any]:
     """All grids of one trained model, and `by_factor`."""
     trained_at = trained_positions(model.config)
     lengths = tuple(n * trained_at for n in lengths)
     text = haystack(corpus.test, tokenizer, 32 * trained_at)
-    code = haystack(open_corpus("python").test[:40], tokenizer, lengths[-1])
+    code = haystack(open_corpus(other).test[:40], tokenizer, lengths[-1])
     ends = {"lengths": (lengths[0], lengths[3])}
 
     def grid(of: DeepSeekV2, text: list[int] = text, **options: Any) -> dict[str, Any]:
         of = with_config(of, of.config.with_(max_positions=32 * trained_at))
-        asked = {"lengths": lengths, "depths": DEPTHS, "samples": samples, "seed": seed} | options
-        return needle.run(of, tokenizer, text, needle.Grid(**asked))
+        asked = {"lengths": lengths, "depths": tuple(depths), "samples": samples, "seed": seed}
+        return needle.run(of, tokenizer, text, needle.Grid(**asked | options))
 
     began = time.process_time()
     batches = NeedleBatches(encode(corpus.train[6000:9000], tokenizer), tokenizer, lengths[3], seed)
@@ -117,7 +119,7 @@ def measure(
         "python": grid(model, code, **ends),
     }
     by_factor = {}
-    for s in (1.001, 2, 4, 8, 16, 32):       # just above 1 the formulas are YaRN's, and do nothing
+    for s in factors:
         at = {"lengths": (round(s) * trained_at,), "samples": max(1, samples // 2)}
         longer = stretched(model, s)
         by_factor[f"{s:g}"] = {"yarn": grid(longer, **at)["mean"]} | {
@@ -161,7 +163,10 @@ def one_seed(
     began = time.process_time()
     model, log = trained(seed, corpus, tokenizer, 4 if quick else None)
     seconds = time.process_time() - began
-    few = {"samples": 1, "tuning": 1} if quick else {"samples": 8, "tuning": 50}
+    few = {"samples": 8, "tuning": 50}
+    if quick:
+        few = {"samples": 1, "tuning": 1, "lengths": (1, 2, 3, 4), "depths": (50,),
+               "factors": (1.001, 2), "other": "stories"}
     return {"seed": seed, "steps": len(log), "training_cpu_seconds": seconds,
             "answer_loss": log[-1]["answer"], **measure(model, tokenizer, corpus, seed, **few)}
 

@@ -246,6 +246,7 @@ def _summary(grid: Grid, done: dict[tuple, dict[str, Any]]) -> dict[str, Any]:
     exact = [[cell["exact"] for cell in row] for row in rows]
     flat = [value for row in exact for value in row]
     ranks = [[cell["rank"] for cell in row] for row in rows]
-    return {**asdict(grid), "grid": exact, "ranks": ranks,
+    settings = asdict(grid) | {"lengths": list(grid.lengths), "depths": list(grid.depths)}
+    return {**settings, "grid": exact, "ranks": ranks,
             "mean": sum(flat) / len(flat), "green": sum(value >= GREEN for value in flat),
             "cells": len(flat)}
