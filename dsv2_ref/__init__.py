@@ -6,7 +6,7 @@ table is made from it (`make map`), and a test compares it with the files and th
 
   2.1.1         attention/mha.py           01     multi-head attention, GQA, MQA         (1)-(8)
   2.1.2-3, C    attention/mla.py           02 04  multi-head latent attention            (37)-(47)
-  2.1.3, 3.1.4  attention/rope.py          03     decoupled RoPE and YaRN
+  2.1.3, 3.1.4  attention/rope.py          03 18  decoupled RoPE and YaRN
   2.1.2         attention/kv_cache.py      05     latent cache, per-head cache
   3.2.3         attention/cache_quant.py   11     the latent cache at six bits a number
   3.2.3         attention/latent_basis.py  11     changes of weights before quantising
@@ -21,19 +21,22 @@ table is made from it (`make map`), and a test compares it with the files and th
   2.2.1         kernels/grouped_experts.py 13     experts as products over sorted slots
   2.2.1-2       kernels/route_tokens.py    13     routing, and sorting the slots
 
-  text/             corpora (stories: a grammar with a known entropy), tokenizer, batches, stream
+  text/             corpora (stories: a grammar with a known entropy), tokenizer, batches, stream,
+                    needles (to hide in a text, and questions about them)
   config.py         sizes; V2, LITE, a ladder and small presets
   config_json.py    the published config.json <-> ours
   model.py          embedding, blocks, head; which of the equal algorithms runs
   block.py          one layer: attention, then a dense network or routed experts
   forms.py          which of the equal algorithms runs, chosen once a pass
+  stretch.py        a trained model read further, with YaRN (notebook 18)
   cross_entropy.py  the loss without holding all logits
   cost.py           parameters, FLOPs, cache bytes, GPU hours
   checkpoint.py     folders in the published format, loaded and saved; training states
   files/            what it stands on: published names, tensors read, files written whole
-  inference/        generate, evaluate, fp8_model
+  inference/        generate, evaluate, fp8_model, needle (what is found in a long text)
   training/         setup, recipe, ladder, optim, adamw8, memory, machine, watching,
-                    pretrain, run_folder (what survives a kill)
+                    pretrain, run_folder (what survives a kill), long_context (3.1.4: the
+                    extension stage, and models that learn to find needles)
   paper.py          the paper's claims beside ours
   figures/          every plot and widget, in one style
   bench/            measurements against a peer

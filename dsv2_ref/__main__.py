@@ -23,7 +23,8 @@ class _Parser(argparse.ArgumentParser):
 def _add_train(commands: argparse._SubParsersAction) -> None:
     p = commands.add_parser("train", help="train a preset")
     p.add_argument("--preset", default="small",
-                   help="small, mini, tiny, the ladder's 10m, 50m, 150m, lite or v2")
+                   help="small, mini, tiny, the ladder's 10m, 50m, 150m, lite or v2; needle and "
+                        "needle-gpu learn to find needles, and take --steps, --seed, --out alone")
     p.add_argument("--recipe", choices=("minutes", "10m", "50m", "150m", "lite", "v2"),
                    help="ours, the ladder's, or the paper's; the options below change it; default: "
                         "the preset's own on the ladder, else minutes")
@@ -47,6 +48,10 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--evaluate-every", type=int, default=0, help="steps; 0 for at the end alone")
     p.add_argument("--no-save", dest="save", action="store_false", help="write the log alone")
     p.add_argument("--watch", choices=("tensorboard", "trackio"), help="beside log.jsonl")
+    p.add_argument("--from", dest="source", metavar="FOLDER",
+                   help="a saved model to go on from, with --extend")
+    p.add_argument("--extend", type=float, metavar="S",
+                   help="read S times as far with YaRN, and tune for 50 --steps at that length")
     p.add_argument("--quiet", dest="progress", action="store_false", help="no progress bar")
 
 
@@ -139,6 +144,16 @@ def dispatch(args: dict) -> int | None:
         result = _copy(**args)
         print(json.dumps(result, indent=1))
         return int(isinstance(result, dict) and set(result.values()) != {"same"})   # drift
+    if command == "train":
+        from dsv2_ref.commands import long_context
+
+        source, factor = args.pop("source"), args.pop("extend")
+        if source is not None or factor is not None:
+            print(json.dumps(long_context.extend_command(source, factor, **args)))
+            return
+        if args["preset"] in long_context.NEEDLE:
+            print(json.dumps(long_context.needle_command(**args)))
+            return
     from dsv2_ref.commands import draw, generate, run, train
 
     result = {"run": run.run, "train": train.train_command, "figures": draw.figures_command,

@@ -20,7 +20,7 @@ the trained length with this s.
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,9 +31,16 @@ from dsv2_ref.model import DeepSeekV2
 from dsv2_ref.stretch import stretched, trained_positions, with_config
 from dsv2_ref.text.corpora import Corpus, open_corpus
 from dsv2_ref.text.data import encode
-from dsv2_ref.text.needles import haystack, sentences
-from dsv2_ref.text.tokenizer import TextTokenizer, train_tokenizer
-from dsv2_ref.training.long_context import PRESETS, NeedleBatches, extend, extension, learn
+from dsv2_ref.text.needles import haystack
+from dsv2_ref.text.tokenizer import TextTokenizer
+from dsv2_ref.training.long_context import (
+    PRESETS,
+    NeedleBatches,
+    extend,
+    extension,
+    needle_model,
+    tokenizer_for,
+)
 
 LENGTHS, DEPTHS = (1, 2, 4, 8, 16), (0, 20, 40, 60, 80, 100)      # lengths in trained ones
 FACTORS = (1.001, 2, 4, 8, 16, 32)           # just above 1 the formulas are YaRN's, and do nothing
@@ -66,29 +73,6 @@ def misread(model: DeepSeekV2, mistake: str) -> DeepSeekV2:
         beta_slow = c.yarn_original_positions / slowest
         return with_config(model, c.with_(yarn_beta_fast=1e9, yarn_beta_slow=beta_slow))
     raise ValueError(f"mistake: {mistake!r}, expected one of {', '.join(MISTAKES)}")
-
-
-def tokenizer_for(corpus: Corpus) -> TextTokenizer:
-    """Of the corpus and the needles' words, so that each of them is one token."""
-    texts = [document.text for document in corpus.train[:4000]]
-    return train_tokenizer([*texts, *sentences(0, 20_000)], PRESETS["cpu"].config.vocab)
-
-
-def trained(
-    seed: int, corpus: Corpus, tokenizer: TextTokenizer, steps: int | None = None,
-    watch: Callable[[dict[str, Any]], None] | None = None,
-) -> tuple[DeepSeekV2, list[dict[str, Any]]]:
-    """The CPU preset after its training, rounded to bf16 as it would be saved.
-
-    Its config carries YaRN over the trained length.
-    """
-    preset = PRESETS["cpu"]
-    recipe = preset.recipe.with_(seed=seed, steps=steps)
-    torch.manual_seed(seed)
-    model = DeepSeekV2(preset.config.with_(vocab=tokenizer.vocab))
-    text = encode(corpus.train[:6000], tokenizer)
-    log = learn(model, NeedleBatches(text, tokenizer, recipe.sequence, seed), recipe, watch)
-    return stretched(model.bfloat16().float(), preset.factor), log
 
 
 def measure(
@@ -151,7 +135,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]
 def run(quick: bool = False) -> dict[str, Any]:
     """One JSON-able record; with `quick` its numbers mean nothing. Half an hour of one core."""
     corpus = open_corpus("stories")
-    tokenizer = tokenizer_for(corpus)
+    tokenizer = tokenizer_for(corpus, PRESETS["cpu"].config.vocab)
     runs = [one_seed(seed, corpus, tokenizer, quick) for seed in range(1 if quick else 3)]
     return record(runs, quick)
 
@@ -161,7 +145,7 @@ def one_seed(
 ) -> dict[str, Any]:
     """Train, then measure; CPU seconds of both."""
     began = time.process_time()
-    model, log = trained(seed, corpus, tokenizer, 4 if quick else None)
+    model, log = needle_model(PRESETS["cpu"], corpus, tokenizer, seed, 4 if quick else None)
     seconds = time.process_time() - began
     few = {"samples": 8, "tuning": 50}
     if quick:
