@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from test_needles import TOKENIZER
+from test_needles import TEXTS, TOKENIZER
 
 from dsv2_ref import checkpoint
 from dsv2_ref.__main__ import main
@@ -27,6 +27,15 @@ def folder(tmp_path_factory):
     checkpoint.save(DeepSeekV2(config), path,
                     {"tokenizer.json": TOKENIZER.tokenizer.to_str(pretty=True)})
     return path
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """A haystack that is read faster than 20,000 stories are made."""
+    path = tmp_path_factory.mktemp("texts")
+    for i in range(20):
+        (path / f"{i}.txt").write_text(TEXTS[i] * 4, encoding="utf-8")
+    return str(path)
 
 
 def call(capsys, *args):
@@ -50,25 +59,25 @@ def test_defaults_are_the_longest_column_at_six_depths(folder, tmp_path, capsys)
     assert (tmp_path / "grid.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_factor_one_is_plain_rope_in_the_same_column(folder, tmp_path, capsys):
-    code, out, err = call(capsys, folder, "--samples", 1, "--factor", 1, "--depths", 0,
-                          "--out", tmp_path, "--json")
+def test_factor_one_is_plain_rope_in_the_same_column(folder, texts, tmp_path, capsys):
+    code, out, err = call(capsys, folder, "--corpus", texts, "--samples", 1, "--factor", 1,
+                          "--depths", 0, "--out", tmp_path, "--json")
     result = json.loads(out)
     assert code == 0 and "plain RoPE" in err
     assert (result["lengths"], result["factor"]) == ([256], 1)
 
 
-def test_a_larger_factor_has_room_for_more(folder, tmp_path, capsys):
-    code, out, _ = call(capsys, folder, "--samples", 1, "--factor", 16, "--depths", 50,
-                        "--cache", "six_bit", "--kind", "chain", "--out", tmp_path, "--json")
+def test_a_larger_factor_has_room_for_more(folder, texts, tmp_path, capsys):
+    code, out, _ = call(capsys, folder, "--corpus", texts, "--samples", 1, "--factor", 16,
+                        "--depths", 50, "--cache", "six_bit", "--kind", "chain", "--out", tmp_path, "--json")
     result = json.loads(out)
     assert code == 0 and result["lengths"] == [1024]
     assert (result["cache"], result["kind"]) == ("six_bit", "chain")
 
 
-def test_the_table_has_a_line_a_depth_and_a_column_a_length(folder, tmp_path, capsys):
-    code, out, _ = call(capsys, folder, "--samples", 1, "--lengths", "128,256", "--depths", "0",
-                        "50", "--out", tmp_path)
+def test_the_table_has_a_line_a_depth_and_a_column_a_length(folder, texts, tmp_path, capsys):
+    code, out, _ = call(capsys, folder, "--corpus", texts, "--samples", 1, "--lengths", "128,256",
+                        "--depths", "0", "50", "--out", tmp_path)
     lines = [line.split() for line in out.splitlines()]
     assert code == 0
     assert lines[:3] == [["depth", "%", "128", "256"], ["0", "0.00", "0.00"],
@@ -125,10 +134,10 @@ def test_a_folder_that_is_no_model_is_one_line(folder, tmp_path, capsys):
         assert len(err.strip().splitlines()) == 1
 
 
-def test_a_run_that_is_killed_goes_on_with_the_same_result(folder, tmp_path, capsys):
+def test_a_run_that_is_killed_goes_on_with_the_same_result(folder, texts, tmp_path, capsys):
     """A process of its own, killed in the middle of the grid."""
-    options = [str(folder), "--lengths", "256", "--depths", *map(str, range(0, 100, 4)),
-               "--samples", "2", "--json", "--out"]
+    options = [str(folder), "--corpus", texts, "--lengths", "256", "--depths",
+               *map(str, range(0, 100, 4)), "--samples", "2", "--json", "--out"]
     _, expected, _ = call(capsys, *options, tmp_path / "whole")
     process = subprocess.Popen([sys.executable, "-m", "dsv2_ref", "needle", *options,
                                 str(tmp_path / "killed"), "--quiet"],

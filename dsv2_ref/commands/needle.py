@@ -56,12 +56,12 @@ def needle_command(
                 numbers("depths", depths, (0, 20, 40, 60, 80, 100)), samples, kind, cache, seed)
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     plans(grid, tokenizer, config.max_positions)          # refused before anything long is read
+    place = output_folder(out)
     text = haystack(open_corpus(corpus).test, tokenizer, max(grid.lengths))
     device = default_device()
     loaded = checkpoint.load(model, None if device == "cuda" else torch.float32, device)
     if factor is not None:
         loaded = stretched(loaded, factor)
-    place = output_folder(out)
     s = loaded.config.yarn_factor
     say(f"{model}: trained at {trained} tokens, "
         + ("plain RoPE" if s is None else f"YaRN s = {s:g}"))

@@ -73,7 +73,7 @@ def pair_wavelengths(frequencies: Any, stretched: Any, trained: int, factor: flo
         ax.axhline(length, color=INK, lw=1, ls="--")
         ax.annotate(f"{text}: {tokens_label(length)} tokens", (0, length), (0, 3),
                     textcoords="offset points", va="bottom")
-    ax.set(yscale="log", xlabel="pair of numbers of k^R", ylabel="tokens for one turn",
+    ax.set(yscale="log", xlabel="pair of numbers of the RoPE key", ylabel="tokens for one turn",
            title=f"{unseen} of {len(before)} pairs never made a whole turn in training")
     ax.set_xticks(range(0, len(before), max(1, len(before) // 8)))
     ax.legend(loc="lower right")
@@ -96,7 +96,8 @@ def mistakes_by_factor(
     worst = {}
     for name in names:
         values = np.array([[at[name] for at in seed.values()] for seed in by_factor])
-        ax.plot(factors, values.mean(0), color=colors[name], marker="o", ms=5, label=name)
+        wide = {"lw": 6, "alpha": 0.4} if name == "yarn" else {}      # to be seen under others
+        ax.plot(factors, values.mean(0), color=colors[name], marker="o", ms=5, label=name, **wide)
         worst[name] = values.mean(0).min()
     ax.set(xscale="log", ylim=(-0.03, 1.03), xlabel=f"s, reading s × {trained} tokens",
            ylabel="share of needles found")
