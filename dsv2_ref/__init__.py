@@ -6,7 +6,7 @@ table is made from it (`make map`), and a test compares it with the files and th
 
   2.1.1         attention/mha.py           01     multi-head attention, GQA, MQA         (1)-(8)
   2.1.2-3, C    attention/mla.py           02 04  multi-head latent attention            (37)-(47)
-  2.1.3, 3.1.4  attention/rope.py          03 18  decoupled RoPE and YaRN
+  2.1.3, 3.1.4  attention/rope.py          03     decoupled RoPE and YaRN
   2.1.2         attention/kv_cache.py      05     latent cache, per-head cache
   3.2.3         attention/cache_quant.py   11     the latent cache at six bits a number
   3.2.3         attention/latent_basis.py  11     changes of weights before quantising
@@ -28,7 +28,7 @@ table is made from it (`make map`), and a test compares it with the files and th
   model.py          embedding, blocks, head; which of the equal algorithms runs
   block.py          one layer: attention, then a dense network or routed experts
   forms.py          which of the equal algorithms runs, chosen once a pass
-  stretch.py        a trained model read further, with YaRN (notebook 18)
+  stretch.py        a trained model read further, with YaRN
   cross_entropy.py  the loss without holding all logits
   cost.py           parameters, FLOPs, cache bytes, GPU hours
   checkpoint.py     folders in the published format, loaded and saved; training states

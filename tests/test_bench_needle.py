@@ -7,11 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_needle import TEXT
+from test_needles import TOKENIZER
 from torch.utils.flop_counter import FlopCounterMode
 
 from dsv2_ref.attention.mla import visible_keys
 from dsv2_ref.bench import long_context, needle
 from dsv2_ref.config import LITE, TINY
+from dsv2_ref.inference.needle import Grid, plans, run
 from dsv2_ref.model import DeepSeekV2
 from dsv2_ref.moe.experts import experts_loop
 
@@ -66,7 +69,8 @@ def test_the_record_of_lengths_is_complete(costs):
         assert p["cache_bytes"] == p["tokens"] * costs["cache_bytes_per_token"]
         assert p["decode_ms"] > 0 and p["peak_bytes"] > p["cache_bytes"]
     assert [p["seconds"] for p in points] == sorted(p["seconds"] for p in points)
-    assert costs["needles"]["lengths"] == [2048] and costs["needles"]["depths"] == [0, 50, 100]
+    assert [c["depth"] for c in costs["needles"]] == [0, 50, 100]
+    assert all(c["exact"] in (0, 1) and c["minutes"] > 0 for c in costs["needles"])
     assert costs["yarn_factor"] * costs["trained_at"] >= 2048
 
 
@@ -102,3 +106,13 @@ def test_multiplications_are_those_of_the_products_of_the_passes(config, length,
 def test_the_slope_is_the_line_through_the_points():
     points = [{"tokens": n, "decode_ms": 3.0 + 2e-3 * n} for n in (100, 500, 4000)]
     assert long_context.slope(points) == pytest.approx(2000)         # nanoseconds per token
+
+
+def test_cells_on_the_way_are_those_of_the_grid():
+    torch.manual_seed(0)
+    model = DeepSeekV2(TINY.with_(vocab=TOKENIZER.vocab, max_positions=513)).eval()
+    grid = Grid((512,), (0, 40, 100), samples=1)
+    _, cells = long_context.read_through(model, TEXT, plans(grid, TOKENIZER, 512), 1)
+    expected = run(model, TOKENIZER, TEXT, grid)
+    assert [[cell["exact"] for cell in cells]] == expected["grid"]
+    assert [[cell["rank"] for cell in cells]] == expected["ranks"]

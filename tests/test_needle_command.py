@@ -69,7 +69,8 @@ def test_factor_one_is_plain_rope_in_the_same_column(folder, texts, tmp_path, ca
 
 def test_a_larger_factor_has_room_for_more(folder, texts, tmp_path, capsys):
     code, out, _ = call(capsys, folder, "--corpus", texts, "--samples", 1, "--factor", 16,
-                        "--depths", 50, "--cache", "six_bit", "--kind", "chain", "--out", tmp_path, "--json")
+                        "--depths", 50, "--cache", "six_bit", "--kind", "chain", "--out", tmp_path,
+                        "--json")
     result = json.loads(out)
     assert code == 0 and result["lengths"] == [1024]
     assert (result["cache"], result["kind"]) == ("six_bit", "chain")

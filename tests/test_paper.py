@@ -15,7 +15,7 @@ def rows():
 
 
 def test_every_claim_holds(rows):
-    assert len(rows) == len(paper.rows()) == 25      # claims are names: no two alike
+    assert len(rows) == len(paper.rows()) == 24      # claims are names: no two alike
     assert [claim for claim, row in rows.items() if not row.holds] == []
 
 
@@ -44,7 +44,6 @@ def test_every_claim_holds(rows):
     ("YaRN target context", "160K", "160K", 163_840),
     ("YaRN length factor sqrt(t)", "(1.2608)", "1.2608", 1.260804),
     ("YaRN softmax-scale factor", "(1.5896)", "1.5896", 1.589627),
-    ("needle cells green", "140/144", "72/72", 1.0),
 ])
 def test_numbers(rows, claim, printed, ours, value):
     row = rows[claim]
@@ -81,15 +80,14 @@ def test_ours_is_computed_not_written_down():
     theirs = {row.claim: row.ours for row in paper.rows(v2=other, lite=LITE.with_(d=2000, n_h=8,
                                                                                   d_c=500))}
     constant = {row.claim for row in paper.rows() if row.ours == theirs[row.claim]}
-    assert constant == {"training GPU-hours saved", "implied TFLOP/s a GPU, 67B",   # 67B's own
-                        "needle cells green"}                                       # measured
+    assert constant == {"training GPU-hours saved", "implied TFLOP/s a GPU, 67B"}   # 67B's own
 
 
 def test_table_is_aligned_and_fits_100_columns():
     table = paper.as_table(paper.rows())
     lines = table.splitlines()
     assert max(map(len, lines)) <= 100
-    assert len(lines) == 2 + 25 + 2 and "25 of 25 hold" in lines[-1]
+    assert len(lines) == 2 + 24 + 2 and "24 of 24 hold" in lines[-1]
     how = lines[0].index("how")
     assert all(line[how - 2: how] == "  " and line[how] != " " for line in lines[2:-2])
     assert all(line.startswith("ok  ") for line in lines[2:-2])
@@ -97,7 +95,7 @@ def test_table_is_aligned_and_fits_100_columns():
 
 def test_a_claim_that_does_not_hold_shows():
     table = paper.as_table(paper.rows(v2=V2.with_(n_routed=128)))
-    assert "\nNO  parameters, V2 " in table and "24 of 25 hold" in table
+    assert "\nNO  parameters, V2 " in table and "23 of 24 hold" in table
 
 
 def test_long_explanations_wrap_within_100_columns():
@@ -107,30 +105,7 @@ def test_long_explanations_wrap_within_100_columns():
 
 def test_json_is_a_list_of_objects():
     content = json.loads(paper.as_json(paper.rows()))
-    assert isinstance(content, list) and len(content) == 25
+    assert isinstance(content, list) and len(content) == 24
     for item, row in zip(content, paper.rows(), strict=True):
         assert item == vars(row)
         assert set(item) == {"claim", "section", "paper", "ours", "value", "holds", "how"}
-
-
-def test_the_needle_row_counts_the_cells_of_the_newest_record(tmp_path, monkeypatch):
-    def grid(*rows):
-        return {"grids": {"yarn": {"lengths": [128, 1024, 2048], "grid": rows}}}
-
-    def row():
-        return [row for row in paper.rows() if row.claim == "needle cells green"]
-
-    monkeypatch.setattr(paper, "in_checkout", lambda name: tmp_path)
-    assert row() == []                                       # no record, no claim
-    for day, low in (("01", 0.0), ("02", 0.9)):
-        runs = [grid([1.0, 0.95], [1.0, low], [0.0, 0.0]), grid([1.0, 1.0], [1.0, 1.0], [0.0, 0.0])]
-        (tmp_path / f"needle-2026-01-{day}.json").write_text(
-            json.dumps({"trained_at": 128, "runs": runs}))
-    (found,) = row()
-    assert (found.ours, found.value, found.holds) == ("7/8", 7 / 8, False)      # 7/8 < 140/144
-
-    def none(name):
-        raise ValueError("no checkout")
-
-    monkeypatch.setattr(paper, "in_checkout", none)
-    assert row() == []

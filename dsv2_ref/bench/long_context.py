@@ -13,7 +13,8 @@ The text is read in pieces, once. At each power of two on the way:
 step reads every cached row of every layer twice, as keys and as values; `slope_gb_per_s` is what
 that makes of the slope, beside the `copy_gb_per_s` of this machine's memory.
 
-`needles` is the grid at the full length at three depths, and its minutes.
+`needles` are cells at the full length at three depths, each read on from a fork of the cache at its
+place, and the minutes of each; `minutes` are those of everything together.
 """
 
 import time
@@ -21,8 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dsv2_ref import checkpoint
+from dsv2_ref.attention.kv_cache import Cache
 from dsv2_ref.bench.harness.timing import machine, times
 from dsv2_ref.checkout import in_checkout
 from dsv2_ref.config import Config
@@ -62,25 +65,38 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def read_and_decode(model: DeepSeekV2, text: list[int], steps: int) -> list[dict[str, Any]]:
-    """What each power of two costs, up to all of the text."""
+def read_through(
+    model: DeepSeekV2, text: list[int], todo: list[needle.Plan], steps: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Read all of the text once. What each power of two costs, and the cells on the way."""
+    cache, rows = model.new_cache(1, len(text) + 1), torch.tensor([text])
     marks = [n for n in (2**i for i in range(8, 31)) if n <= len(text)]
-    cache = model.new_cache(1, len(text) + 1)
-    rows, begin, seconds, result = torch.tensor([text]), 0, 0.0, []
-    for mark in marks:
+    begin, seconds, points, cells = 0, 0.0, [], []
+    for stop in sorted({*marks, *(plan.at for plan in todo)}):
         started = time.perf_counter()
-        needle.read_pieces(model, rows[:, begin:mark], cache)
-        seconds, begin = seconds + time.perf_counter() - started, mark
-        decoding = []
-        with torch.inference_mode():
-            for _ in range(steps):
-                decoding += times(lambda: step(model, rows[:, 0], cache, [1]), 1)
-                cache.lengths = [mark]
-        result.append({
-            "tokens": mark, "seconds": seconds, "counted": counted(model.config, mark),
-            "cache_bytes": model.new_cache(1, mark).nbytes, "peak_bytes": peak_bytes(),
-            "decode_ms": 1e3 * min(decoding)})
-    return result
+        needle.read_pieces(model, rows[:, begin:stop], cache)
+        seconds, begin = seconds + time.perf_counter() - started, stop
+        if stop in marks:
+            points.append({
+                "tokens": stop, "seconds": seconds, "counted": counted(model.config, stop),
+                "cache_bytes": model.new_cache(1, stop).nbytes, "peak_bytes": peak_bytes(),
+                "decode_ms": 1e3 * min(_decode(model, rows[:, 0], cache, steps))})
+        for plan in todo:
+            if plan.at == stop:
+                started = time.perf_counter()
+                cells.append(needle.score(model, plan, text, cache)
+                             | {"minutes": (time.perf_counter() - started) / 60})
+    return points, cells
+
+
+@torch.inference_mode()
+def _decode(model: DeepSeekV2, ids: Tensor, cache: Cache, n: int) -> list[float]:
+    """Seconds of a step, n times; the cache is as it was."""
+    read, seconds = cache.lengths, []
+    for _ in range(n):
+        seconds += times(lambda: step(model, ids, cache, [1]), 1)
+        cache.lengths = read
+    return seconds
 
 
 def slope(points: list[dict[str, Any]]) -> float:
@@ -106,12 +122,12 @@ def run(quick: bool = False, model: str | Path | None = None) -> dict[str, Any]:
     longest = 2048 if quick else LONGEST
     loaded = stretched(loaded, (longest + 1) / trained)
     text = haystack(open_corpus("stories").test, tokenizer, longest)
-    points = read_and_decode(loaded, text, 2 if quick else 15)
-    began = time.perf_counter()
-    found = needle.run(loaded, tokenizer, text, needle.Grid((longest,), DEPTHS, samples=1))
+    began, grid = time.perf_counter(), needle.Grid((longest,), DEPTHS, samples=1)
+    points, cells = read_through(loaded, text, needle.plans(grid, tokenizer, longest),
+                                 2 if quick else 15)
     cached = loaded.new_cache(1, 1).nbytes_per_token
     return {"name": "long_context", "quick": quick, **machine(), "model": str(folder),
             "trained_at": trained, "yarn_factor": loaded.config.yarn_factor, "piece": PIECE,
             "points": points, "cache_bytes_per_token": cached, "decode_slope_ns": slope(points),
             "slope_gb_per_s": 2 * cached / slope(points), "copy_gb_per_s": copy_rate(),
-            "needles": found | {"minutes": (time.perf_counter() - began) / 60}}
+            "needles": cells, "minutes": (time.perf_counter() - began) / 60}

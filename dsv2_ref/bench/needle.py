@@ -70,7 +70,7 @@ def misread(model: DeepSeekV2, mistake: str) -> DeepSeekV2:
         return with_config(model, c.with_(yarn_mscale=1e-9, yarn_mscale_all_dim=None))
     if mistake == "index ramp":               # beta_slow that puts the ramp's end at the last pair
         slowest = 2 * math.pi * c.rope_theta ** (1 - 2 / c.d_r)
-        beta_slow = c.yarn_original_positions / slowest
+        beta_slow = c.yarn_original_positions / slowest * (1 + 1e-9)         # just before it
         return with_config(model, c.with_(yarn_beta_fast=1e9, yarn_beta_slow=beta_slow))
     raise ValueError(f"mistake: {mistake!r}, expected one of {', '.join(MISTAKES)}")
 

@@ -75,7 +75,7 @@ def pair_wavelengths(frequencies: Any, stretched: Any, trained: int, factor: flo
                     textcoords="offset points", va="bottom")
     ax.set(yscale="log", xlabel="pair of numbers of the RoPE key", ylabel="tokens for one turn",
            title=f"{unseen} of {len(before)} pairs never made a whole turn in training")
-    ax.set_xticks(range(0, len(before), max(1, len(before) // 8)))
+    ax.set_xticks(range(0, len(before), max(1, len(before) // 16)))
     ax.legend(loc="lower right")
     return figure
 
