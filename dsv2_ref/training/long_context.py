@@ -18,9 +18,9 @@ of 0.9M parameters does after some minutes of one core (`PRESETS["cpu"]`):
      has not learned to tell names apart. The grid of `several` says so.
   4. No slot is dropped: a dropped slot of the one token that counts would hide it.
 
-Of two seeds that were measured, one finds everything at eight times its length under YaRN, the other
-27 %: what tells neighbouring words apart hangs on pairs that YaRN slows down (data/README.md). A
-larger d_r, with more fast pairs, is the next thing to try.
+Of two seeds that were measured, one finds everything at eight times its length under YaRN, the
+other 27 %: what tells neighbouring words apart hangs on pairs that YaRN slows down
+(data/README.md). A larger d_r, with more fast pairs, is the next thing to try.
 
 What is learned comes all at once: the loss of the answers stays at ln 26, a guess among the words,
 until the attention of one layer finds what stood behind the name before.
