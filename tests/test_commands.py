@@ -270,6 +270,7 @@ def test_train_says_what_the_corpus_is(texts, tmp_path, capsys):
 @pytest.mark.parametrize("args", [
     "train --corpus", "train --out", "train --preset", "run --corpus", "run --out",
     "generate --model", "figures", "copy rope", "copy --check", "bench ablations --only",
+    "needle", "needle data/needle --corpus", "needle data/needle --out",
 ])
 def test_an_empty_argument_is_not_the_current_folder(args, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -7,6 +7,7 @@
   train     a preset and a recipe into a run folder
   figures   a run drawn from its log
   generate  a prompt continued
+  needle    what a model finds in a long text
   paper     the paper's claims beside ours
   copy      a concept file lifted out
   bench     a measurement against a peer
