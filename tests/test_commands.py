@@ -15,7 +15,7 @@ import torch
 
 from dsv2_ref import checkpoint, commands, paper
 from dsv2_ref.__main__ import COMMANDS, main
-from dsv2_ref.commands import common
+from dsv2_ref.commands import common, jobs
 from dsv2_ref.commands import run as main_job
 from dsv2_ref.commands import train as train_module
 from dsv2_ref.config import TINY
@@ -88,7 +88,7 @@ def test_the_length_of_a_run_on_the_ladder(args, steps, capsys, monkeypatch, tmp
         seen.append(recipe.steps)
         raise ValueError("enough")
 
-    monkeypatch.setattr(train_module, "set_up", stop)
+    monkeypatch.setattr(jobs, "set_up", stop)
     monkeypatch.setattr(train_module, "open_corpus", lambda name: None)
     assert call(capsys, "train", "--preset", "50m", "--out", tmp_path, *args)[0] == 2
     assert seen == [steps]

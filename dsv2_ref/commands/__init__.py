@@ -4,7 +4,8 @@
   options   what the options of several commands share
   common    messages, the output folder, the saved model, a sample of text
   run       the main job
-  train     a preset and a recipe into a run folder
+  train     a preset or a saved model, and a recipe, into a run folder
+  jobs      what `train` trains
   figures   a run drawn from its log
   generate  a prompt continued
   needle    what a model finds in a long text

@@ -11,14 +11,19 @@ others. The third is variable tracking, RULER's idea (arXiv 2404.06654): x1 = 7,
 and what is x3? No word of a needle occurs in `stories`, so nothing but the needle gives the answer.
 
 Everything is ids: a needle is a run of ids between two tokens of the text, whatever the tokenizer.
+`NeedleBatches` are sequences to learn from.
 """
 
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from dsv2_ref.text.corpora import Document
-from dsv2_ref.text.data import marked
+from dsv2_ref.text.data import check_same_data, fingerprint, marked
 from dsv2_ref.text.tokenizer import TextTokenizer
 
 NAMES = ("amber coral olive ivory scarlet indigo teal maroon beige violet khaki mauve ochre peach "
@@ -102,6 +107,56 @@ def haystack(documents: Sequence[Document], tokenizer: TextTokenizer, n: int) ->
         if len(ids) == before:
             raise ValueError("text: no documents, expected some to hide needles in")
     return ids[:n]
+
+
+class NeedleBatches:
+    """Sequences of exactly `sequence` tokens that end with a question and its answer.
+
+    text: ids to hide the needles in, as `data.encode` gives them. What is asked is drawn evenly
+    from `kinds`. What the n-th batch holds follows from (seed, n) and its size.
+    """
+
+    def __init__(
+        self, text: np.ndarray, tokenizer: TextTokenizer, sequence: int, seed: int,
+        kinds: Sequence[str] = ("one",),
+    ) -> None:
+        if len(text) < sequence:
+            raise ValueError(f"text: {len(text)} tokens, expected at least {sequence}")
+        self.text, self.sequence, self.seed, self.kinds = text, sequence, seed, tuple(kinds)
+        self.needles, self.bos, self.n = Needles(tokenizer), tokenizer.bos, 0
+        self.fingerprint = fingerprint(text, *self.kinds)
+
+    def next_batch(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens and targets (B, T) int64, and which targets are the answer's (B, T) bool."""
+        draw = random.Random(f"{self.seed} {self.n}")
+        rows, answers = [], []
+        for _ in range(batch):
+            task = self.needles.task(draw.choice(self.kinds), draw)
+            n = self.sequence - 1 - task.n_tokens
+            if n < 0:
+                raise ValueError(f"sequence: {self.sequence}, expected at least "
+                                 f"{1 + task.n_tokens}, what needles and question take")
+            begin = draw.randrange(len(self.text) - n)
+            places = sorted(draw.randrange(n + 1) for _ in task.needles)
+            text = self.text[begin : begin + n].tolist()
+            rows.append([self.bos, *hidden_in(text, places, task), *task.answer])
+            answers.append(len(task.answer))
+        self.n += 1
+        ids = torch.tensor(rows)                                             # (B, T + 1)
+        last = torch.arange(self.sequence) >= self.sequence - torch.tensor(answers)[:, None]
+        return ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), last
+
+    def state(self) -> dict[str, int]:
+        """Plain ints: the position, and what it is a position in."""
+        return {"batch": self.n, "seed": self.seed, "sequence": self.sequence,
+                "fingerprint": self.fingerprint}
+
+    def load(self, state: dict[str, int]) -> None:
+        """Go on from `state` bit for bit. ValueError if it belongs to other text or sequences."""
+        check_same_data(self.state(), state)
+        if state["batch"] < 0:
+            raise ValueError(f"batch is {state['batch']}, expected at least 0")
+        self.n = state["batch"]
 
 
 def sentences(seed: int, n: int) -> list[str]:
