@@ -113,29 +113,37 @@ class NeedleBatches:
     """Sequences of exactly `sequence` tokens that end with a question and its answer.
 
     text: ids to hide the needles in, as `data.encode` gives them. What is asked is drawn evenly
-    from `kinds`. What the n-th batch holds follows from (seed, n) and its size.
+    from `kinds`. A batch may also have sequences that are n times as short, and n times as many of
+    them; n is drawn evenly from `shorter`. What a batch holds follows from (seed, its number) and
+    its size.
     """
 
     def __init__(
         self, text: np.ndarray, tokenizer: TextTokenizer, sequence: int, seed: int,
-        kinds: Sequence[str] = ("one",),
+        kinds: Sequence[str] = ("one",), shorter: Sequence[int] = (1,),
     ) -> None:
         if len(text) < sequence:
             raise ValueError(f"text: {len(text)} tokens, expected at least {sequence}")
-        self.text, self.sequence, self.seed, self.kinds = text, sequence, seed, tuple(kinds)
+        self.text, self.sequence, self.seed = text, sequence, seed
+        self.kinds, self.shorter = tuple(kinds), tuple(shorter)
         self.needles, self.bos, self.n = Needles(tokenizer), tokenizer.bos, 0
-        self.fingerprint = fingerprint(text, *self.kinds)
+        self.fingerprint = fingerprint(text, *self.kinds, *map(str, self.shorter))
 
     def next_batch(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens and targets (B, T) int64, and which targets are the answer's (B, T) bool."""
+        """Tokens and targets (B, T) int64, and which targets are the answer's (B, T) bool.
+
+        B is `batch`, or as many times that as T is shorter than `sequence`.
+        """
         draw = random.Random(f"{self.seed} {self.n}")
+        times = draw.choice(self.shorter)
+        T = self.sequence // times
         rows, answers = [], []
-        for _ in range(batch):
+        for _ in range(batch * times):
             task = self.needles.task(draw.choice(self.kinds), draw)
-            n = self.sequence - 1 - task.n_tokens
+            n = T - 1 - task.n_tokens
             if n < 0:
-                raise ValueError(f"sequence: {self.sequence}, expected at least "
-                                 f"{1 + task.n_tokens}, what needles and question take")
+                raise ValueError(f"sequence: {T}, expected at least {1 + task.n_tokens}, what "
+                                 "needles and question take")
             begin = draw.randrange(len(self.text) - n)
             places = sorted(draw.randrange(n + 1) for _ in task.needles)
             text = self.text[begin : begin + n].tolist()
@@ -143,7 +151,7 @@ class NeedleBatches:
             answers.append(len(task.answer))
         self.n += 1
         ids = torch.tensor(rows)                                             # (B, T + 1)
-        last = torch.arange(self.sequence) >= self.sequence - torch.tensor(answers)[:, None]
+        last = torch.arange(T) >= T - torch.tensor(answers)[:, None]
         return ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), last
 
     def state(self) -> dict[str, int]:
