@@ -21,12 +21,12 @@ table is made from it (`make map`), and a test compares it with the files and th
   2.2.1         kernels/grouped_experts.py 13     experts as products over sorted slots
   2.2.1-2       kernels/route_tokens.py    13     routing, and sorting the slots
 
-  kernels/target.py  which card a kernel runs on
+  kernels/target.py  what a card can run; what does run is decided in forms.py
 
   text/             where text comes from, tokens, packed batches, streaming
   config.py         sizes; V2, LITE, a ladder and small presets
   config_json.py    the published config.json <-> ours
-  model.py          embedding, blocks, head; which of the equal algorithms runs
+  model.py          embedding, blocks, head; all layers or a range of them
   block.py          one layer: attention, then a dense network or routed experts
   forms.py          which of the equal algorithms runs, chosen once a pass
   cross_entropy.py  the loss without holding all logits
@@ -45,8 +45,24 @@ table is made from it (`make map`), and a test compares it with the files and th
   exercises.py      checks of the notebooks' exercises
 
 Each folder's docstring names its files.
-Arrows run one way: attention, moe and text know nobody, kernels only the twins they must equal;
-then the model, files, inference, training, and on top what uses them all.
+Arrows run one way. attention, moe and text know nobody but torch and files of their own folder;
+kernels only the twins they must equal; then come the model, files, inference, training, and on top
+bench, figures and commands, which use them all.
+
+Where something new goes, and what it meets:
+
+  a cache            attention/, a class with the methods of kv_cache.Cache; `generate` and the
+                     model take it as `cache=`, and model.CACHES makes it by name
+  an equal algorithm beside its twin, a kernel in kernels/; forms.py says when it runs
+  experts on ranks   parallel/, a function of the signature of the experts' forms around a local
+                     one; a model made with `held=` owns a rank's share and takes it as `across`;
+                     groups of processes are its arguments, moe/ never knows of them
+  a rollout          alignment/, on inference/generate and evaluate.token_log_probs
+  a loss             (model, batch) -> named losses, given to the trainer as `objective=`
+  a measurement      of one model: inference/; against a peer or another form: bench/
+  a command          a file in commands/ with `add_options`, and a line in __main__.COMMANDS
+
+parallel/ and alignment/ are not there yet.
 """
 
 __version__ = "0.1.0"

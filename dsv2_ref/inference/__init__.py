@@ -2,7 +2,7 @@
 """Using a trained model.
 
   generate    read prompts, then decode, sample and stream
-  evaluate    held-out bits per byte
+  evaluate    log-probabilities of given tokens, held-out bits per byte
   fp8_model   a model that lies in memory in FP8
   live_cache  bytes that caches really occupy
 """
