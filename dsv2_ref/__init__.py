@@ -45,24 +45,29 @@ table is made from it (`make map`), and a test compares it with the files and th
   exercises.py      checks of the notebooks' exercises
 
 Each folder's docstring names its files.
-Arrows run one way. attention, moe and text know nobody but torch and files of their own folder;
-kernels only the twins they must equal; then come the model, files, inference, training, and on top
-bench, figures and commands, which use them all.
+Arrows run one way: a file imports only what stands before it in this list.
+
+  1  attention, moe, text: torch, and files of their own folder
+  2  kernels: the twins in 1 that they must equal
+  3  the model and what it is made of; then files, inference, training, in this order
+  4  bench, figures, commands: everything
 
 Where something new goes, and what it meets:
 
-  a cache            attention/, a class with the methods of kv_cache.Cache; `generate` and the
-                     model take it as `cache=`, and model.CACHES makes it by name
-  an equal algorithm beside its twin, a kernel in kernels/; forms.py says when it runs
-  experts on ranks   parallel/, a function of the signature of the experts' forms around a local
-                     one; a model made with `held=` owns a rank's share and takes it as `across`;
-                     groups of processes are its arguments, moe/ never knows of them
-  a rollout          alignment/, on inference/generate and evaluate.token_log_probs
-  a loss             (model, batch) -> named losses, given to the trainer as `objective=`
-  a measurement      of one model: inference/; against a peer or another form: bench/
-  a command          a file in commands/ with `add_options`, and a line in __main__.COMMANDS
+  a cache           attention/: a class with the methods of kv_cache.Cache. The model and `generate`
+                    take one as `cache=`; model.CACHES makes it by name
+  another form      of an algorithm that is there: beside it, or in kernels/ if it is a kernel; a
+                    test says that both agree, and forms.py says when it runs
+  experts on ranks  parallel/. A model made with `held=` owns one rank's experts; its `across` is a
+                    function that makes, of a form for local experts, one for all. Groups of
+                    processes are arguments there, and moe/ never knows of them
+  a rollout         alignment/, on inference/generate and evaluate.token_log_probs
+  a loss            (model, batch) -> named losses, given to the trainer as `objective=`; what it
+                    reads comes from the trainer's `batches`
+  a measurement     of one model: inference/; against a peer or another form: bench/
+  a command         a file in commands/ with `add_options`, and a line in __main__.COMMANDS
 
-parallel/ and alignment/ are not there yet.
+parallel/ (which stands on the model) and alignment/ (on training) are not there yet.
 """
 
 __version__ = "0.1.0"
