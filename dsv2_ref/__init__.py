@@ -47,7 +47,7 @@ table is made from it (`make map`), and a test compares it with the files and th
 Each folder's docstring names its files.
 Arrows run one way: a file imports only what stands before it in this list.
 
-  1  attention, moe, text: torch, and files of their own folder
+  1  attention, moe, text: each knows its own folder alone
   2  kernels: the twins in 1 that they must equal
   3  the model and what it is made of; then files, inference, training, in this order
   4  bench, figures, commands: everything
