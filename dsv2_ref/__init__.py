@@ -21,12 +21,12 @@ table is made from it (`make map`), and a test compares it with the files and th
   2.2.1         kernels/grouped_experts.py 13     experts as products over sorted slots
   2.2.1-2       kernels/route_tokens.py    13     routing, and sorting the slots
 
-  kernels/target.py  which card a kernel runs on
+  kernels/target.py  what a card can run; what does run is decided in forms.py
 
   text/             where text comes from, tokens, packed batches, needles, streaming
   config.py         sizes; V2, LITE, a ladder and small presets
   config_json.py    the published config.json <-> ours
-  model.py          embedding, blocks, head; which of the equal algorithms runs
+  model.py          embedding, blocks, head; all layers or a range of them
   block.py          one layer: attention, then a dense network or routed experts
   forms.py          which of the equal algorithms runs, chosen once a pass
   stretch.py        a trained model read further, with YaRN
@@ -46,8 +46,29 @@ table is made from it (`make map`), and a test compares it with the files and th
   exercises.py      checks of the notebooks' exercises
 
 Each folder's docstring names its files.
-Arrows run one way: attention, moe and text know nobody, kernels only the twins they must equal;
-then the model, files, inference, training, and on top what uses them all.
+Arrows run one way: a file imports only what stands before it in this list.
+
+  1  attention, moe, text: each knows its own folder alone
+  2  kernels: the twins in 1 that they must equal
+  3  the model and what it is made of; then files, inference, training, in this order
+  4  bench, figures, commands: everything
+
+Where something new goes, and what it meets:
+
+  a cache           attention/: a class with the methods of kv_cache.Cache. The model and `generate`
+                    take one as `cache=`; model.CACHES makes it by name
+  another form      of an algorithm that is there: beside it, or in kernels/ if it is a kernel; a
+                    test says that both agree, and forms.py says when it runs
+  experts on ranks  parallel/. A model made with `held=` owns one rank's experts; its `across` is a
+                    function that makes, of a form for local experts, one for all. Groups of
+                    processes are arguments there, and moe/ never knows of them
+  a rollout         alignment/, on inference/generate and evaluate.token_log_probs
+  a loss            (model, batch) -> named losses, given to the trainer as `objective=`; what it
+                    reads comes from the trainer's `batches`
+  a measurement     of one model: inference/; against a peer or another form: bench/
+  a command         a file in commands/ with `add_options`, and a line in __main__.COMMANDS
+
+parallel/ (which stands on the model) and alignment/ (on training) are not there yet.
 """
 
 __version__ = "0.1.0"

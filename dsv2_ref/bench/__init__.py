@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Measurements, most of them against a peer in the same run.
 
-  all             the four GPU benches below that measure kernels, in one process
+  all             attention, mla_decode, six_bit_decode and experts, in one process
   attention       causal attention, on a GPU
   mla_decode      decoding from the latent cache, on a GPU
   six_bit_decode  decoding from the six-bit cache, on a GPU

@@ -3,8 +3,8 @@
 
   options   what the options of several commands share
   common    messages, the output folder, the saved model, a sample of text
-  run       the main job
-  train     a preset or a saved model, and a recipe, into a run folder
+  run       the main job: train, judge, generate, draw, save
+  train     a preset or a saved model, and a recipe, into a run folder, and nothing else
   jobs      what `train` trains
   figures   a run drawn from its log
   generate  a prompt continued

@@ -2,7 +2,7 @@
 """Using a trained model.
 
   generate    read prompts, then decode, sample and stream
-  evaluate    held-out bits per byte
+  evaluate    log-probabilities of given tokens, held-out bits per byte
   needle      what a model finds in a long text, by length and depth
   kept_cells  the cells of such a grid, in a folder that survives a kill
   fp8_model   a model that lies in memory in FP8

@@ -4,8 +4,8 @@
   recipe        the paper's hyperparameters, and ours for minutes
   ladder        presets from 10M to 150M activated parameters
   setup         tokenizer, model, optimisers and data from one recipe
-  objective     the named losses of a batch
-  world         the ranks that train together; alone by default
+  objective     the named losses of a batch; pretraining's, another is given to the trainer
+  world         how ranks share a batch and add their gradients; one process by default
   trainer       one step
   pretrain      the loop
   optim         AdamW and Muon
@@ -14,6 +14,6 @@
   machine       what this machine is, and what it does fast
   long_context  the extension stage, and models that learn to find needles
   run_folder    states and log of a run that may be killed
-  proof         whose file it is
+  proof         whether a file was written by a run, before it is replaced
   watching      the log in TensorBoard or trackio; fair shares
 """
