@@ -42,10 +42,11 @@ def test_the_needle_record_is_complete(record):
                                  "python"}
     trained = PRESETS["cpu"].recipe.sequence
     assert record["trained_at"] == trained
-    assert run["grids"]["yarn"]["lengths"] == [n * trained for n in (1, 2, 3, 4)]
+    assert all(grid["lengths"] == [trained, 2 * trained] for grid in run["grids"].values())
+    assert set(needle.LENGTHS) == set(run["grids"])
     assert run["grids"]["chain"]["kind"] == "chain"
     assert run["grids"]["six_bit"]["cache"] == "six_bit"
-    assert run["grids"]["several"]["lengths"] == [trained, 4 * trained]
+    assert run["grids"]["several"]["kind"] == "several" and run["tuning_tokens"] == 2 * trained
     assert {name: set(at) for name, at in run["by_factor"].items()} == {
         s: {"yarn", *needle.MISTAKES} for s in ("1.001", "2")}
     assert run["training_cpu_seconds"] > 0 and run["steps"] == 4 and run["tuning_steps"] == 1

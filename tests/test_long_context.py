@@ -105,6 +105,19 @@ def test_needles_stand_at_every_depth():
     assert abs(places.double().mean() - 34) < 5
 
 
+def test_some_batches_have_shorter_sequences_and_more_of_them():
+    read = NeedleBatches(TEXT, TOKENIZER, 90, 0, ("one",), shorter=(1, 2, 3))
+    shapes = [tuple(read.next_batch(4)[0].shape) for _ in range(60)]
+    assert set(shapes) == {(4, 90), (8, 45), (12, 30)}
+    assert all(10 <= shapes.count(shape) <= 30 for shape in set(shapes))
+    again = NeedleBatches(TEXT, TOKENIZER, 90, 0, ("one",), shorter=(1, 2, 3))
+    again.load(read.state())
+    assert all(torch.equal(a, b) for a, b in zip(read.next_batch(4), again.next_batch(4)))
+    refused(lambda: batches(90, kinds=("one",)).load(read.state()), "changed")
+    tokens, targets, asked = again.next_batch(4)
+    assert (asked.sum(1) == 4).all() and asked[:, -4:].all() and tokens.shape == targets.shape
+
+
 @pytest.mark.parametrize("sequence, said", [
     (4001, "text: 4000 tokens, expected at least 4001"), (9, "sequence: 9, expected at least")])
 def test_too_little_text_or_room_is_refused(sequence, said):
@@ -160,13 +173,14 @@ def test_a_resumed_run_has_the_same_losses_bit_for_bit(tmp_path, at):
 
 def test_a_preset_is_trained_plain_and_saved_with_yarn_over_the_length_it_was_trained_at():
     corpus = Corpus("texts", DOCUMENTS, DOCUMENTS[:2], DOCUMENTS[2:4], "made here")
-    preset = Preset(CONFIG.with_(vocab=700), RECIPE, 4.0)
+    preset = Preset(CONFIG.with_(vocab=700), RECIPE, 4.0, shorter=(2,))
     setup = set_up_needles(preset, RECIPE.with_(sequence=60, seed=3), corpus)
     c = setup.model.config
     assert (c.yarn_factor, c.max_positions, c.vocab) == (None, 60, setup.tokenizer.vocab)
     assert setup.saved == stretched_config(c, 4) and setup.saved.yarn_original_positions == 60
     assert len(setup.tokenizer.encode(" november")) == 1          # a needle's word is a token
     entry = setup.trainer.step()
+    assert entry["batch"] == 2 * RECIPE.batch and entry["tokens"] == RECIPE.batch * 60
     again = set_up_needles(preset, RECIPE.with_(sequence=60, seed=3), corpus, setup.tokenizer)
     other = set_up_needles(preset, RECIPE.with_(sequence=60, seed=4), corpus, setup.tokenizer)
     assert again.trainer.step()["answer"] == entry["answer"] != other.trainer.step()["answer"]
@@ -176,9 +190,9 @@ def test_an_extended_model_is_a_stretched_copy_that_was_tuned():
     model = model_of()
     before = {name: W.clone() for name, W in model.state_dict().items()}
     recipe = extension(CONFIG, 4, steps=2, batch=2)
-    assert recipe.sequence == 320
+    assert recipe.sequence == extension(CONFIG, 2).sequence == 80       # never below the trained
     seen = []
-    longer = extend(model, 4, recipe, batches(320), watch=seen.append)
+    longer = extend(model, 4, recipe, batches(80), watch=seen.append)
     assert [entry["step"] for entry in seen] == [1, 2]
     assert longer.config == stretched_config(CONFIG, 4) and not longer.training
     assert longer.head.weight is longer.embedding.weight
@@ -186,7 +200,7 @@ def test_an_extended_model_is_a_stretched_copy_that_was_tuned():
     changed = [name for name, W in longer.state_dict().items() if not torch.equal(W, before[name])]
     assert len(changed) > 0.8 * len(before)
     again = extension(longer.config, 8)
-    assert again.sequence == 640                            # of the trained length, not of the last
+    assert again.sequence == 160             # a quarter of 8 times the trained length, not the last
 
 
 def test_the_papers_stage_and_the_presets():

@@ -7,20 +7,20 @@ shares of needles found, by length and depth, of
 
   plain            RoPE as trained; the control, not tuned
   yarn             the same weights under YaRN with s = 8, not tuned
-  tuned            the same after a few steps at 8 times the length
+  tuned            the same after a few steps at twice the length
   yarn 16          not tuned, s = 16
   six_bit          yarn, through the cache of six bits per number
-  several, chain   yarn, the harder questions of text/needles.py, at 1 and 8 times the length
-  python           the same lengths, needles in Python source, of which it has never read a line
+  several, chain   yarn, the harder questions of text/needles.py
+  python           needles in Python source, of which it has never read a line
 
-`by_factor` asks from which length and s a mistake (see `misread`) shows: the share found at s times
-the trained length with this s.
+`by_factor`, of the first seed, asks from which length and s a mistake (see `misread`) shows: the
+share found at s times the trained length with this s.
 `interval` is ± of the mean over the seeds, Student's t at 95 %.
 """
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,7 +45,11 @@ from dsv2_ref.training.machine import keep_freed_memory, machine
 from dsv2_ref.training.pretrain import train
 
 PRESET = PRESETS["cpu"]
-LENGTHS, DEPTHS = (1, 2, 4, 8, 16), (0, 20, 40, 60, 80, 100)      # lengths in trained ones
+DEPTHS = (0, 20, 40, 60, 80, 100)
+LENGTHS = {                                  # of each grid, in trained lengths
+    "plain": (1, 2, 4, 8), "yarn": (1, 2, 4, 8, 16), "tuned": (1, 2, 4, 8), "yarn 16": (8, 16),
+    "six_bit": (1, 2, 4, 8), "several": (1, 2), "chain": (1, 2), "python": (1, 8),
+}
 FACTORS = (1.001, 2, 4, 8, 16, 32)           # just above 1 the formulas are YaRN's, and do nothing
 MISTAKES = ("layout", "no mscale", "index ramp")
 T_95 = {1: math.inf, 2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}     # by number of seeds
@@ -80,40 +84,41 @@ def misread(model: DeepSeekV2, mistake: str) -> DeepSeekV2:
 
 def measure(
     model: DeepSeekV2, tokenizer: TextTokenizer, corpus: Corpus, seed: int, samples: int,
-    tuning: int, lengths: Sequence[int] = LENGTHS, depths: Sequence[float] = DEPTHS,
-    factors: Sequence[float] = FACTORS, other: str = "python",
+    tuning: int, lengths: Mapping[str, Sequence[int]] = LENGTHS, depths: Sequence[float] = DEPTHS,
+    factors: Sequence[float] = (), other: str = "python",
 ) -> dict[str, Any]:
     """All grids of one trained model, and `by_factor`; the model's own config is of no matter."""
     model, trained_at = stretched(model, 8), trained_positions(model.config)
-    lengths = tuple(n * trained_at for n in lengths)
     text = haystack(corpus.test, tokenizer, 32 * trained_at)
-    code = haystack(open_corpus(other).test[:40], tokenizer, lengths[-1])
-    ends = {"lengths": (lengths[0], lengths[3])}
+    code = haystack(open_corpus(other).test[:40], tokenizer, trained_at * max(lengths["python"]))
 
-    def grid(of: DeepSeekV2, text: list[int] = text, **options: Any) -> dict[str, Any]:
+    def grid(of: DeepSeekV2, at: Sequence[int], text: list[int] = text, **asked: Any
+             ) -> dict[str, Any]:
         of = with_config(of, of.config.with_(max_positions=32 * trained_at))
-        asked = {"lengths": lengths, "depths": tuple(depths), "samples": samples, "seed": seed}
-        return needle.run(of, tokenizer, text, needle.Grid(**asked | options))
+        asked = {"depths": tuple(depths), "samples": samples, "seed": seed} | asked
+        at = tuple(n * trained_at for n in at)
+        return needle.run(of, tokenizer, text, needle.Grid(at, **asked))
 
     began = time.process_time()
     unread = encode(corpus.train[DOCUMENTS : DOCUMENTS + 3000], tokenizer)
     recipe = extension(model.config, 8, tuning)
     tuned = extend(model, 8, recipe, NeedleBatches(unread, tokenizer, recipe.sequence, seed))
     seconds = time.process_time() - began
-    grids = {
-        "plain": grid(stretched(model, 1)), "yarn": grid(model), "tuned": grid(tuned),
-        "yarn 16": grid(stretched(model, 16)), "six_bit": grid(model, cache="six_bit"),
-        "several": grid(model, kind="several", **ends), "chain": grid(model, kind="chain", **ends),
-        "python": grid(model, code, **ends),
+    read = {
+        "plain": (stretched(model, 1), {}), "yarn": (model, {}), "tuned": (tuned, {}),
+        "yarn 16": (stretched(model, 16), {}), "six_bit": (model, {"cache": "six_bit"}),
+        "several": (model, {"kind": "several"}), "chain": (model, {"kind": "chain"}),
+        "python": (model, {"text": code}),
     }
+    grids = {name: grid(of, lengths[name], **asked) for name, (of, asked) in read.items()}
     by_factor = {}
     for s in factors:
-        at = {"lengths": (round(s) * trained_at,), "samples": max(1, samples // 2)}
         longer = stretched(model, s)
-        by_factor[f"{s:g}"] = {"yarn": grid(longer, **at)["mean"]} | {
-            mistake: grid(misread(longer, mistake), **at)["mean"] for mistake in MISTAKES}
-    return {"tuning_steps": tuning, "tuning_cpu_seconds": seconds, "grids": grids,
-            "by_factor": by_factor}
+        ways = {"yarn": longer} | {mistake: misread(longer, mistake) for mistake in MISTAKES}
+        by_factor[f"{s:g}"] = {name: grid(of, (round(s),), depths=tuple(depths[::2]))["mean"]
+                               for name, of in ways.items()}
+    return {"tuning_steps": tuning, "tuning_tokens": recipe.sequence,
+            "tuning_cpu_seconds": seconds, "grids": grids, "by_factor": by_factor}
 
 
 def column(grid: dict[str, Any], length: int) -> float:
@@ -155,10 +160,10 @@ def one_seed(
     log = train(setup.trainer, load_every=0, progress=False)
     model = with_config(setup.model.bfloat16().float(), setup.saved)
     seconds = time.process_time() - began
-    few = {"samples": 8, "tuning": 50}
+    few = {"samples": 8, "tuning": 50, "factors": FACTORS if seed == 0 else ()}
     if quick:
-        few = {"samples": 1, "tuning": 1, "lengths": (1, 2, 3, 4), "depths": (50,),
-               "factors": (1.001, 2), "other": "stories"}
+        few = {"samples": 1, "tuning": 1, "lengths": dict.fromkeys(LENGTHS, (1, 2)),
+               "depths": (50,), "factors": (1.001, 2), "other": "stories"}
     return {"seed": seed, "steps": len(log), "training_cpu_seconds": seconds,
             "answer_loss": log[-1]["answer"], **measure(model, tokenizer, corpus, seed, **few)}
 
