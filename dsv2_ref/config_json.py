@@ -109,7 +109,7 @@ def from_published(hf: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{theirs}: missing from config.json{null}, expected a value")
     if isinstance(values["eos"], list):
         values["eos"] = tuple(values["eos"])
-    method = hf.get("topk_method") or "greedy"
+    method = hf.get("topk_method", "greedy")
     if method not in ("greedy", "group_limited_greedy"):
         raise ValueError(f"topk_method: {method!r}, expected 'greedy' or 'group_limited_greedy'")
     if method == "group_limited_greedy":

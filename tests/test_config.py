@@ -212,6 +212,8 @@ def test_bad_files(tmp_path, content: str | bytes | None, words: list[str]) -> N
     (dict(moe_layer_freq=2), ["moe_layer_freq", "2", "1"]),
     (dict(num_key_value_heads=8), ["num_key_value_heads", "8", "128"]),
     (dict(topk_method="noaux_tc"), ["topk_method", "'noaux_tc'", "group_limited_greedy"]),
+    (dict(topk_method=None), ["topk_method: None", "greedy"]),
+    (dict(topk_method=""), ["topk_method: ''", "greedy"]),
     (dict(n_group=None), ["topk_method", "n_group"]),
     (dict(topk_group=None), ["topk_method", "topk_group"]),
     (dict(hidden_size=None), ["hidden_size: missing", "null", "expected a value"]),

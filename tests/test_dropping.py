@@ -36,7 +36,7 @@ def test_worked_example():
     assert keep[:, 0].tolist() == [False, True, False, True, False, True, True, False]
 
 
-@pytest.mark.parametrize("capacity", [1.0, 0.55, 1.3, 0.0])
+@pytest.mark.parametrize("capacity", [1.0, 0.55, 1.3, 0.0, 1e300])
 @pytest.mark.parametrize("n,k", [(11, 3), (7, 5), (1, 2), (3, 1)])
 @pytest.mark.parametrize("share", [None, 0.0, 0.3, 1.0])
 def test_equals_sorted_lists(n, k, capacity, share):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from oracles import loops
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from dsv2_ref import checkpoint
 from dsv2_ref.config import LITE, TINY, Config
@@ -373,6 +373,25 @@ def test_a_model_with_nan_is_refused_and_left_alone() -> None:
     with torch.no_grad():
         m.blocks[2].experts.W_down[1, 2, 3] = math.inf
     refused(lambda: quantise_model(m), "blocks.2.ffn.experts.W_down", "infinite")
+    assert {type(x) for x in m.modules()}.isdisjoint({Fp8Linear, Fp8Stack})
+
+
+class Twice(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("kind", ["bias", "hook", "code"])
+def test_what_codes_and_scales_cannot_hold_is_refused(kind) -> None:
+    """A bias or a layer's own code would be gone without a word."""
+    m = model()
+    attention = m.blocks[1].attention
+    r, c = attention.W_O.weight.shape
+    if kind == "hook":
+        attention.W_O.register_forward_hook(lambda module, args, output: 2 * output)
+    else:
+        attention.W_O = nn.Linear(c, r) if kind == "bias" else Twice(c, r, bias=False)
+    refused(lambda: quantise_model(m), "blocks.1.attention.W_O", "its weight alone")
     assert {type(x) for x in m.modules()}.isdisjoint({Fp8Linear, Fp8Stack})
 
 

@@ -137,6 +137,12 @@ def test_sample_has_the_right_frequencies():
     (dict(stop="\n"), "stop: .*expected integer ids"),
     (dict(stop=["\n"]), "stop: .*expected integer ids"),
     (dict(stop=1.0), "stop: .*expected integer ids"),
+    (dict(stop=[3, 43]), "stop: id 43, expected 0 to 42"),
+    (dict(stop=-1), "stop: id -1, expected 0 to 42"),
+    (dict(stop=True), "stop: .*expected integer ids"),
+    (dict(tokens=5), "tokens: 5 where a sequence should be"),
+    (dict(tokens=torch.tensor(5)), "tokens: 5 where a sequence should be"),
+    (dict(tokens=torch.ones(1, 3) > 0), "tokens: .*expected integer ids"),
     (dict(tokens=[[3] * 65]), "tokens: a prompt of 65, expected at most max_positions = 64"),
     (dict(max_new_tokens=61), "max_new_tokens: 61 after 5 tokens need 65 positions, expected at"),
 ], ids=lambda x: x if isinstance(x, str) else None)

@@ -77,6 +77,15 @@ def test_even_pairs_give_the_same_scores():
     assert before.max() > 20 * before.min() and size.max() < 2 * size.min()
 
 
+def test_pairs_are_even_in_what_the_norm_with_its_gain_gives():
+    """A channel that the gain makes large counts as much as its gain says."""
+    W_KR, W_QR, gain = normal(42, 6, 10), normal(43, 12, 7), normal(44, 10)
+    gain[3] = 50
+    even, _ = even_pairs(W_KR, W_QR, gain)
+    size = (even * gain).unflatten(0, (3, 2)).flatten(1).norm(dim=1)          # (d_r/2,)
+    torch.testing.assert_close(size, size[:1].expand(3), atol=0, rtol=1e-10)
+
+
 def test_even_pairs_need_pairs():
     with pytest.raises(ValueError, match="W_KR: a pair of rows is zero"):
         even_pairs(torch.zeros(4, 5), torch.ones(8, 5), torch.ones(5))

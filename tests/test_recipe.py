@@ -78,5 +78,6 @@ def test_a_run_in_tokens_counts_the_ramp():
     assert abs(read - 6e4) < 800 * 3
     assert PAPER["v2"].lasting(8.1e12).steps == pytest.approx(220_000, rel=0.02)   # rounded
     assert PAPER["lite"].lasting(5.7e12).steps == pytest.approx(302_000, rel=0.01)
-    with pytest.raises(ValueError, match="tokens: 0"):
-        flat.lasting(0)
+    for tokens in (0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=f"tokens: {tokens}, expected a finite number"):
+            flat.lasting(tokens)

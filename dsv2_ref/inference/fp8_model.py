@@ -9,6 +9,7 @@ sizes (d_h = d_v = 128, d_c = 512) they differ in W_UQ and W_QR alone. See kerne
 import torch
 from torch import Tensor, nn
 
+from dsv2_ref.attention.mla import is_its_weight
 from dsv2_ref.kernels.fp8 import Fp8Linear, Fp8Stack
 from dsv2_ref.model import DeepSeekV2
 from dsv2_ref.moe.experts import MixtureOfExperts
@@ -19,8 +20,12 @@ def quantise_model(model: DeepSeekV2) -> DeepSeekV2:
 
     It computes what the dequantised model would with frozen weights, bit for bit, and cannot be
     trained further. A model that is quantised already stays as it is. ValueError names a weight
-    that is not finite; the model is then as it was.
+    that is not finite, or a linear layer that is more than its weight; the model is then as it was.
     """
+    for name, module in model.blocks.named_modules():
+        if isinstance(module, nn.Linear) and not is_its_weight(module):
+            raise ValueError(f"blocks.{name}: a linear layer with a bias, a hook or code of its "
+                             "own, expected its weight alone")
     for name, weight in model.blocks.named_parameters():
         if weight.dtype != torch.float8_e4m3fn and not weight.float().isfinite().all():
             raise ValueError(f"blocks.{name}: NaN or infinite, expected finite numbers")

@@ -113,7 +113,8 @@ def generate(
 
 
 def _prompts(tokens: Tensor | Sequence[Sequence[int]]) -> list[list[int]]:
-    rows = tokens.tolist() if isinstance(tokens, Tensor) else list(tokens)
+    rows = tokens.tolist() if isinstance(tokens, Tensor) else tokens
+    rows = list(rows) if hasattr(rows, "__iter__") else [rows]
     for row in rows:
         if isinstance(row, str) or not hasattr(row, "__iter__"):
             raise ValueError(f"tokens: {row!r} where a sequence should be, expected (batch, tokens)"
@@ -126,10 +127,14 @@ def _prompts(tokens: Tensor | Sequence[Sequence[int]]) -> list[list[int]]:
 
 def _ids(name: str, values: Iterable[object]) -> list[int]:
     """Integers of any kind (numpy's, 0-dimensional tensors) as ints."""
+    values = list(values)
     try:
-        return [operator.index(value) for value in values]
+        ids = [operator.index(value) for value in values]
     except TypeError:
         raise ValueError(f"{name}: {values!r}, expected integer ids") from None
+    if any(isinstance(value, bool) for value in values):
+        raise ValueError(f"{name}: {values!r}, expected integer ids, not True or False")
+    return ids
 
 
 def _stops(model: DeepSeekV2, stop: object) -> set[int]:
@@ -138,7 +143,11 @@ def _stops(model: DeepSeekV2, stop: object) -> set[int]:
     if isinstance(stop, Tensor):
         stop = stop.reshape(-1).tolist()
     one = not hasattr(stop, "__iter__") and not isinstance(stop, str)
-    return set(_ids("stop", [stop] if one or isinstance(stop, str) else stop))
+    ids, vocab = _ids("stop", [stop] if one or isinstance(stop, str) else stop), model.config.vocab
+    for i in ids:
+        if not 0 <= i < vocab:               # it would never be drawn
+            raise ValueError(f"stop: id {i}, expected 0 to {vocab - 1}")
+    return set(ids)
 
 
 def _check(max_new_tokens: int, temperature: float, top_p: float) -> None:

@@ -42,6 +42,7 @@ def keep_within_budget(
     indices (N, K) experts, affinity (N, K) of those slots, protected (N,) bool tokens that are
     never dropped -> (N, K) bool.
     """
+    capacity = min(capacity, n_devices)          # n_devices: room for all slots on one device
     budget = int(capacity * indices.numel() / n_devices)
     device = indices.flatten() // (n_routed // n_devices)                    # (N·K,)
     safe = torch.zeros_like(indices, dtype=torch.bool)

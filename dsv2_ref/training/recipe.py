@@ -13,6 +13,7 @@
 of the run that is done, so that a run may be measured in steps or by the clock.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -114,8 +115,8 @@ class Recipe:
 
     def lasting(self, tokens: float) -> "Recipe":
         """The same, in as many whole steps as come closest to `tokens`; the ramp is counted."""
-        if not tokens > 0:
-            raise ValueError(f"tokens: {tokens}, expected a number > 0")
+        if not 0 < tokens < math.inf:
+            raise ValueError(f"tokens: {tokens}, expected a finite number > 0")
         ramp = 0.0 if self.batch_start is None else self.batch_ramp
         mean = self.batch - ramp * (self.batch - (self.batch_start or self.batch)) / 2
         return self.with_(steps=max(1, round(tokens / (mean * self.sequence))))

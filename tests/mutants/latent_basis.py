@@ -15,4 +15,7 @@ MUTANTS = [
     Mutant("one_factor_a_number", "quantised", FILE,
            "W_QR * size.repeat(n_h, 1)", "W_QR / size.repeat(n_h, 1)",
            "test_latent_basis.py::test_even_pairs_give_the_same_scores"),
+    Mutant("gain_not_in_the_magnitude", "quantised", FILE,
+           "(W_KR * gain).double()", "W_KR.double()",
+           "test_latent_basis.py::test_pairs_are_even_in_what_the_norm_with_its_gain_gives"),
 ]
