@@ -26,7 +26,7 @@ CONFIG = Config.from_hf(FOLDER)
 TRAINED = trained_positions(CONFIG)
 TEXT = haystack([Document(str(i), story.text) for i, story in enumerate(stories.sample(7, 400))],
                 TOKENIZER, 8 * TRAINED)
-EIGHT = Grid((8 * TRAINED,), (0, 25, 50, 75, 100), samples=4)
+EIGHT = Grid((8 * TRAINED,), (0, 50, 100), samples=6)
 
 
 @pytest.fixture(scope="module")
@@ -53,22 +53,22 @@ def test_with_yarn_needles_are_found_at_eight_times_the_trained_length(found):
 
 def test_with_plain_rope_they_are_found_at_the_trained_length_and_not_at_eight_times_it(model):
     plain = stretched(model, 1)
-    assert run(plain, TOKENIZER, TEXT, Grid((TRAINED,), EIGHT.depths, samples=4))["mean"] >= 0.95
+    assert run(plain, TOKENIZER, TEXT, Grid((TRAINED,), EIGHT.depths, samples=6))["mean"] >= 0.95
     assert run(plain, TOKENIZER, TEXT, EIGHT)["mean"] <= 0.4
 
 
 def test_six_bits_lose_at_most_a_point(model, found):
-    six = run(model, TOKENIZER, TEXT, Grid(EIGHT.lengths, EIGHT.depths, 4, cache="six_bit"))["mean"]
+    six = run(model, TOKENIZER, TEXT, Grid(EIGHT.lengths, EIGHT.depths, 6, cache="six_bit"))["mean"]
     assert six >= found - 0.01
 
 
-@pytest.mark.parametrize("mistake, most", [("layout", 0.1), ("index ramp", 0.7)])
-def test_the_mistakes_that_show_at_this_size_fall(model, mistake, most):
+@pytest.mark.parametrize("mistake, most", [("layout", 0.1), ("index ramp", 0.8),
+                                           ("no mscale", 0.8)])
+def test_the_mistakes_show_in_the_grid(model, mistake, most):
     assert run(misread(model, mistake), TOKENIZER, TEXT, EIGHT)["mean"] <= most
 
 
-def test_a_forgotten_mscale_makes_the_answer_less_sure(model):
-    """It does not show in this model's grid; the attention that the needle gets is less."""
+def test_a_forgotten_mscale_leaves_all_but_the_softmax_scale(model):
     ids = torch.tensor([TEXT])
     right, wrong = (m.blocks[0].attention.scale for m in (model, misread(model, "no mscale")))
     m = 0.0707 * math.log(8) + 1
