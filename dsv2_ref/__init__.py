@@ -23,17 +23,18 @@ table is made from it (`make map`), and a test compares it with the files and th
 
   kernels/target.py  what a card can run; what does run is decided in forms.py
 
-  text/             where text comes from, tokens, packed batches, streaming
+  text/             where text comes from, tokens, packed batches, needles, streaming
   config.py         sizes; V2, LITE, a ladder and small presets
   config_json.py    the published config.json <-> ours
   model.py          embedding, blocks, head; all layers or a range of them
   block.py          one layer: attention, then a dense network or routed experts
   forms.py          which of the equal algorithms runs, chosen once a pass
+  stretch.py        a trained model read further, with YaRN
   cross_entropy.py  the loss without holding all logits
   cost.py           parameters, FLOPs, cache bytes, in closed form
   checkpoint.py     folders in the published format, loaded and saved
   files/            what it stands on: published names, tensors read, files written whole
-  inference/        generation, log-probabilities, FP8 in memory, live caches
+  inference/        generation, log-probabilities, needles, FP8 in memory, live caches
   training/         from one recipe to a trained model, in a folder that survives a kill
   paper.py          the paper's claims beside ours
   figures/          every plot and widget, in one style

@@ -141,13 +141,16 @@ class DeepSeekV2(nn.Module):
                       with_load=with_load)
         h, balance, load = self.through(h, run)
         h, targets = self.finish(h).flatten(0, 1), targets.flatten()     # (N, d), (N,)
-        if is_its_weight(self.head):
-            language = linear_cross_entropy(h, self.head.weight, targets)
-        else:                                # an adapter or a bias: all logits at once
-            language = cross_entropy(self.head(h), targets)
+        language = self.language(h, targets)
         if known is not None:
             language = language.masked_fill(~known.all(), torch.nan)
         return Losses(language, *balance.unbind(), load)
+
+    def language(self, h: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross entropy of what the head makes of h (N, d) and targets (N,), in nats."""
+        if is_its_weight(self.head):
+            return linear_cross_entropy(h, self.head.weight, targets)
+        return cross_entropy(self.head(h), targets)      # an adapter or a bias: all logits at once
 
     def new_cache(self, batch: int, max_tokens: int, kind: str = "latent") -> Cache:
         """An empty cache for `batch` sequences of up to `max_tokens`, read in the model's dtype."""

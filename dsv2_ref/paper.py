@@ -5,8 +5,10 @@
 `rows()` is called; nothing in that column is written down. `paper` is what the paper prints, or,
 in parentheses, what follows from what it prints. A row *holds* when ours, rounded to the digits
 that the paper gives, is the paper's number; the one exception, a number that the paper truncates,
-says so. Nothing is allocated and nothing trained: benchmark scores, Pile bits per byte and
-generation throughput need the trained 236B weights or eight H800, and are no rows.
+says so. One row is a measurement: the needle grid, from the newest record in data/results, whose
+model and lengths are not the paper's. Nothing is allocated and nothing trained: benchmark scores,
+Pile bits per byte and generation throughput need the trained 236B weights or eight H800, and are no
+rows.
 """
 
 import json
@@ -21,7 +23,9 @@ from dsv2_ref import cost
 from dsv2_ref.attention.cache_quant import SixBitCache
 from dsv2_ref.attention.kv_cache import LatentCache
 from dsv2_ref.attention.rope import softmax_scale, yarn_mscale
+from dsv2_ref.checkout import in_checkout
 from dsv2_ref.config import LITE, V2, Config
+from dsv2_ref.inference.needle import GREEN
 
 # DeepSeek 67B, the dense predecessor that the paper measures itself against
 DENSE_N, DENSE_LAYERS, DENSE_N_KV, DENSE_D_H = 67e9, 95, 8, 128
@@ -45,7 +49,7 @@ class Row:
 def rows(v2: Config = V2, lite: Config = LITE) -> list[Row]:
     """Every claim that can be computed, in the order of the subjects below."""
     return [*_sizes(v2, lite), *_cache_tables(v2, lite), *_cache_saving(v2), *_six_bits(v2),
-            *_training(v2), *_long_context(v2)]
+            *_training(v2), *_long_context(v2), *_needles()]
 
 
 def _rounded(value: float, digits: int, published: float) -> bool:
@@ -172,6 +176,25 @@ def _long_context(v2: Config) -> list[Row]:
         Row("YaRN softmax-scale factor", "3.1.4", "(1.5896)", f"{scale:.4f}", scale,
             _rounded(scale, 4, 1.5896), "its square: once for q, once for k"),
     ]
+
+
+def _needles() -> list[Row]:
+    """Figure 4 beside the newest record of ours; no row where no records lie, as in a wheel."""
+    try:
+        records = sorted(in_checkout("data/results").glob("needle-2*.json"))
+    except ValueError:
+        return []
+    if not records:
+        return []
+    record = json.loads(records[-1].read_text(encoding="utf-8"))
+    longest = 8 * record["trained_at"]
+    grids = [run["grids"]["yarn"] for run in record["runs"]]
+    found = [cell for grid in grids for length, row in zip(grid["lengths"], grid["grid"])
+             if length <= longest for cell in row]
+    green = sum(cell >= GREEN for cell in found)
+    return [Row("needle cells green", "3.1.4", "140/144", f"{green}/{len(found)}",
+                green / len(found), green / len(found) >= 140 / 144,
+                f"{record['parameters'] / 1e6:.1f}M model to {longest:,} tokens, not 128K")]
 
 
 def as_table(rows: Sequence[Row]) -> str:

@@ -15,7 +15,7 @@ import torch
 
 from dsv2_ref import checkpoint, commands, paper
 from dsv2_ref.__main__ import COMMANDS, main
-from dsv2_ref.commands import common
+from dsv2_ref.commands import common, jobs
 from dsv2_ref.commands import run as main_job
 from dsv2_ref.commands import train as train_module
 from dsv2_ref.config import TINY
@@ -88,7 +88,7 @@ def test_the_length_of_a_run_on_the_ladder(args, steps, capsys, monkeypatch, tmp
         seen.append(recipe.steps)
         raise ValueError("enough")
 
-    monkeypatch.setattr(train_module, "set_up", stop)
+    monkeypatch.setattr(jobs, "set_up", stop)
     monkeypatch.setattr(train_module, "open_corpus", lambda name: None)
     assert call(capsys, "train", "--preset", "50m", "--out", tmp_path, *args)[0] == 2
     assert seen == [steps]
@@ -270,6 +270,7 @@ def test_train_says_what_the_corpus_is(texts, tmp_path, capsys):
 @pytest.mark.parametrize("args", [
     "train --corpus", "train --out", "train --preset", "run --corpus", "run --out",
     "generate --model", "figures", "copy rope", "copy --check", "bench ablations --only",
+    "needle", "needle data/needle --corpus", "needle data/needle --out",
 ])
 def test_an_empty_argument_is_not_the_current_folder(args, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -25,7 +25,7 @@ TAG = re.compile(r"(?:\(\d+\))+$")
 LAYERS = [
     {"attention", "moe", "text"},
     {"kernels"},
-    {"config", "config_json", "cross_entropy", "forms", "block", "model", "cost"},
+    {"config", "config_json", "cross_entropy", "forms", "block", "model", "cost", "stretch"},
     {"parallel"},
     {"files", "checkpoint"},
     {"inference"},

@@ -137,6 +137,13 @@ def test_without_load_and_config_it_draws_the_rest(tmp_path):
         "loss.png", "gradient_norm.png", "rate.png"}
 
 
+def test_a_run_for_something_else_is_drawn_by_its_whole_loss():
+    entries = [{k: v for k, v in e.items() if k != "language"} | {"loss": 9 - i / 20}
+               for i, e in enumerate(log())]
+    drawn = figures.run_figures(entries)
+    assert list(drawn["loss"].axes[0].lines[0].get_ydata()) == [e["loss"] for e in entries]
+
+
 @pytest.mark.parametrize(("text", "message"), [
     (None, "cannot be read"), ("", "no entries"), ("hello\n[1]\n", "no entries"),
     ('{"step": 1}', "has no 'tokens'"),

@@ -16,7 +16,7 @@ from small_run import trainer
 from torch import Tensor
 
 from dsv2_ref import checkpoint
-from dsv2_ref.files import whole
+from dsv2_ref.files import lock, whole
 from dsv2_ref.model import DeepSeekV2
 from dsv2_ref.training import run_folder
 from dsv2_ref.training.run_folder import RunFolder, load_state, save_state
@@ -300,7 +300,7 @@ def test_one_holder_at_a_time_in_a_process_too(tmp_path):
 
 
 def test_where_folders_cannot_be_locked_training_works(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_folder, "fcntl", None)
+    monkeypatch.setattr(lock, "fcntl", None)
     assert len(live(tmp_path, 2)) == 2
 
 

@@ -78,6 +78,11 @@ def test_scalars_of_an_entry():
         {"load/fullest": 2.0, "load/emptiest": 0.5, "load/gate_entropy": 0.75,
          "load/dropped": 0.2})
     assert "tokens_per_second" not in scalars(ENTRY, ENTRY)          # no time went by
+    pretraining = ("language", "expert", "device", "communication")
+    needles = {k: v for k, v in ENTRY.items() if k not in pretraining}
+    found = scalars(needles | {"answer": 0.5, "text": 0.25, "balance": 0.1})
+    assert {k: v for k, v in found.items() if k.startswith("loss/")} == {
+        "loss/answer": 0.5, "loss/text": 0.25, "loss/balance": 0.1}
 
 
 def test_fair_shares_are_of_a_layer():

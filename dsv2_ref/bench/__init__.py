@@ -11,5 +11,7 @@
   cache_quality   what a quantised cache costs in quality
   fp8_quality     what FP8 weights cost in quality
   ablations       what the paper's choices cost or bring, in small
+  needle          what YaRN, a short tuning, six bits and mistakes do to the needle grid
+  long_context    what a length costs, to 128K tokens
   harness         what the benches share
 """

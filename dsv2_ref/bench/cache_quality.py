@@ -34,6 +34,7 @@ from dsv2_ref.attention.kv_cache import LatentCache
 from dsv2_ref.attention.latent_basis import even_pairs, hadamard, rotate_latent
 from dsv2_ref.checkout import in_checkout
 from dsv2_ref.model import DeepSeekV2
+from dsv2_ref.stretch import stretched
 from dsv2_ref.text.corpora import Document, open_corpus
 from dsv2_ref.text.data import encode
 from dsv2_ref.text.tokenizer import TextTokenizer, load_tokenizer
@@ -130,19 +131,6 @@ def changed(model: DeepSeekV2, change: str) -> DeepSeekV2:
     return model
 
 
-def stretched(model: DeepSeekV2, factor: float = TIMES, trained: int = TRAINED) -> DeepSeekV2:
-    """The same weights read with YaRN (section 3.1.4), so that longer texts are not foreign to it.
-
-    Beyond its trained length a model with plain RoPE fails by itself, and any small change of its
-    cache counts for more.
-    """
-    config = model.config.with_(yarn_factor=float(factor), yarn_original_positions=trained,
-                                yarn_mscale=0.707, yarn_mscale_all_dim=0.707)
-    longer = DeepSeekV2(config)
-    longer.load_state_dict(model.state_dict())
-    return longer.eval()
-
-
 @torch.no_grad()
 def log_probabilities(model: DeepSeekV2, window: Tensor, scheme: Scheme | str = "exact") -> Tensor:
     """Next-token log probabilities (T, vocab) of one window (T,), read through a cache."""
@@ -226,7 +214,9 @@ def run(
     model = model or in_checkout("data/model")
     loaded = checkpoint.load(model, dtype=torch.float32)
     if yarn:
-        loaded = stretched(loaded)
+        # beyond its trained length a model with plain RoPE fails by itself, and any small change
+        # of its cache counts for more
+        loaded = stretched(loaded, TIMES, TRAINED)
     tokenizer = load_tokenizer(Path(model) / "tokenizer.json")
     documents = open_corpus(corpus).test
     of_model, schemes = measure(loaded, tokenizer, documents, *((2, 1) if quick else (4, 10)))

@@ -4,9 +4,11 @@
   options   what the options of several commands share
   common    messages, the output folder, the saved model, a sample of text
   run       the main job: train, judge, generate, draw, save
-  train     a preset and a recipe into a run folder, and nothing else
+  train     a preset or a saved model, and a recipe, into a run folder, and nothing else
+  jobs      what `train` trains
   figures   a run drawn from its log
   generate  a prompt continued
+  needle    what a model finds in a long text
   paper     the paper's claims beside ours
   copy      a concept file lifted out
   bench     a measurement against a peer

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`train`: a preset and a recipe into a run folder."""
+"""`train`: a preset or a saved model, and a recipe, into a run folder."""
 
 import math
 from argparse import ArgumentParser
@@ -11,41 +11,45 @@ import torch
 
 from dsv2_ref.checkpoint import check_place
 from dsv2_ref.commands.common import save_model, say
+from dsv2_ref.commands.jobs import NEEDLE, RECIPES, job_of
 from dsv2_ref.commands.options import CORPORA, filled
 from dsv2_ref.config import PRESETS
 from dsv2_ref.files.whole import write_text
 from dsv2_ref.text.corpora import open_corpus
 from dsv2_ref.text.data import some_of
 from dsv2_ref.text.tokenizer import load_tokenizer
-from dsv2_ref.training.ladder import LADDER
 from dsv2_ref.training.machine import keep_freed_memory, memory
 from dsv2_ref.training.memory import Plan, plan
 from dsv2_ref.training.pretrain import TrainingDiverged, train
 from dsv2_ref.training.proof import config_text
-from dsv2_ref.training.recipe import PAPER, Recipe
 from dsv2_ref.training.run_folder import RunFolder, read_log
-from dsv2_ref.training.setup import Setup, set_up
+from dsv2_ref.training.setup import Setup
 from dsv2_ref.training.watching import Watch
-
-RECIPES = {"minutes": Recipe(steps=1)} | PAPER | LADDER
 
 
 def add_options(parser: ArgumentParser) -> None:
     parser.description = (
-        "Train a preset into a folder. Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 save and end the run "
-        "between two steps; --resume goes on from there, bit for bit.")
+        "Train a preset, or go on with a saved model, into a folder. Ctrl-C, SIGTERM, SIGHUP and "
+        "SIGUSR1 save and end the run between two steps; --resume goes on from there, bit for bit."
+    )
     add = parser.add_argument
-    add("--preset", type=filled, default="small", help=", ".join(PRESETS))
+    add("--preset", type=filled,
+        help=f"{', '.join(PRESETS)}; {', '.join(NEEDLE)} learn to find needles; default: small")
     add("--recipe", choices=RECIPES,
         help="ours, the paper's, or the ladder's; the options below change it; default: the "
              "preset's own on the ladder, else minutes")
-    add("--corpus", type=filled, default="python", help=CORPORA)
+    add("--from", dest="source", type=filled, metavar="FOLDER",
+        help="a saved model to go on from, with --extend")
+    add("--extend", type=float, metavar="S",
+        help="read S times as far with YaRN, and tune at that length, by default for 50 steps")
+    add("--corpus", type=filled,
+        help=f"{CORPORA}; default: python, or stories to hide needles in")
     add("--text-bytes", type=float, help="as 40e6; so much of it to train on, not all")
     add("--out", type=filled, default="build/train")
     add("--resume", action="store_true",
         help="go on from the state in --out; a --lr given here may differ from before")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, help="default 300, or the ladder's")
+    length.add_argument("--steps", type=int, help="default 300, or what the preset comes with")
     length.add_argument("--seconds", type=float)
     length.add_argument("--tokens", type=float, help="as 5e6; in whole steps of batch x sequence")
     add("--optimizer", choices=("muon", "adamw", "adamw8"))
@@ -69,13 +73,14 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def train_command(
-    preset: str, recipe: str | None, corpus: str, out: str, resume: bool, save_every: int,
-    evaluate_every: int, progress: bool, tokens: float | None = None, save: bool = True,
-    watch: str | None = None, text_bytes: float | None = None, **changes: Any,
+    preset: str | None, recipe: str | None, corpus: str | None, out: str, resume: bool,
+    save_every: int, evaluate_every: int, progress: bool, tokens: float | None = None,
+    save: bool = True, watch: str | None = None, text_bytes: float | None = None,
+    source: str | None = None, extend: float | None = None, **changes: Any,
 ) -> dict[str, Any]:
-    """Train a preset into `out`: log.jsonl, tokenizer.json, config.json and, with `save`, states
-    and model/."""
-    chosen = _recipe(preset, recipe, tokens, changes)
+    """Train a preset, or the saved model in `source`, into `out`: log.jsonl, tokenizer.json,
+    config.json and, with `save`, states and model/."""
+    job = job_of(preset, recipe, tokens, source, extend, changes)
     if min(save_every, evaluate_every) < 0:
         raise ValueError(f"save_every: {save_every}, evaluate_every: {evaluate_every}, expected "
                          "numbers of steps, 0 for never")
@@ -85,32 +90,19 @@ def train_command(
         with closing(watching) if watching else nullcontext():
             keep_freed_memory()
             tokenizer = load_tokenizer(run.path / "tokenizer.json") if resume else None
-            text = open_corpus(corpus)
+            text = open_corpus(corpus or job.corpus)
             if text_bytes is not None:
                 text = some_of(text, text_bytes)
-            setup = set_up(PRESETS[preset], chosen, text, tokenizer)
+            setup = job.set_up(text, tokenizer)
             if state:
                 _restore(setup, state, other_rates=changes.get("lr") is not None)
             else:
                 write_text(run.path / "tokenizer.json", setup.tokenizer.to_json())
                 write_text(run.path / "config.json", config_text(setup.model.config))
             say(text.origin)
-            say(f"{preset}: {setup.describe()}")
+            say(f"{job.name}: {setup.describe()}")
             return _train(setup, run, save_every if save else None, evaluate_every, progress,
                           watching)
-
-
-def _recipe(
-    preset: str, recipe: str | None, tokens: float | None, changes: dict[str, Any]
-) -> Recipe:
-    if preset not in PRESETS:
-        raise ValueError(f"preset: {preset!r}, expected one of {', '.join(sorted(PRESETS))}")
-    recipe = recipe or (preset if preset in LADDER else "minutes")
-    lengths = (tokens, changes.get("steps"), changes.get("seconds"))
-    if recipe not in LADDER and all(length is None for length in lengths):
-        changes = changes | {"steps": 300}
-    chosen = RECIPES[recipe].with_(**changes)
-    return chosen if tokens is None else chosen.lasting(tokens)
 
 
 def _state(run: RunFolder, resume: bool, save: bool) -> tuple | None:
@@ -158,11 +150,14 @@ def _train(
                                "not saved, try a lower lr or a longer warmup")
     if save_every is not None:
         save_model(setup, model)
+    last = (log or read_log(run.path))[-1]
     result = {
         "steps": trainer.steps, "tokens": trainer.tokens,
-        "loss": (log or read_log(run.path))[-1]["language"], "bits_per_byte": bits,
+        "loss": last.get("language", last["loss"]), "bits_per_byte": bits,
         "tokens_per_second": trainer.tokens / trainer.elapsed, "out": str(run.path),
     }
+    if "answer" in last:                         # of a model that learns to find needles
+        result["answer_loss"] = last["answer"]
     if trainer.device.type == "cuda":
         result |= {"planned_peak_bytes": planned.peak,
                    "peak_bytes": torch.cuda.max_memory_allocated()}

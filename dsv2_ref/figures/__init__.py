@@ -9,6 +9,7 @@
   cache         what is kept
   experts       where tokens go
   kernels       tiles, rooflines
+  needle        long contexts: what is found, where it looks, what a length costs
   positions     RoPE
   routing       what experts are for, and the limit on devices
   sliders       what moves, with ipywidgets and without
@@ -51,6 +52,14 @@ from dsv2_ref.figures.kernels import (
     decode_floors,
     decode_roofline,
     softmax_in_pieces,
+)
+from dsv2_ref.figures.needle import (
+    length_costs,
+    mistakes_by_factor,
+    needle_attention,
+    needle_grid,
+    needle_grids,
+    pair_wavelengths,
 )
 from dsv2_ref.figures.positions import (
     angle_errors,
@@ -97,10 +106,11 @@ __all__ = [
     "code_steps", "decode_floors", "decode_roofline", "device_limit_slider", "device_messages",
     "device_traffic", "dropped_against_capacity", "dropped_over_training", "errors_by_position",
     "expert_lift", "expert_load", "flops_against_context", "gradient_norm", "group_slider",
-    "grouped_heads", "groups_like_mla", "limit_quality", "live_image", "live_picture",
-    "load_animation", "load_over_training", "loss_arrows", "loss_curve", "loss_floor",
-    "losses_by_position", "matrices", "memory_bars", "mla_flow", "pair_clocks", "parameter_shares",
-    "position_slider", "rate_curve", "rounding_paths", "router_heat_map", "run_figures", "save",
-    "saving_steps", "schedule_curves", "shared_heads", "slots_by_device", "softmax_in_pieces",
-    "study_changes", "styled", "token_routing", "turned_pair", "yarn_pairs",
+    "grouped_heads", "groups_like_mla", "length_costs", "limit_quality", "live_image",
+    "live_picture", "load_animation", "load_over_training", "loss_arrows", "loss_curve",
+    "loss_floor", "losses_by_position", "matrices", "memory_bars", "mistakes_by_factor", "mla_flow",
+    "needle_attention", "needle_grid", "needle_grids", "pair_clocks", "pair_wavelengths",
+    "parameter_shares", "position_slider", "rate_curve", "rounding_paths", "router_heat_map",
+    "run_figures", "save", "saving_steps", "schedule_curves", "shared_heads", "slots_by_device",
+    "softmax_in_pieces", "study_changes", "styled", "token_routing", "turned_pair", "yarn_pairs",
 ]

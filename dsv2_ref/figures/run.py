@@ -21,10 +21,13 @@ Log = Sequence[Mapping[str, Any]]
 def run_figures(log: Log, n_devices: int = 1, first_layer: int = 0) -> dict[str, Figure]:
     """Every figure of a run by name; those of the load if the log has any.
 
-    log: entries of log.jsonl; `first_layer` is the number of the first layer with experts.
+    log: entries of log.jsonl; `first_layer` is the number of the first layer with experts. Where
+    the run was not for the next token, the loss is that of all its objective.
     """
-    _columns(log, "step", "tokens", "language", "gradient_norm", "lr", "batch")
-    drawn = {"loss": loss_curve(log), "gradient_norm": gradient_norm(log), "rate": rate_curve(log)}
+    loss = "language" if not log or "language" in log[0] else "loss"
+    _columns(log, "step", "tokens", loss, "gradient_norm", "lr", "batch")
+    drawn = {"loss": loss_curve(log, loss=loss), "gradient_norm": gradient_norm(log),
+             "rate": rate_curve(log)}
     loads = [entry for entry in log if "expert_load" in entry]
     if loads:
         drawn["expert_load"] = expert_load(loads[-1]["expert_load"], n_devices, first_layer)
@@ -43,11 +46,12 @@ def _columns(log: Log, *names: str) -> list[np.ndarray]:
 
 @styled
 def loss_curve(
-    log: Sequence[Mapping[str, float]], references: Mapping[str, float] | None = None
+    log: Sequence[Mapping[str, float]], references: Mapping[str, float] | None = None,
+    loss: str = "language",
 ) -> Figure:
     """Training loss, and held-out bits per byte where the log has any.
 
-    log: records with `tokens` (read so far) and `language` (nats per token), some of them with
+    log: records with `tokens` (read so far) and `loss` (nats per token), some of them with
     `bits_per_byte`. references: bits per byte of compressors, drawn as lines.
     """
     if not log:
@@ -55,7 +59,7 @@ def loss_curve(
     held_out = [r for r in log if r.get("bits_per_byte") is not None]
     figure = Picture(10.0 if held_out else 6.4, 4.0)
     axes = figure.subplots(1, 2 if held_out else 1, squeeze=False)[0]
-    x, y = (np.array([r[key] for r in log], float) for key in ("tokens", "language"))
+    x, y = (np.array([r[key] for r in log], float) for key in ("tokens", loss))
     if not (finite := np.isfinite(y)).any():
         raise ValueError("log: no loss is a number, expected one at least")
     x, y = x[finite], y[finite]

@@ -7,6 +7,7 @@ which may lie in another file of the directory.
 
 import functools
 import json
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,15 @@ from dsv2_ref.kernels.fp8 import dequantise
 INDEX = "model.safetensors.index.json"
 SCALE = "_scale_inv"
 PLAIN = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def checksum(tensors: dict[str, Tensor]) -> str:
+    """Of all tensors' bytes, in the order of their names."""
+    total = 0
+    for name in sorted(tensors):
+        flat = tensors[name].detach().cpu().reshape(-1).view(torch.uint8)
+        total = zlib.crc32(flat.numpy(), total)
+    return f"{total:08x}"
 
 
 def tensor_files(path: Path) -> dict[str, Path]:

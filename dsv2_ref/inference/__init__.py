@@ -3,6 +3,8 @@
 
   generate    read prompts, then decode, sample and stream
   evaluate    log-probabilities of given tokens, held-out bits per byte
+  needle      what a model finds in a long text, by length and depth
+  kept_cells  the cells of such a grid, in a folder that survives a kill
   fp8_model   a model that lies in memory in FP8
   live_cache  bytes that caches really occupy
 """

@@ -7,5 +7,6 @@
   stories    texts of such a grammar
   tokenizer  byte-level BPE
   data       marked documents, and packed batches in an order that can be resumed
+  needles    sentences to hide in a text, and questions about them
   stream     text that is written while its ids arrive
 """

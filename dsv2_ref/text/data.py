@@ -49,6 +49,25 @@ def encode(documents: Sequence[Document], tokenizer: TextTokenizer) -> np.ndarra
     return np.concatenate([np.zeros(0, dtype), *pieces])
 
 
+def fingerprint(tokens: np.ndarray, *more: str) -> int:
+    """Of an array of ids, and of words; 52 bits, exact in any JSON reader."""
+    digest = hashlib.sha256(" ".join([tokens.dtype.str, str(len(tokens)), *more]).encode())
+    digest.update(np.ascontiguousarray(tokens))
+    return int(digest.hexdigest()[:13], 16)
+
+
+def check_same_data(mine: dict[str, int], state: dict[str, int]) -> None:
+    """ValueError unless `state` is a whole position in the data that `mine` is one in."""
+    missing = [key for key in mine if not isinstance(state.get(key), int)]
+    if missing:
+        raise ValueError(f"the saved data position has no integer {', '.join(missing)}")
+    means = {"fingerprint": "tokens (corpus or tokenizer)", "sequence": "", "seed": ""}
+    for key, meaning in means.items():
+        if state[key] != mine[key]:
+            raise ValueError(f"cannot resume: {meaning or key} changed since the state was saved "
+                             f"({key} {state[key]}, now {mine[key]})")
+
+
 class PackedBatches:
     """Batches without end of (tokens, targets), int64 (B, T): targets are the tokens one later.
 
@@ -68,9 +87,7 @@ class PackedBatches:
                 f"{len(tokens)} tokens are too few, expected at least sequence + 1 = {sequence + 1}"
             )
         self.tokens, self.batch, self.sequence, self.seed = tokens, batch, sequence, seed
-        digest = hashlib.sha256(f"{tokens.dtype.str} {len(tokens)}".encode())
-        digest.update(np.ascontiguousarray(tokens))
-        self.fingerprint = int(digest.hexdigest()[:13], 16)  # 52 bits: exact in any JSON reader
+        self.fingerprint = fingerprint(tokens)
         self._enter(epoch=0, window=0)
 
     def _enter(self, epoch: int, window: int) -> None:
@@ -108,16 +125,7 @@ class PackedBatches:
 
     def load(self, state: dict[str, int]) -> None:
         """Go on from `state` bit for bit. ValueError if it belongs to other data or windows."""
-        missing = [key for key in self.state() if not isinstance(state.get(key), int)]
-        if missing:
-            raise ValueError(f"the saved data position has no integer {', '.join(missing)}")
-        means = {"fingerprint": "tokens (corpus or tokenizer)", "sequence": "", "seed": ""}
-        for key, meaning in means.items():
-            if state[key] != getattr(self, key):
-                raise ValueError(
-                    f"cannot resume: {meaning or key} changed since the state was saved "
-                    f"({key} {state[key]}, now {getattr(self, key)})"
-                )
+        check_same_data(self.state(), state)
         self._enter(state["epoch"], state["window"])
         if not 0 <= self.window <= len(self._starts):
             raise ValueError(f"window is {self.window}, expected 0 to {len(self._starts)}")

@@ -16,25 +16,19 @@ import math
 import os
 import re
 import shutil
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dsv2_ref.files.tensors import open_file
+from dsv2_ref.files.lock import locked
+from dsv2_ref.files.tensors import checksum, open_file
 from dsv2_ref.files.whole import whole_file
 from dsv2_ref.training import proof
-
-try:
-    import fcntl
-except ImportError:          # Windows: folders cannot be locked there
-    fcntl = None
 
 # what a killed run leaves behind: our names, a process, and what it was
 SCRATCH = re.compile(r"\.(\w+-\d{9}\.safetensors|log\.jsonl|config\.json|tokenizer\.json|model)"
@@ -52,7 +46,7 @@ def save_state(path: str | Path, tensors: dict[str, Tensor], state: dict[str, An
         t = t.detach().contiguous().cpu()
         whole[name] = t.clone() if t.data_ptr() in seen else t
         seen.add(t.data_ptr())
-    metadata = {"state": json.dumps(state), "crc32": _crc32(whole)}
+    metadata = {"state": json.dumps(state), "crc32": checksum(whole)}
     with whole_file(path) as scratch:
         room = scratch.with_suffix(".safetensors")    # it writes beside its file first, under a
         try:                                          # name that only here is known to be ours
@@ -72,21 +66,12 @@ def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if "state" not in metadata:
             raise ValueError(f"{path}: no training state inside, expected a file of `save_state`")
         tensors = {name: reader.get_tensor(name) for name in reader.keys()}
-    if (found := _crc32(tensors)) != metadata.get("crc32"):
+    if (found := checksum(tensors)) != metadata.get("crc32"):
         raise ValueError(f"{path}: damaged, expected checksum {metadata.get('crc32')}, not {found}")
     try:
         return tensors, json.loads(metadata["state"])
     except json.JSONDecodeError:
         raise ValueError(f"{path}: damaged, expected JSON as its state") from None
-
-
-def _crc32(tensors: dict[str, Tensor]) -> str:
-    """A checksum of all tensors' bytes, in the order of their names."""
-    total = 0
-    for name in sorted(tensors):
-        flat = tensors[name].reshape(-1).view(torch.uint8)
-        total = zlib.crc32(flat.numpy(), total)
-    return f"{total:08x}"
 
 
 class RunFolder:
@@ -123,7 +108,7 @@ class RunFolder:
                 raise PermissionError(None, "no permission")
         except OSError as error:
             raise self._unwritable(error) from None
-        with _lock(self.path):
+        with locked(self.path, "trains into"):
             self._held = True
             try:
                 yield self
@@ -226,27 +211,6 @@ class RunFolder:
                 self._log.close()
             except OSError:          # what a full disk did not take was told by `log`
                 pass
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """The folder itself is locked: no file is left behind, and the lock dies with its process."""
-    if fcntl is None:
-        yield
-        return
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(number)
-        raise ValueError(f"{folder}: another process trains into it, expected its end first, or "
-                         "another folder") from None
-    except OSError:              # a file system without locks
-        pass
-    try:
-        yield
-    finally:
-        os.close(number)
 
 
 def plain(values: Any) -> Any:

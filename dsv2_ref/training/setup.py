@@ -26,6 +26,7 @@ class Setup:
     corpus: Corpus
     tokenizer: TextTokenizer
     trainer: Trainer
+    saved: Config | None = None      # what a saved model is read by; None: what it is trained by
 
     @property
     def model(self) -> DeepSeekV2:
@@ -69,18 +70,23 @@ def set_up(
         _check_memory(config, recipe)
         if tokenizer is None:
             tokenizer = train_tokenizer((d.text for d in corpus.train), config.vocab)
-        config = config.with_(vocab=tokenizer.vocab, bos=tokenizer.bos, eos=tokenizer.eos,
-                              max_positions=max(config.max_positions, recipe.sequence))
-        torch.manual_seed(recipe.seed)
-        with torch.device(default_device()):        # 15.7B random numbers take minutes on a CPU
-            model = DeepSeekV2(config)
+        model = new_model(config.with_(max_positions=max(config.max_positions, recipe.sequence)),
+                          tokenizer, recipe.seed)
     else:
-        _check_ready(model.config, recipe, tokenizer)
+        check_ready(model.config, recipe, tokenizer)
         model.to(default_device())
     return Setup(corpus, tokenizer, Trainer(model, recipe, encode(corpus.train, tokenizer)))
 
 
-def _check_ready(config: Config, recipe: Recipe, tokenizer: TextTokenizer | None) -> None:
+def new_model(config: Config, tokenizer: TextTokenizer, seed: int) -> DeepSeekV2:
+    """Random weights on the default device, with the tokenizer's ids."""
+    config = config.with_(vocab=tokenizer.vocab, bos=tokenizer.bos, eos=tokenizer.eos)
+    torch.manual_seed(seed)
+    with torch.device(default_device()):            # 15.7B random numbers take minutes on a CPU
+        return DeepSeekV2(config)
+
+
+def check_ready(config: Config, recipe: Recipe, tokenizer: TextTokenizer | None) -> None:
     """ValueError if a ready model cannot be trained so."""
     if tokenizer is None:
         raise ValueError("tokenizer: None, expected the one that the ready model was trained with")

@@ -18,6 +18,8 @@ from typing import Any, Protocol
 import numpy as np
 
 KINDS = ("tensorboard", "trackio")
+LOSSES = ("language", "expert", "device", "communication",       # of pretraining
+          "answer", "text", "balance")                           # of learning to find needles
 
 
 class Writer(Protocol):
@@ -38,8 +40,7 @@ def scalars(entry: Mapping[str, Any], before: Mapping[str, Any] | None = None) -
     Load is told relative to a fair share, the fullest and the emptiest expert of all layers; the
     gates' entropy and the share of dropped slots are means over layers.
     """
-    values = {f"loss/{name}": entry[name] for name in ("language", "expert", "device",
-                                                       "communication")}
+    values = {f"loss/{name}": entry[name] for name in LOSSES if name in entry}
     values |= {name: entry[name] for name in ("gradient_norm", "lr", "batch")}
     values["skipped"] = float(entry.get("skipped", False))
     before = before or {"tokens": 0, "seconds": 0.0}

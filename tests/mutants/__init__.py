@@ -41,6 +41,7 @@ PITFALLS = {
     "waits": "values asked of a device, or an unknown id silently taken for another",
     "scores": "log-probabilities of other tokens than those that come next",
     "sampling": "the edges of sampling, and where a sequence ends",
+    "needles": "a needle test that asks, reads, scores, learns or resumes otherwise than it says",
     "fp8": "codes or scales of FP8 weights taken for something else, or too much put into FP8",
 }
 
