@@ -75,7 +75,7 @@ def test_a_saved_model_is_stretched_tuned_saved_and_gone_on_with(texts, tmp_path
     assert code == 2 and "config.max_position_embeddings was" in err
 
 
-def test_the_tuning_lasts_50_steps_at_the_stretched_length_where_nothing_is_said(
+def test_the_tuning_lasts_50_steps_at_a_quarter_of_the_stretched_length_where_nothing_is_said(
     texts, tmp_path, capsys, monkeypatch
 ):
     seen = []
@@ -85,7 +85,7 @@ def test_the_tuning_lasts_50_steps_at_the_stretched_length_where_nothing_is_said
         raise ValueError("enough")
 
     monkeypatch.setattr(jobs, "set_up", stop)
-    code, _, _ = call(capsys, "train", "--from", MODEL, "--extend", 2, "--corpus", texts,
+    code, _, _ = call(capsys, "train", "--from", MODEL, "--extend", 8, "--corpus", texts,
                       "--lr", 2e-4, "--out", tmp_path)
     assert code == 2
     assert (seen[0].steps, seen[0].sequence) == (50, 2 * CONFIG.max_positions)
@@ -115,7 +115,7 @@ def test_what_cannot_be_is_one_line_and_exit_code_2(tmp_path, capsys, options, s
 
 
 def needle(texts, out, *more):
-    return ["train", "--preset", "needle", "--corpus", texts, "--sequence", "48", "--batch", "2",
+    return ["train", "--preset", "needle", "--corpus", texts, "--sequence", "192", "--batch", "2",
             "--seed", "3", "--quiet", "--out", str(out), *more]
 
 
@@ -123,13 +123,13 @@ def test_a_needle_preset_is_saved_with_its_tokenizer_and_yarn(texts, tmp_path, c
     code, out, err = call(capsys, *needle(texts, tmp_path, "--steps", 2, "--evaluate-every", 1))
     result, log = json.loads(out), entries(tmp_path)
     assert code == 0 and err.splitlines()[1].startswith("needle: ")
-    assert (result["steps"], result["tokens"]) == (2, 2 * 2 * 48)
+    assert (result["steps"], result["tokens"]) == (2, 2 * 2 * 192)
     assert result["answer_loss"] == log[-1]["answer"] and result["loss"] == log[-1]["loss"]
     assert result["bits_per_byte"] == log[-1]["bits_per_byte"] > 0
     trained, saved = Config.from_hf(tmp_path), Config.from_hf(tmp_path / "model")
-    assert (trained.yarn_factor, trained.max_positions) == (None, 48)
+    assert (trained.yarn_factor, trained.max_positions) == (None, 192)
     assert saved == stretched_config(trained, PRESETS["cpu"].factor)
-    assert saved.yarn_original_positions == 48
+    assert saved.yarn_original_positions == 192
     tokenizer = (tmp_path / "tokenizer.json").read_text()
     assert (tmp_path / "model" / "tokenizer.json").read_text() == tokenizer
     assert checkpoint.load(tmp_path / "model").config == saved

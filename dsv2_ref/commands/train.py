@@ -41,7 +41,8 @@ def add_options(parser: ArgumentParser) -> None:
     add("--from", dest="source", type=filled, metavar="FOLDER",
         help="a saved model to go on from, with --extend")
     add("--extend", type=float, metavar="S",
-        help="read S times as far with YaRN, and tune at that length, by default for 50 steps")
+        help="read S times as far with YaRN, and tune, by default for 50 steps at a quarter of "
+             "that length")
     add("--corpus", type=filled,
         help=f"{CORPORA}; default: python, or stories to hide needles in")
     add("--text-bytes", type=float, help="as 40e6; so much of it to train on, not all")
