@@ -106,7 +106,7 @@ def mistakes_by_factor(
     ax.grid(True, axis="y")
     fell = min(worst, key=worst.get)
     ax.set_title(f"The worst mistake here: {fell}")
-    ax.legend(loc="lower left")
+    ax.legend(loc="center left")
     return figure
 
 
