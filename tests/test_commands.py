@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from calling import call
 
 from dsv2_ref import checkpoint, commands, paper
 from dsv2_ref.__main__ import COMMANDS, main
@@ -42,17 +43,6 @@ def trained(texts, tmp_path_factory):
                  "--sequence", "32", "--batch", "2", "--save-every", "4", "--quiet"])
     assert code == 0
     return out
-
-
-def call(capsys, *args):
-    """(exit code, stdout, stderr) of a command."""
-    capsys.readouterr()
-    try:
-        code = main([str(a) for a in args])
-    except SystemExit as exit:
-        code = exit.code
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 def test_train_writes_everything(trained):

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from calling import call
 
 from dsv2_ref import checkpoint
-from dsv2_ref.__main__ import main
 from dsv2_ref.commands import jobs
 from dsv2_ref.commands import train as train_module
 from dsv2_ref.config import Config
@@ -31,17 +31,6 @@ def texts(tmp_path_factory):
     for i in range(12):
         (folder / f"m{i}.txt").write_text(f"Lily had {i} red kites and one old drum. " * 40)
     return str(folder)
-
-
-def call(capsys, *args):
-    """(exit code, stdout, stderr) of a command."""
-    capsys.readouterr()
-    try:
-        code = main([str(a) for a in args])
-    except SystemExit as exit:
-        code = exit.code
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 def entries(folder):

@@ -6,12 +6,12 @@ import subprocess
 import sys
 import time
 
+import calling
 import pytest
 import torch
 from test_needles import TEXTS, TOKENIZER
 
 from dsv2_ref import checkpoint
-from dsv2_ref.__main__ import main
 from dsv2_ref.commands.needle import as_table, numbers
 from dsv2_ref.config import TINY
 from dsv2_ref.model import DeepSeekV2
@@ -39,14 +39,7 @@ def texts(tmp_path_factory):
 
 
 def call(capsys, *args):
-    """(exit code, stdout, stderr) of a command."""
-    capsys.readouterr()
-    try:
-        code = main(["needle", *(str(a) for a in args), "--quiet"])
-    except SystemExit as exit:
-        code = exit.code
-    out, err = capsys.readouterr()
-    return code, out, err
+    return calling.call(capsys, "needle", *args, "--quiet")
 
 
 def test_defaults_are_the_longest_column_at_six_depths(folder, tmp_path, capsys):

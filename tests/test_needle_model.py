@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dsv2_ref import checkpoint
+from dsv2_ref import model as model_module
 from dsv2_ref.attention import rope
 from dsv2_ref.bench.needle import MISTAKES, misread
 from dsv2_ref.config import Config
@@ -107,6 +108,23 @@ def test_an_unknown_mistake_is_refused(model):
     with pytest.raises(ValueError, match="mistake: 'none', expected one of layout, no mscale"):
         misread(model, "none")
     assert len(MISTAKES) == 3
+
+
+@pytest.mark.parametrize("pairs, times", [(slice(0, 2), 1 / 8), (slice(8, None), 8)])
+def test_fast_pairs_must_stay_as_they_are_and_slow_ones_must_not(model, monkeypatch, pairs, times):
+    """The two that YaRN keeps are slowed down as well; or the eight that it slows down are not."""
+    right = model_module._rope
+
+    def wrong(config, device):
+        frequencies, magnitude = right(config, device)
+        frequencies = frequencies.clone()
+        frequencies[pairs] *= times
+        return frequencies, magnitude
+
+    far = Grid(EIGHT.lengths, (0,), samples=6)
+    assert run(model, TOKENIZER, TEXT, far)["mean"] == 1
+    monkeypatch.setattr(model_module, "_rope", wrong)
+    assert run(model, TOKENIZER, TEXT, far)["mean"] <= 0.5
 
 
 def test_misreading_leaves_the_model_as_it_was(model):

@@ -19,9 +19,8 @@ of about a million parameters does after some minutes of one core (`PRESETS["cpu
   4. Its sequences have 512 tokens, 256 or 128, by chance, 2,048 in a batch. The short ones have
      four times as many answers to learn from; the long ones make 512 the trained length. With 128
      alone and d_r = 16, a model of one seed found everything at eight times its length under YaRN
-     and one of another 27 %: only pairs that turn 32 times in the trained length are kept, 128
-     tokens have none, and what tells neighbouring words apart was slowed down. 512 tokens and
-     d_r = 32 have two.
+     and one of another 27 %. There YaRN kept one pair of eight, here it keeps two of sixteen; with
+     these two slowed down as well the model finds next to nothing (tests/test_needle_model.py).
   5. No slot is dropped: a dropped slot of the one token that counts would hide it.
 
 It trains with plain RoPE. What is saved of it carries YaRN over the trained length.
