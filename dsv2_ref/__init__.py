@@ -59,9 +59,9 @@ Where something new goes, and what it meets:
                     take one as `cache=`; model.CACHES makes it by name
   another form      of an algorithm that is there: beside it, or in kernels/ if it is a kernel; a
                     test says that both agree, and forms.py says when it runs
-  experts on ranks  parallel/. A model made with `held=` owns one rank's experts; its `across` is a
-                    function that makes, of a form for local experts, one for all. Groups of
-                    processes are arguments there, and moe/ never knows of them
+  experts on ranks  parallel/. A model made with `held=` owns one rank's experts; its `across`
+                    makes, of the forms for one process, those for all ranks. Groups of processes
+                    are arguments there, and moe/ never knows of them
   a rollout         alignment/, on inference/generate and evaluate.token_log_probs
   a loss            (model, batch) -> named losses, given to the trainer as `objective=`; what it
                     reads comes from the trainer's `batches`

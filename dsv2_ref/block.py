@@ -25,7 +25,6 @@ from dsv2_ref.moe.balance import (
     device_reach,
     expert_balance_loss,
 )
-from dsv2_ref.moe.dropping import keep_within_budget
 from dsv2_ref.moe.experts import FeedForward, MixtureOfExperts
 from dsv2_ref.moe.routing import Router, Routing
 
@@ -98,8 +97,8 @@ class RoutedFFN(nn.Module):
             return None
         protected = None if run.protected is None else run.protected.repeat_interleave(T)
         # gates are affinities times one factor: the same order
-        return keep_within_budget(routing.indices, routing.gates, c.n_routed, c.n_devices,
-                                  protected, c.drop_capacity)
+        return run.forms.keep(routing.indices, routing.gates, c.n_routed, c.n_devices, protected,
+                              c.drop_capacity)
 
     def _balance(self, routing: Routing, B: int) -> Tensor:
         """The expert, device and communication balance loss, (3,); 0 where alpha is."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Which of the equal algorithms runs: attention, selection, experts. Chosen once a pass.
+"""Which of the equal algorithms runs: attention, selection, dropping, experts. Chosen once a pass.
 
 Equal algorithms are functions with one signature and one result (forms). The choice goes by
 counting multiplications (attention), by device and size (experts), by the config (selection); on a
@@ -20,6 +20,7 @@ from torch import Tensor
 from dsv2_ref.attention.cache_quant import attend_packed, dequantise, unpack
 from dsv2_ref.attention.mla import absorbed_is_cheaper, attend_absorbed, attend_expanded
 from dsv2_ref.config import Config
+from dsv2_ref.moe.dropping import keep_within_budget
 from dsv2_ref.moe.experts import experts_grouped, experts_loop, experts_padded
 from dsv2_ref.moe.routing import select_device_limited, select_greedy
 
@@ -33,6 +34,7 @@ class Forms:
     attend: Form
     select: Form
     experts: Form
+    keep: Form = keep_within_budget      # which slots are not dropped; training alone
 
     def names(self) -> str:
         return ", ".join(f.__name__ for f in (self.attend, self.select, self.experts))

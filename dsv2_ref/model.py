@@ -17,7 +17,7 @@ which whoever reads the sampled token or the loss is told.
 Shapes: B batch, T new tokens, S = cached + new tokens, N = B·T flat tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -61,7 +61,7 @@ class DeepSeekV2(nn.Module):
     """DeepSeek-V2 of any size.  `model(tokens, cache=None)` gives logits (B, T, vocab).
 
     `layers`: those that are here, None for all of them. `held`: the routed experts whose weights
-    are here, None for all; `across` then makes a form for experts on several ranks of a local one.
+    are here, None for all; `across` then makes, of the forms for one process, those for all ranks.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class DeepSeekV2(nn.Module):
             raise ValueError(f"layers: {self.layers}, expected a part of range(0, {c.n_layers})")
         self.first, self.last = self.layers.start == 0, self.layers.stop == c.n_layers
         self.recompute = 0.0     # share of the blocks whose activations are made again in training
-        self.across = None
+        self.across: Callable[[Forms], Forms] | None = None
         if self.first or (self.last and c.tie_embeddings):      # a tied matrix has two owners
             self.embedding = nn.Embedding(c.vocab, c.d)
         self.blocks = nn.ModuleList(Block(c, layer, held) for layer in self.layers)
@@ -198,7 +198,7 @@ class DeepSeekV2(nn.Module):
         cos, sin = rope_tables(positions, *_rope(c, device))             # (B or 1, T, d_r/2)
         forms = self._forms(B, T, S, None if cache is None else cache.kind)
         if self.across is not None:
-            forms = replace(forms, experts=self.across(forms.experts))
+            forms = self.across(forms)
         return Pass(cos, sin, forms, cache)
 
     def embed(self, tokens: Tensor) -> Tensor:

@@ -131,7 +131,7 @@ def test_micro_batches_give_the_gradient_of_the_batch():
                       config)
         run.model.double()
         batch = Batch(run.batches.next_batch(5), torch.zeros(5, dtype=torch.bool))
-        entries.append(floats(run._backward(batch, 5)[0]))
+        entries.append(floats(run._backward(batch)[0]))
         gradients.append([p.grad for p in run.model.parameters()])
     for other, sums in zip(gradients[1:], entries[1:], strict=True):
         assert sums == pytest.approx(entries[0], rel=1e-10)
@@ -145,7 +145,7 @@ def test_recomputing_changes_nothing():
     for share in (0.0, 0.5, 1.0):
         run = trainer(RECIPE.with_(recompute=share))
         batch = Batch(run.batches.next_batch(3), torch.tensor([True, False, False]), True)
-        sums, load = run._backward(batch, 3)
+        sums, load = run._backward(batch)
         entries.append((floats(sums), [layer.experts.tolist() for layer in load]))
         gradients.append([p.grad for p in run.model.parameters()])
     assert entries[0] == entries[1] == entries[2] and len(entries[0][1]) == 1
@@ -519,7 +519,7 @@ def test_a_batch_too_small_for_the_world_is_one_line():
             return batch.rows(slice(1, None))
 
     run = trainer(RECIPE, world=Last())                    # the ramp begins with one sequence
-    refused(run.step, "batch: 1 sequences", "one for each process")
+    refused(run.step, "micro-batch: 1 sequences", "one for each process")
 
 
 def test_the_device_is_waited_for_once_a_step(monkeypatch):

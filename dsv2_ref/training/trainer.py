@@ -13,7 +13,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -65,7 +65,7 @@ class Trainer:
     ) -> None:
         self.model, self.recipe, self.objective = model, recipe, objective
         self.world = world or World()
-        self.device = model.embedding.weight.device
+        self.device = model.like.device
         if recipe.weights == "bf16":
             model.bfloat16()
             for module in model.modules():
@@ -102,7 +102,7 @@ class Trainer:
         rate = self._set_rate()
         batch = self._read(with_load)
         entry = {"step": self.steps + 1, "tokens": self.tokens + batch.tensors[0].numel()}
-        losses, load = self._backward(self.world.share(batch), len(batch))
+        losses, load = self._backward(batch)
         gradients = [W.grad for W in self.model.parameters() if W.grad is not None]
         self.world.reduce([*gradients, *losses.values()])
         norm = clip_gradients(self.model.parameters(), self.recipe.clip, self.world)
@@ -142,27 +142,30 @@ class Trainer:
         protected = torch.rand(len(tensors[0]), generator=draw) < recipe.protected       # (B,)
         return Batch(tensors, protected, with_load)
 
-    def _backward(self, batch: Batch, whole: int) -> tuple[dict[str, Tensor], list[Traffic]]:
-        """Gradients of these rows of a batch of `whole` sequences, a micro-batch at a time.
+    def _backward(self, batch: Batch) -> tuple[dict[str, Tensor], list[Traffic]]:
+        """Gradients of this process's rows, a micro-batch at a time.
 
         The losses by name, summed in fp64 on the device, and the load of the last micro-batch.
         """
-        if not len(batch):
-            raise ValueError(f"batch: {whole} sequences, expected one for each process at least")
         self.model.train()
-        size = self.recipe.micro_batch or len(batch)
-        sums: dict[str, Tensor] = {}
-        for start in range(0, len(batch), size):
-            part = batch.rows(slice(start, start + size), self.device)
-            share = len(part) / whole
-            with autocast(self.device, self.precision):
-                found = self.objective(self.model, part)
-            (found.total * share).backward()
-            for name, loss in found.losses.items():
-                loss = loss.detach().double() * share
-                sums[name] = sums[name] + loss if name in sums else loss
+        sums, load = self.world.backward(self._micro_batches(batch), self._losses)
         sums["loss"] = sum(sums.values())
-        return sums, found.load
+        return sums, load
+
+    def _micro_batches(self, batch: Batch) -> Iterator[tuple[Batch, float]]:
+        """This process's rows of each micro-batch, and their share of the batch."""
+        size = self.recipe.micro_batch or len(batch)
+        for start in range(0, len(batch), size):
+            whole = batch.rows(slice(start, start + size))
+            part = self.world.share(whole)
+            if not len(part):
+                raise ValueError(f"micro-batch: {len(whole)} sequences, expected one for each "
+                                 "process at least")
+            yield part.rows(slice(None), self.device), len(part) / len(batch)
+
+    def _losses(self, part: Batch) -> Named:
+        with autocast(self.device, self.precision):
+            return self.objective(self.model, part)
 
     def _unusable(self, entry: dict[str, Any]) -> bool:
         """Whether this update must be left out: no number, or far above the usual gradient norm.

@@ -5,12 +5,13 @@ Gradients and losses of a share are weighted by its part of the whole batch, so 
 the processes is what one process alone would have found.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
-from dsv2_ref.training.objective import Batch
+from dsv2_ref.block import Traffic
+from dsv2_ref.training.objective import Batch, Named
 
 
 class World:
@@ -24,8 +25,24 @@ class World:
     state_name: str | None = "state"     # of this one's states in the folder; None: it has none
 
     def share(self, batch: Batch) -> Batch:
-        """The rows that this process reads; not none."""
+        """The rows of a micro-batch that this process reads; not none."""
         return batch
+
+    def backward(
+        self, parts: Iterable[tuple[Batch, float]], losses: Callable[[Batch], Named]
+    ) -> tuple[dict[str, Tensor], list[Traffic]]:
+        """Add the gradients of micro-batches, each weighted by its share of the whole batch.
+
+        The losses by name, weighted and summed in fp64, and the load of the last micro-batch.
+        """
+        sums: dict[str, Tensor] = {}
+        for part, share in parts:
+            found = losses(part)
+            (found.total * share).backward()
+            for name, loss in found.losses.items():
+                loss = loss.detach().double() * share
+                sums[name] = sums[name] + loss if name in sums else loss
+        return sums, found.load
 
     def reduce(self, tensors: list[Tensor]) -> None:
         """Replace each tensor by its sum over the processes, in place."""
