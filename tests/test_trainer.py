@@ -15,7 +15,14 @@ from small_run import CONFIG, RECIPE, tokens, trainer
 
 from dsv2_ref.model import DeepSeekV2
 from dsv2_ref.training.objective import Batch, Named, pretraining
-from dsv2_ref.training.pretrain import Trainer, TrainingDiverged, clip_gradients, train
+from dsv2_ref.training.optim import by_muon
+from dsv2_ref.training.pretrain import (
+    Stopped,
+    Trainer,
+    TrainingDiverged,
+    clip_gradients,
+    train,
+)
 from dsv2_ref.training.recipe import Recipe
 from dsv2_ref.training.run_folder import load_state
 from dsv2_ref.training.world import World
@@ -289,7 +296,8 @@ def fields(run):
         model.embedding.weight
     for i, optimizer in enumerate(optimizers):
         state = optimizer.state_dict()
-        values[f"groups {i}"] = json.loads(json.dumps(state["param_groups"]))
+        values[f"groups {i}"] = [{k: v for k, v in group.items() if k != "lr"}    # set each step
+                                 for group in json.loads(json.dumps(state["param_groups"]))]
         values[f"moments {i}"] = {(j, key): (t.dtype, t.tolist())
                                   for j, of in state["state"].items() for key, t in of.items()}
     return values
@@ -338,19 +346,54 @@ def test_a_state_that_lacks_something_is_one_line(tmp_path):
     for key in state:
         rest = {k: v for k, v in state.items() if k != key}
         refused(lambda rest=rest: trainer().restore("s", tensors, rest), f"{key}: missing")
-    for key in ("model.norm.weight", "optimizer.0.1.exp_avg", "optimizer.1.0.momentum"):
+    for key in ("model.norm.weight", "moment.norm.weight.exp_avg",
+                "moment.blocks.1.ffn.experts.W_up.momentum"):
         rest = {k: v for k, v in tensors.items() if k != key}
-        if key != "optimizer.1.0.momentum":
-            refused(lambda rest=rest: trainer().restore("s", rest, state), key, "missing")
-    more = tensors | {"model.extra": torch.ones(1)}
-    refused(lambda: trainer().restore("s", more, state), "model.extra", "not expected")
-    other = tensors | {"model.norm.weight": torch.ones(5)}
-    refused(lambda: trainer().restore("s", other, state), "model.norm.weight", "(5,)", "(24,)")
-    refused(lambda: trainer().restore("s", tensors, state | {"groups": []}), "groups")
+        refused(lambda rest=rest: trainer().restore("s", rest, state), key, "missing")
+    for key in ("model.extra", "moment.extra.exp_avg"):
+        more = tensors | {key: torch.ones(1)}
+        refused(lambda more=more: trainer().restore("s", more, state), key, "not expected")
+    for key in ("model.norm.weight", "moment.norm.weight.exp_avg"):
+        other = tensors | {key: torch.ones(5)}
+        refused(lambda other=other: trainer().restore("s", other, state), key, "(5,)", "(24,)")
     untouched = trainer()
     before = fields(untouched)
     refused(lambda: untouched.restore("s", other, state), "shape")
     assert fields(untouched) == before
+
+
+def test_a_state_of_an_earlier_version_is_one_line(tmp_path):
+    run = trainer()
+    run.step()
+    run.save(tmp_path / "s")
+    tensors, state = load_state(tmp_path / "s")
+    numbered = {name: t for name, t in tensors.items() if name.startswith("model.")}
+    numbered |= {"optimizer.0.1.exp_avg": torch.ones(24)}
+    refused(lambda: trainer().restore("s", numbered, state | {"groups": []}), "earlier version",
+            "by name")
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw8"])
+def test_a_state_speaks_of_everything_by_name(tmp_path, optimizer):
+    """So that others may read it who hold other parts, or have other numbers for them."""
+    run = trainer(RECIPE.with_(optimizer=optimizer))
+    run.step()
+    run.save(tmp_path / "s")
+    tensors, _ = load_state(tmp_path / "s")
+    names = {name for name, _ in run.model.named_parameters()}
+    keys = {"adamw8": {"step", "m", "v", "m_largest", "v_largest"}}
+    found = {}
+    for full in tensors:
+        kind, name = full.split(".", 1)
+        if kind == "moment":
+            name, _, key = name.rpartition(".")
+            found.setdefault(name, set()).add(key)
+        assert kind in ("model", "moment") and (kind == "model" or name in names), full
+    assert found.keys() == names
+    for name, of in found.items():
+        muon = optimizer == "muon" and by_muon(name, run.model.get_parameter(name))
+        adamw = {"step", "exp_avg", "exp_avg_sq"}
+        assert of == ({"momentum"} if muon else keys.get(optimizer, adamw)), name
 
 
 def test_a_resumed_run_may_have_another_rate_where_that_is_asked_for(tmp_path):
@@ -447,7 +490,7 @@ class Two(World):
 
     def __init__(self, rank, meet, given):
         self.rank, self.meet, self.given = rank, meet, given
-        self.first, self.state_name = rank == 0, f"state-of-{rank}"
+        self.first = rank == 0
 
     def share(self, batch):
         half = len(batch) // 2
@@ -460,6 +503,10 @@ class Two(World):
         for t, a, b in zip(tensors, *self.given, strict=True):
             t.copy_(a + b)
         self.meet.wait()
+
+    def save(self, path, tensors, state):
+        if self.first:
+            super().save(path, tensors, state)
 
 
 def two_ranks(recipe, work):
@@ -504,13 +551,35 @@ def test_two_ranks_train_as_one_process_does_with_micro_batches(optimizer):
     assert torch.equal(runs[0].world.seen.protected, runs[1].world.seen.protected)
 
 
-def test_two_ranks_write_one_log_and_a_state_each(tmp_path):
+def test_two_ranks_write_one_log_and_one_state(tmp_path):
     recipe = RECIPE.with_(batch=2, batch_start=2, steps=4)
     _, logs = two_ranks(recipe, lambda run: train(run, tmp_path, 2, progress=False))
     assert exact(logs[0]) == exact(logs[1])
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 4
     assert {p.name for p in tmp_path.glob("*.safetensors")} == {
-        f"state-of-{rank}-{step:09}.safetensors" for rank in (0, 1) for step in (2, 4)}
+        f"state-{step:09}.safetensors" for step in (2, 4)}
+
+
+def test_all_ranks_stop_at_the_step_after_a_signal_to_one(tmp_path):
+    recipe = RECIPE.with_(batch=2, batch_start=2, steps=9)
+    told = [None, None]
+
+    def work(run):
+        def asked(signal, me=run.world.rank):
+            told[me] = 15 if me == 1 and run.steps == 3 else signal
+            run.world.meet.wait()
+            found = told[0] or told[1]
+            run.world.meet.wait()
+            return found
+
+        run.world.asked = asked
+        with pytest.raises(Stopped) as caught:
+            train(run, tmp_path, 0, progress=False)
+        return run.steps, caught.value.code
+
+    _, done = two_ranks(recipe, work)
+    assert done == [(3, 143), (3, 143)]
+    assert (tmp_path / "state-000000003.safetensors").exists()
 
 
 def test_a_batch_too_small_for_the_world_is_one_line():

@@ -77,6 +77,11 @@ class TextTokenizer:
         """The content of a tokenizer.json, which `load_tokenizer` reads."""
         return self.tokenizer.to_str(pretty=True)
 
+    @classmethod
+    def from_json(cls, text: str) -> "TextTokenizer":
+        """What `to_json` gave."""
+        return cls(Tokenizer.from_str(text))
+
 
 def train_tokenizer(texts: Iterable[str], vocab: int) -> TextTokenizer:
     """Learn the merges from `texts`; ids 0 and 1 are the document marks, then bytes, then merges.
@@ -119,7 +124,7 @@ def load_tokenizer(path: str | Path) -> TextTokenizer:
     try:
         text = path.read_text(encoding="utf-8")
         json.loads(text)
-        return TextTokenizer(Tokenizer.from_str(text))
+        return TextTokenizer.from_json(text)
     except Exception as error:  # the library raises bare Exception
         reason = " ".join(str(error).split())
         raise ValueError(f"{str(path)!r} is not a usable tokenizer.json: {reason}") from error

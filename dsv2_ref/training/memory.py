@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dsv2_ref.cross_entropy import chunk_rows
 from dsv2_ref.model import DeepSeekV2
-from dsv2_ref.training.adamw8 import BLOCK, PIECE
+from dsv2_ref.training.adamw8 import BLOCK, PIECE, blocks_of
 from dsv2_ref.training.machine import autocast
 from dsv2_ref.training.optim import by_muon
 from dsv2_ref.training.recipe import Recipe
@@ -71,7 +71,7 @@ def state_bytes(n_parameters: int, recipe: Recipe) -> int:
 
 def _moment_bytes(name: str, weight: Tensor, recipe: Recipe) -> int:
     if recipe.optimizer == "adamw8":
-        return -(-weight.numel() // BLOCK) * (2 * BLOCK + 8)
+        return blocks_of(weight.shape) * (2 * BLOCK + 8)
     one = recipe.optimizer == "muon" and by_muon(name, weight)
     return weight.nbytes if one else 2 * weight.nbytes
 

@@ -11,12 +11,15 @@ not tuned further). This is our choice, not the paper's.
 class below treats the last two dimensions as the matrix and equals torch's on 2-D (a test says so).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from dsv2_ref.training.adamw8 import AdamW8
+from dsv2_ref.moe.experts import MixtureOfExperts
+from dsv2_ref.training.adamw8 import AdamW8, blocks_of
 
 
 def orthogonalise(M: Tensor, iterations: int = 5) -> Tensor:
@@ -37,7 +40,7 @@ def orthogonalise(M: Tensor, iterations: int = 5) -> Tensor:
     return X.mT if tall else X
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(Optimizer):
     """Momentum, orthogonalised. Parameters are matrices or stacks of them, (..., rows, columns).
 
     The update of a matrix is scaled by sqrt(max(1, rows / columns)), as torch's is by default.
@@ -75,20 +78,27 @@ def by_muon(name: str, weight: Tensor) -> bool:
     return weight.ndim > 1 and not any(x in name for x in ("embedding", "head", "router"))
 
 
+def alone(kind: type[Optimizer], groups: list[dict], **options: object) -> list[Optimizer]:
+    """One optimiser of that kind, of one process."""
+    return [kind(groups, **options)]
+
+
 def build_optimizers(
     model: nn.Module, kind: str, lr: float, weight_decay: float = 0.1,
     betas: tuple[float, float] = (0.9, 0.95), adamw_lr: float | None = None, seed: int = 0,
-) -> list[torch.optim.Optimizer]:
+    make: Callable[..., list[Optimizer]] = alone,
+) -> list[Optimizer]:
     """The optimisers of a run; each group carries its peak rate as `peak`.
 
     kind 'adamw': everything by AdamW at `lr`; 'adamw8': the same in little memory, bf16 weights
     rounded stochastically from `seed`. kind 'muon': matrices and stacks of experts by Muon
     at `lr`, the embedding, the head, the routers and the norms by AdamW at `adamw_lr`, None for
     `lr`. Norm gains are never decayed: pulling a gain to zero regularises nothing (the paper does
-    not say).
+    not say). `make` makes the optimisers of one kind; processes may share them.
     """
     if kind not in ("adamw", "adamw8", "muon"):
         raise ValueError(f"optimizer: {kind!r}, expected 'adamw', 'adamw8' or 'muon'")
+    _tell_places(model)
     matrices, tables, gains = [], [], []
     for name, weight in model.named_parameters():
         if weight.ndim == 1:
@@ -100,20 +110,83 @@ def build_optimizers(
     rate = lr if kind != "muon" or adamw_lr is None else adamw_lr
     groups = [{"params": tables}, {"params": gains, "weight_decay": 0.0}]
     options = {"lr": rate, "betas": betas, "weight_decay": weight_decay}
-    optimizers: list[torch.optim.Optimizer] = [
-        AdamW8(groups, **options, seed=seed) if kind == "adamw8"
-        else torch.optim.AdamW(groups, **options)
-    ]
+    if kind == "adamw8":
+        optimizers = make(AdamW8, groups, **options, seed=seed)
+    else:
+        optimizers = make(torch.optim.AdamW, groups, **options)
     if matrices:
-        optimizers.append(Muon(matrices, lr=lr, weight_decay=weight_decay))
+        optimizers += make(Muon, [{"params": matrices}], lr=lr, weight_decay=weight_decay)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]
     return optimizers
 
 
-def set_rate(optimizers: list[torch.optim.Optimizer], share: float) -> None:
+def _tell_places(model: nn.Module) -> None:
+    """Each weight gets its `place`: its name, and the first expert of its share; see `AdamW8`."""
+    first = {W: module.held.start for module in model.modules()
+             if isinstance(module, MixtureOfExperts) for W in module.parameters(recurse=False)}
+    for name, W in model.named_parameters():
+        W.place = name, first.get(W, 0)
+
+
+def set_rate(optimizers: list[Optimizer], share: float) -> None:
     """Set every group's rate to `share` of its peak."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = share * group["peak"]
+
+
+def keeper(optimizer: Optimizer) -> Optimizer:
+    """Who has the moments: of an optimiser that processes share, this one's part of it.
+
+    torch's ZeroRedundancyOptimizer calls that part `optim`.
+    """
+    return getattr(optimizer, "optim", optimizer)
+
+
+def moments(optimizers: list[Optimizer]) -> dict[str, Tensor]:
+    """What the optimisers of this process remember, as moment.NAME.KEY, NAME being the weight's."""
+    return {f"moment.{W.place[0]}.{key}": t for optimizer in map(keeper, optimizers)
+            for W, values in optimizer.state.items() for key, t in values.items()}
+
+
+def check_moments(
+    path: str | Path, found: dict[str, Tensor], optimizers: list[Optimizer]
+) -> list[tuple[Optimizer, Tensor, dict[str, Tensor]]]:
+    """What is to be put into each optimiser's state, by weight.
+
+    ValueError if something is missing, too much, or of another size than the weight asks for.
+    """
+    by_name: dict[str, dict[str, Tensor]] = {}
+    for full, t in found.items():
+        name, _, key = full.removeprefix("moment.").rpartition(".")
+        by_name.setdefault(name, {})[key] = t
+    result = []
+    for optimizer in map(keeper, optimizers):
+        weights = {W.place[0]: W for group in optimizer.param_groups for W in group["params"]
+                   if W.requires_grad}
+        mine = {name: by_name.pop(name, {}) for name in weights}
+        keys = sorted(set().union(*mine.values()))
+        for name, values in mine.items():
+            shape = weights[name].shape
+            for key in keys:
+                if key not in values:
+                    raise ValueError(f"moment.{name}.{key}: missing from {path}")
+                t = values[key]
+                if t.ndim and t.shape != shape and len(t) != blocks_of(shape):
+                    raise ValueError(f"moment.{name}.{key}: shape {tuple(t.shape)} in {path}, "
+                                     f"expected one for {tuple(shape)}")
+            if keys:
+                result.append((optimizer, weights[name], values))
+    for name, values in by_name.items():
+        raise ValueError(f"moment.{name}.{next(iter(values))}: not expected in {path}")
+    return result
+
+
+def put_moments(checked: list[tuple[Optimizer, Tensor, dict[str, Tensor]]]) -> None:
+    """Put what `check_moments` has passed into the optimisers, in the dtypes that it has."""
+    for optimizer, W, values in checked:
+        optimizer.state[W] = {
+            key: t.clone() if key == "step" else t.to(W.device, copy=True)
+            for key, t in values.items()}

@@ -49,9 +49,10 @@ def train(
     `gate_entropy` of each layer's affinities, in nats. `watch` is called with each entry.
     """
     log: list[dict[str, Any]] = []
+    world = trainer.world
     with ExitStack() as opened:
         run = _open(folder, trainer, opened)
-        keep = run and save_every is not None and trainer.world.state_name
+        keep = run and save_every is not None
         stop = opened.enter_context(_Signals())
         bar = opened.enter_context(tqdm(
             total=1000, initial=round(1000 * trainer.progress), disable=not progress,
@@ -60,26 +61,31 @@ def train(
         def advance() -> None:
             entry = _entry(trainer, load_every, evaluate, evaluate_every)
             log.append(entry)
-            if run and trainer.world.first:
+            if run and world.first:
                 run.log(entry)
             if watch:
                 watch(entry)
             _show(bar, trainer, entry)
-            due = stop.asked or save_every and trainer.steps % save_every == 0
+            asked = world.asked(stop.asked)
+            due = asked or save_every and trainer.steps % save_every == 0
             if keep and due and _sound(entry):
-                run.save(trainer.steps, trainer.save)
-            stop.obey()
+                save()
+            if asked:
+                raise Stopped(asked)
+
+        def save() -> None:
+            run.save(trainer.steps, trainer.save, world.suffix, forget=world.first)
 
         try:
             if keep and not trainer.steps:
-                run.save(0, trainer.save)
+                save()
             _to_the_end(trainer, advance, log)
         except TrainingDiverged:
-            if keep:
+            if keep and world.first:
                 run.forget_from(trainer.last_update)
             raise
         if keep and log:
-            run.save(trainer.steps, trainer.save)
+            save()
     return log
 
 
@@ -89,10 +95,8 @@ def _open(
     """The run's folder, locked and with an open log where this process writes it."""
     if folder is None:
         return None
-    world = trainer.world
-    run = folder if isinstance(folder, RunFolder) else RunFolder(folder,
-                                                                 name=world.state_name or "state")
-    if world.first:
+    run = folder if isinstance(folder, RunFolder) else RunFolder(folder)
+    if trainer.world.first:
         opened.enter_context(run.held())
         run.open_log(trainer.steps)
         opened.callback(run.close)
@@ -108,7 +112,8 @@ def _to_the_end(
     trainer: Trainer, advance: Callable[[], None], log: list[dict[str, Any]]
 ) -> None:
     """Advance, which adds to the log, until the run is done."""
-    by_clock = trainer.recipe.seconds is not None and trainer.device.type == "cpu"
+    by_clock = (trainer.recipe.seconds is not None and trainer.device.type == "cpu"
+                and not trainer.world.several)       # several would not agree on how many steps
     while trainer.progress < 1:
         if by_clock and trainer.steps % 64 == 0:
             set_fastest_threads(advance)
@@ -170,10 +175,6 @@ class _Signals:
         self.asked = number
         if number == signal.SIGINT:
             signal.signal(number, self.before[number])
-
-    def obey(self) -> None:
-        if self.asked:
-            raise Stopped(self.asked)
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():

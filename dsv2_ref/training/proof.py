@@ -9,10 +9,13 @@ from typing import Any
 from dsv2_ref.config import Config
 from dsv2_ref.files.tensors import open_file
 from dsv2_ref.text.tokenizer import load_tokenizer
+from dsv2_ref.training.sharded_state import files_of_sharded, is_sharded
 
 
 def is_state(path: Path) -> bool:
-    """Whether a file is a state that `save_state` wrote."""
+    """Whether a file, or a folder with all that is in it, is a state that a run wrote."""
+    if path.is_dir():
+        return is_sharded(path) and files_of_sharded(path) == {p.name for p in path.iterdir()}
     try:
         with open_file(path) as reader:
             return "state" in (reader.metadata() or {})

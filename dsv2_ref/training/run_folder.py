@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
 """The folder of a run, which may be killed at any moment: its last states and its log.
 
-A state is one file, there whole or not at all, and carries a checksum of its tensors. The last
-`keep` are kept, so that one that the disk has damaged is not the end: the one before it is gone
-back to, and the run says so. The log is a line a step. A kill can tear its last line, and steps
-after the last state will be done again: both are cut off when the run goes on.
+A state is one file, or a folder where several processes wrote it; it is there whole or not at all,
+and carries a checksum. The last `keep` are kept, so that one that the disk has damaged is not the
+end: the one before it is gone back to, and the run says so. The log is a line a step. A kill can
+tear its last line, and steps after the last state will be done again: both are cut off when the run
+goes on.
 
 Nobody else's file is replaced or deleted. A file under one of our names has to prove by what is in
 it that a run wrote it; else the run is refused before anything is touched. While a run goes on it
@@ -15,6 +16,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,10 +31,12 @@ from dsv2_ref.files.lock import locked
 from dsv2_ref.files.tensors import checksum, open_file
 from dsv2_ref.files.whole import whole_file
 from dsv2_ref.training import proof
+from dsv2_ref.training.sharded_state import is_sharded, load_sharded, state_of_sharded
 
 # what a killed run leaves behind: our names, a process, and what it was
 SCRATCH = re.compile(r"\.(\w+-\d{9}\.safetensors|log\.jsonl|config\.json|tokenizer\.json|model)"
-                     r"\.\d+\.(tmp|safetensors|partial)")
+                     r"\.\d+\.(tmp|safetensors|partial)"
+                     r"|\.\w+-\d{9}\.[0-9a-f]{8}\.(tmp|old)")      # a state that is a folder
 
 
 def save_state(path: str | Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -61,6 +65,8 @@ def save_state(path: str | Path, tensors: dict[str, Tensor], state: dict[str, An
 
 def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read back what `save_state` wrote. ValueError if a bit of its tensors has changed."""
+    if is_sharded(path):
+        return load_sharded(path)
     with open_file(Path(path)) as reader:
         metadata = reader.metadata() or {}
         if "state" not in metadata:
@@ -74,11 +80,19 @@ def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"{path}: damaged, expected JSON as its state") from None
 
 
-class RunFolder:
-    """`path` of one run; its states are files named `name`-STEP. Nothing is made before `held`."""
+def state_of(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The dictionary of a state that is whole, without tensors: each process reads its own later.
 
-    def __init__(self, path: str | Path, keep: int = 2, name: str = "state") -> None:
-        self.path, self.keep, self.name = Path(path), keep, name
+    ValueError as of `load_state`.
+    """
+    return {}, state_of_sharded(path) if is_sharded(path) else load_state(path)[1]
+
+
+class RunFolder:
+    """`path` of one run; its states are named state-STEP. Nothing is made before `held`."""
+
+    def __init__(self, path: str | Path, keep: int = 2) -> None:
+        self.path, self.keep = Path(path), keep
         self._log: TextIO | None = None
         self._held = False
         self._mine = self.states[::-1]        # states of this run, the oldest first
@@ -89,9 +103,8 @@ class RunFolder:
     @property
     def states(self) -> list[Path]:
         """Saved states, the newest first."""
-        pattern = re.compile(rf"{re.escape(self.name)}-\d{{9}}\.safetensors")
-        return sorted((p for p in self.path.glob(f"{self.name}-*")
-                       if pattern.fullmatch(p.name)), reverse=True)
+        return sorted((p for p in self.path.glob("state-*")
+                       if re.fullmatch(r"state-\d{9}(\.safetensors)?", p.name)), reverse=True)
 
     @contextmanager
     def held(self) -> Iterator["RunFolder"]:
@@ -142,34 +155,39 @@ class RunFolder:
             raise ValueError(f"{path}: exists and was not written by this run, expected another "
                              "--out, or this moved away")
 
-    def save(self, step: int, write: Callable[[Path], None]) -> None:
+    def save(
+        self, step: int, write: Callable[[Path], None], suffix: str = ".safetensors",
+        forget: bool = True,
+    ) -> None:
         """`write` the state after `step`, atomically; then forget all but the last `keep` of this
-        run, and those of runs before it."""
-        path = self.path / f"{self.name}-{step:09}.safetensors"
+        run, and those of runs before it, unless another process does."""
+        path = self.path / f"state-{step:09}{suffix}"
         write(path)
         self._mine = [p for p in self._mine if p != path] + [path]
-        for old in self.states:
-            if old not in self._mine[-self.keep :] and proof.is_state(old):
-                old.unlink(missing_ok=True)
+        for old in self.states if forget else []:
+            if old not in self._mine[-self.keep :]:
+                _remove_state(old)
 
     def forget_from(self, step: int) -> None:
         """Remove the states after `step` updates and more, as long as there is one before them."""
         number = {path: int(path.stem.rpartition("-")[2]) for path in self.states}
         if any(n < step for n in number.values()):
-            for path in (path for path, n in number.items() if n >= step and proof.is_state(path)):
-                path.unlink(missing_ok=True)
+            for path in (path for path, n in number.items() if n >= step):
+                _remove_state(path)
 
-    def newest(self, say: Callable[[str], None]) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
-        """The newest state that is whole; `say` is told of each damaged one.
+    def newest(
+        self, say: Callable[[str], None],
+        load: Callable[[Path], tuple[dict[str, Tensor], dict[str, Any]]] = load_state,
+    ) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+        """The newest state that is whole, as `load` reads it; `say` is told of each damaged one.
 
         ValueError if there is none.
         """
         if not self.states:
-            raise ValueError(f"{self.path}: no {self.name}-*.safetensors, expected a saved state "
-                             "to resume from")
+            raise ValueError(f"{self.path}: no state-*, expected a saved state to resume from")
         for path in self.states:
             try:
-                return path, *load_state(path)
+                return path, *load(path)
             except ValueError as damage:
                 say(f"{damage}; going back to the state before it")
         raise ValueError(f"{self.path}: every saved state is damaged, expected a whole one")
@@ -193,7 +211,7 @@ class RunFolder:
             self._log = path.open("a", encoding="utf-8")
         except OSError as error:
             raise self._unwritable(error) from None
-        last = f"{self.name}-{steps:09}.safetensors"
+        last = f"state-{steps:09}.safetensors"
         self._mine = [p for p in self.states[::-1] if steps and p.name <= last]
         return self
 
@@ -211,6 +229,18 @@ class RunFolder:
                 self._log.close()
             except OSError:          # what a full disk did not take was told by `log`
                 pass
+
+
+def _remove_state(path: Path) -> None:
+    """If a run wrote it, and nothing else lies in it; a folder is never seen without a part."""
+    if not proof.is_state(path):
+        return
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    old = path.with_name(f".{path.name}.{secrets.token_hex(4)}.old")
+    path.rename(old)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def plain(values: Any) -> Any:

@@ -17,6 +17,7 @@ from dsv2_ref.training.machine import autocast, default_device, memory
 from dsv2_ref.training.memory import state_bytes
 from dsv2_ref.training.recipe import Recipe
 from dsv2_ref.training.trainer import Trainer
+from dsv2_ref.training.world import World
 
 
 @dataclass
@@ -40,9 +41,13 @@ class Setup:
     def held_out(self, documents: list[Document], progress: bool = False) -> float:
         """Bits per byte of documents of the corpus."""
         ids = list(marked(documents, self.tokenizer))
-        with autocast(self.trainer.device, self.trainer.precision):
-            return bits_per_byte(self.model, ids, byte_count(documents),
-                                 self.trainer.recipe.sequence, progress=progress)
+
+        def judge(model: DeepSeekV2) -> float:
+            with autocast(self.trainer.device, self.trainer.precision):
+                return bits_per_byte(model, ids, byte_count(documents),
+                                     self.trainer.recipe.sequence, progress=progress)
+
+        return self.trainer.world.with_whole(self.model, judge)
 
     @torch.no_grad()
     def held_out_load(self, documents: list[Document], rows: int = 40) -> list[Traffic]:
@@ -60,29 +65,37 @@ class Setup:
 
 def set_up(
     config: Config | None, recipe: Recipe, corpus: Corpus, tokenizer: TextTokenizer | None = None,
-    model: DeepSeekV2 | None = None,
+    model: DeepSeekV2 | None = None, world: World | None = None,
 ) -> Setup:
     """Tokenizer (trained on the corpus unless given), model and trainer; all from recipe.seed.
 
-    A ready `model` is trained as it is, with the tokenizer given; `config` is then None.
+    A ready `model` is trained as it is, with the tokenizer given; `config` is then None. Where
+    several processes train, each makes the whole model on the CPU and takes its share.
     """
+    world = world or World()
+    device = "cpu" if world.several else default_device()
     if model is None:
-        _check_memory(config, recipe)
+        if not world.several:
+            _check_memory(config, recipe)
         if tokenizer is None:
-            tokenizer = train_tokenizer((d.text for d in corpus.train), config.vocab)
+            tokenizer = TextTokenizer.from_json(world.first_does(lambda: train_tokenizer(
+                (d.text for d in corpus.train), config.vocab).to_json()))
         model = new_model(config.with_(max_positions=max(config.max_positions, recipe.sequence)),
-                          tokenizer, recipe.seed)
+                          tokenizer, recipe.seed, device)
     else:
         check_ready(model.config, recipe, tokenizer)
-        model.to(default_device())
-    return Setup(corpus, tokenizer, Trainer(model, recipe, encode(corpus.train, tokenizer)))
+        model.to(device)
+    tokens = encode(corpus.train, tokenizer)
+    return Setup(corpus, tokenizer, Trainer(world.hold(model), recipe, tokens, world=world))
 
 
-def new_model(config: Config, tokenizer: TextTokenizer, seed: int) -> DeepSeekV2:
-    """Random weights on the default device, with the tokenizer's ids."""
+def new_model(
+    config: Config, tokenizer: TextTokenizer, seed: int, device: str | None = None
+) -> DeepSeekV2:
+    """Random weights on a device, None for the default one, with the tokenizer's ids."""
     config = config.with_(vocab=tokenizer.vocab, bos=tokenizer.bos, eos=tokenizer.eos)
     torch.manual_seed(seed)
-    with torch.device(default_device()):            # 15.7B random numbers take minutes on a CPU
+    with torch.device(device or default_device()):  # 15.7B random numbers take minutes on a CPU
         return DeepSeekV2(config)
 
 

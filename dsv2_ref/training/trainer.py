@@ -28,13 +28,18 @@ from dsv2_ref.moe.routing import Router
 from dsv2_ref.text.data import PackedBatches
 from dsv2_ref.training.machine import autocast, fast_precision
 from dsv2_ref.training.objective import Batch, Named, pretraining
-from dsv2_ref.training.optim import build_optimizers, set_rate
+from dsv2_ref.training.optim import (
+    build_optimizers,
+    check_moments,
+    moments,
+    put_moments,
+    set_rate,
+)
 from dsv2_ref.training.recipe import Recipe
-from dsv2_ref.training.run_folder import load_state, save_state
 from dsv2_ref.training.world import World, clip_gradients
 
 SPIKE, RECENT = 10.0, 64     # an update is left out at 10 times the median of the last 64 norms
-STATE = ("config", "recipe", "groups", "data", "steps", "tokens", "elapsed", "precision", "norms",
+STATE = ("config", "recipe", "data", "steps", "tokens", "elapsed", "precision", "norms",
          "skipped")                                  # what a state holds beside its tensors
 FREE, RATES = ("steps", "seconds"), ("lr", "adamw_lr")        # a resumed run may differ in these
 
@@ -73,7 +78,8 @@ class Trainer:
                     module.float()
         model.recompute = recipe.recompute
         self.optimizers = build_optimizers(model, recipe.optimizer, recipe.lr, recipe.weight_decay,
-                                           adamw_lr=recipe.adamw_lr, seed=recipe.seed)
+                                           adamw_lr=recipe.adamw_lr, seed=recipe.seed,
+                                           make=self.world.optimizers)
         if isinstance(batches, np.ndarray):
             batches = PackedBatches(batches, recipe.batch, recipe.sequence, recipe.seed)
         self.batches = batches
@@ -116,7 +122,7 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         self.steps, self.tokens = entry["step"], entry["tokens"]
-        self.elapsed += time.perf_counter() - began
+        self.elapsed = self.world.clock(self.elapsed + time.perf_counter() - began)
         entry["seconds"] = round(self.elapsed, 3)
         if with_load:
             entry["load"] = load
@@ -148,7 +154,9 @@ class Trainer:
         The losses by name, summed in fp64 on the device, and the load of the last micro-batch.
         """
         self.model.train()
-        sums, load = self.world.backward(self._micro_batches(batch), self._losses)
+        sums, load = self.world.backward(
+            self._micro_batches(batch), lambda part: self.objective(self.model, part),
+            around=lambda: autocast(self.device, self.precision))
         sums["loss"] = sum(sums.values())
         return sums, load
 
@@ -162,10 +170,6 @@ class Trainer:
                 raise ValueError(f"micro-batch: {len(whole)} sequences, expected one for each "
                                  "process at least")
             yield part.rows(slice(None), self.device), len(part) / len(batch)
-
-    def _losses(self, part: Batch) -> Named:
-        with autocast(self.device, self.precision):
-            return self.objective(self.model, part)
 
     def _unusable(self, entry: dict[str, Any]) -> bool:
         """Whether this update must be left out: no number, or far above the usual gradient norm.
@@ -190,16 +194,13 @@ class Trainer:
         return True
 
     def save(self, path: str | Path) -> None:
-        """Weights, moments, data position and step as one file, atomically."""
-        tensors = {f"model.{name}": p for name, p in self.model.state_dict().items()}
-        groups = []
-        for i, optimizer in enumerate(self.optimizers):
-            state = optimizer.state_dict()
-            groups.append(state["param_groups"])
-            for j, values in state["state"].items():
-                tensors |= {f"optimizer.{i}.{j}.{name}": t for name, t in values.items()}
-        save_state(path, tensors, {
-            "config": self.model.config.to_hf(), "recipe": asdict(self.recipe), "groups": groups,
+        """Weights, moments, data position and step, whole or not at all.
+
+        Tensors have the names of the whole model, whoever holds them: model.NAME, moment.NAME.KEY.
+        """
+        tensors = {f"model.{name}": W for name, W in self.model.state_dict().items()}
+        self.world.save(path, tensors | moments(self.optimizers), {
+            "config": self.model.config.to_hf(), "recipe": asdict(self.recipe),
             "data": self.batches.state(), "steps": self.steps, "tokens": self.tokens,
             "elapsed": self.elapsed, "precision": self.precision, "norms": self.norms,
             "skipped": self.skipped,
@@ -207,7 +208,7 @@ class Trainer:
 
     def load(self, path: str | Path) -> None:
         """`restore` what `save` wrote."""
-        self.restore(path, *load_state(path))
+        self.restore(path, *self.world.load(path, self))
 
     def restore(
         self, path: str | Path, tensors: dict[str, Tensor], state: dict[str, Any],
@@ -217,21 +218,20 @@ class Trainer:
 
         ValueError if something is missing, or belongs to another model, recipe or data.
         """
+        if "groups" in state:
+            raise ValueError(f"{path}: moments by number, as an earlier version wrote them, "
+                             "expected moments by name, of a run by this version")
         for name in STATE:
             if name not in state:
                 raise ValueError(f"{path}: {name}: missing, expected in a training state")
         self._check_same(path, state, FREE + RATES if other_rates else FREE)
         weights = {n.removeprefix("model."): t for n, t in tensors.items() if n[:6] == "model."}
         _check_weights(path, weights, self.model.state_dict())
-        moments = [_moments(path, tensors, i) for i in range(len(self.optimizers))]
+        rest = {n: t for n, t in tensors.items() if n[:6] != "model."}
+        remembered = check_moments(path, rest, self.optimizers)
         self.batches.load(state["data"])
         self.model.load_state_dict(weights)
-        for optimizer, groups, values in zip(self.optimizers, state["groups"], moments,
-                                             strict=True):
-            peaks = [group["peak"] for group in optimizer.param_groups]
-            optimizer.load_state_dict({"state": values, "param_groups": groups})
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["peak"] = peak
+        put_moments(remembered)
         self.steps, self.tokens = state["steps"], state["tokens"]
         self.elapsed, self.precision = state["elapsed"], state["precision"]
         self.norms, self.skipped = state["norms"], state["skipped"]
@@ -243,9 +243,6 @@ class Trainer:
                 if state[what].get(key) != value and key not in free:
                     raise ValueError(f"{path}: {what}.{key} was {state[what].get(key)!r}, expected "
                                      f"{value!r} to go on with this run")
-        if len(state["groups"]) != len(self.optimizers):
-            raise ValueError(f"{path}: groups of {len(state['groups'])} optimisers, expected "
-                             f"{len(self.optimizers)}")
 
 
 def _check_weights(path: str | Path, found: dict[str, Tensor], mine: dict[str, Tensor]) -> None:
@@ -256,20 +253,6 @@ def _check_weights(path: str | Path, found: dict[str, Tensor], mine: dict[str, T
         if found[name].shape != t.shape:
             raise ValueError(f"model.{name}: shape {tuple(found[name].shape)} in {path}, expected "
                              f"{tuple(t.shape)}")
-
-
-def _moments(path: str | Path, tensors: dict[str, Tensor], i: int) -> dict[int, dict[str, Tensor]]:
-    """What optimiser i remembers of each of its parameters, by the parameter's number."""
-    values: dict[int, dict[str, Tensor]] = {}
-    for name, t in tensors.items():
-        if name.startswith(f"optimizer.{i}."):
-            _, _, j, key = name.split(".")
-            values.setdefault(int(j), {})[key] = t
-    keys = set().union(*values.values())
-    for j, found in values.items():
-        for key in sorted(keys - set(found)):
-            raise ValueError(f"optimizer.{i}.{j}.{key}: missing from {path}")
-    return values
 
 
 def _on_host(scalars: dict[str, Tensor]) -> dict[str, float]:

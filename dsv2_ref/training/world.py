@@ -6,38 +6,70 @@ the processes is what one process alone would have found.
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from dsv2_ref.block import Traffic
+from dsv2_ref.model import DeepSeekV2
 from dsv2_ref.training.objective import Batch, Named
+from dsv2_ref.training.optim import alone
+from dsv2_ref.training.run_folder import load_state, save_state
+
+T = TypeVar("T")
 
 
 class World:
     """The processes that train together: here one, alone. Several inherit and override.
 
     All of them read the same batch at the same place in the data and draw the same protected
-    sequences; `share` is the one point where they part.
+    sequences; `share` is the one point where they part. What is marked "by all" is to be called by
+    every process, in the same order.
     """
 
-    first = True                         # whether this one writes the log
-    state_name: str | None = "state"     # of this one's states in the folder; None: it has none
+    first = True                 # whether this one writes the log and speaks
+    several = False
+    suffix = ".safetensors"      # of a state's name
+
+    # ---- what is held
+
+    def hold(self, model: DeepSeekV2) -> nn.Module:
+        """What this process trains of a model, which all have made alike."""
+        return model
+
+    def with_whole(self, model: nn.Module, work: Callable[[DeepSeekV2], T]) -> T:
+        """What `work` finds of the whole model, on the first; told to all. By all."""
+        return work(model)
+
+    def optimizers(
+        self, kind: type[Optimizer], groups: list[dict], **options: Any
+    ) -> list[Optimizer]:
+        """Optimisers of one kind for groups of parameters."""
+        return alone(kind, groups, **options)
+
+    # ---- a step
 
     def share(self, batch: Batch) -> Batch:
         """The rows of a micro-batch that this process reads; not none."""
         return batch
 
     def backward(
-        self, parts: Iterable[tuple[Batch, float]], losses: Callable[[Batch], Named]
+        self, parts: Iterable[tuple[Batch, float]], losses: Callable[[Batch], Named],
+        around: Callable[[], AbstractContextManager] = nullcontext,
     ) -> tuple[dict[str, Tensor], list[Traffic]]:
         """Add the gradients of micro-batches, each weighted by its share of the whole batch.
 
-        The losses by name, weighted and summed in fp64, and the load of the last micro-batch.
+        `around` makes what a forward pass runs in: autocast. The losses by name, weighted and
+        summed in fp64, and the load of the last micro-batch.
         """
         sums: dict[str, Tensor] = {}
         for part, share in parts:
-            found = losses(part)
+            with around():
+                found = losses(part)
             (found.total * share).backward()
             for name, loss in found.losses.items():
                 loss = loss.detach().double() * share
@@ -53,6 +85,30 @@ class World:
         norms = [torch.linalg.vector_norm(g, dtype=w)
                  for g, w in zip(gradients, wide, strict=True)]
         return torch.linalg.vector_norm(torch.stack(norms))
+
+    # ---- what all must agree on
+
+    def first_does(self, work: Callable[[], T]) -> T:
+        """What `work` gives on the first, told to all; its ValueError is everyone's. By all."""
+        return work()
+
+    def clock(self, seconds: float) -> float:
+        """Of these times, the first's. By all."""
+        return seconds
+
+    def asked(self, signal: int | None) -> int | None:
+        """The signal that any of the processes was sent. By all."""
+        return signal
+
+    # ---- states
+
+    def save(self, path: str | Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Write a training state, whole or not at all. By all."""
+        save_state(path, tensors, state)
+
+    def load(self, path: str | Path, trainer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What `save` wrote, as far as this trainer holds it. By all."""
+        return load_state(path)
 
 
 def clip_gradients(weights: Iterable[Tensor], most: float, world: World | None = None) -> Tensor:
