@@ -39,6 +39,10 @@ browser: ready
 kill: ready
 	DSV2_KILLS=200 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_run_folder.py -k kills
 
+# slower: eight processes, and `train` under torchrun, killed, restarted, resumed by others
+parallel: ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/parallel_slow.py
+
 # slower: the speed against transformers, on a quiet machine
 bench: ready
 	$(BIN)/python -m dsv2_ref bench cpu_decode
@@ -74,5 +78,5 @@ ready:
 clean:
 	rm -rf build .venv
 
-.PHONY: matrix ready run lab test lint unit notebooks browser kill bench audit mutants map execute model \
+.PHONY: matrix ready run lab test lint unit notebooks browser kill parallel bench audit mutants map execute model \
 	clean

@@ -62,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = vars(parser_of(argv[0] if argv else "").parse_args(argv))
         args.pop("command")
         result = args.pop("act")(**args)
+        if result is None:                     # of several processes one that does not speak
+            return 0
         text = result if isinstance(result, str) else json.dumps(result)
         return _write(text + "\n") or int(isinstance(result, Failed))
     except (ValueError, ImportError) as error:

@@ -26,10 +26,10 @@ LAYERS = [
     {"attention", "moe", "text"},
     {"kernels"},
     {"config", "config_json", "cross_entropy", "forms", "block", "model", "cost", "stretch"},
-    {"parallel"},
     {"files", "checkpoint"},
     {"inference"},
     {"training"},
+    {"parallel"},                        # on training's seam, `World`; commands join the two
     {"alignment"},
     {"bench", "paper", "figures", "commands", "copying", "checkout", "exercises", "__init__",
      "__main__"},

@@ -39,10 +39,13 @@ def output_folder(path: str | Path, with_model: bool = False) -> Path:
 
 def save_model(setup: Setup, path: Path) -> None:
     """The published format in bf16, tokenizer.json beside it; replaces an earlier one."""
-    state = DeepSeekV2(setup.saved or setup.model.config)
-    state.load_state_dict(setup.model.state_dict())
-    files = {"tokenizer.json": setup.tokenizer.to_json()}
-    checkpoint.save(state.bfloat16(), path, files, overwrite=True)
+    def save(model: DeepSeekV2) -> None:
+        state = DeepSeekV2(setup.saved or model.config)
+        state.load_state_dict(model.state_dict())
+        files = {"tokenizer.json": setup.tokenizer.to_json()}
+        checkpoint.save(state.bfloat16(), path, files, overwrite=True)
+
+    setup.trainer.world.with_whole(setup.model, save)
 
 
 def write_sample(

@@ -18,6 +18,7 @@ from dsv2_ref.training import long_context
 from dsv2_ref.training.ladder import LADDER
 from dsv2_ref.training.recipe import PAPER, Recipe
 from dsv2_ref.training.setup import Setup, check_ready, set_up
+from dsv2_ref.training.world import World
 
 RECIPES = {"minutes": Recipe(steps=1)} | PAPER | LADDER
 NEEDLE = {"needle": long_context.PRESETS["cpu"], "needle-gpu": long_context.PRESETS["gpu"]}
@@ -27,13 +28,15 @@ NEEDLE = {"needle": long_context.PRESETS["cpu"], "needle-gpu": long_context.PRES
 class Job:
     """What is trained, by which recipe, on which corpus where none is named, and how it is made.
 
-    `set_up` takes the corpus, and the tokenizer of a run that goes on.
+    `set_up` takes the corpus, the tokenizer of a run that goes on, and the processes that train.
+    `config` is of what is trained; None for what one process alone can train.
     """
 
     name: str
     recipe: Recipe
     corpus: str
-    set_up: Callable[[Corpus, TextTokenizer | None], Setup]
+    set_up: Callable[[Corpus, TextTokenizer | None, World], Setup]
+    config: Config | None = None
 
 
 def job_of(
@@ -72,13 +75,13 @@ def _preset(
     if recipe not in LADDER and all(length is None for length in lengths):
         changes = changes | {"steps": 300}
     chosen = _changed(RECIPES[recipe], tokens, changes)
-    return Job(preset, chosen, "python", lambda corpus, tokenizer: set_up(
-        PRESETS[preset], chosen, corpus, tokenizer))
+    return Job(preset, chosen, "python", lambda corpus, tokenizer, world: set_up(
+        PRESETS[preset], chosen, corpus, tokenizer, world=world), PRESETS[preset])
 
 
 def _needles(preset: str, tokens: float | None, changes: dict[str, Any]) -> Job:
     chosen = _changed(NEEDLE[preset].recipe, tokens, changes)
-    return Job(preset, chosen, "stories", lambda corpus, tokenizer: long_context.set_up_needles(
+    return Job(preset, chosen, "stories", lambda corpus, tokenizer, _: long_context.set_up_needles(
         NEEDLE[preset], chosen, corpus, tokenizer))
 
 
@@ -93,12 +96,12 @@ def _extension(
     chosen = _changed(long_context.extension(config, factor), tokens, changes)
     check_ready(longer, chosen, own)                     # before anything long is read
 
-    def make(corpus: Corpus, tokenizer: TextTokenizer | None) -> Setup:
+    def make(corpus: Corpus, tokenizer: TextTokenizer | None, world: World) -> Setup:
         model = stretched(checkpoint.load(folder, torch.float32), factor).requires_grad_()
-        return set_up(None, chosen, corpus, tokenizer or own, model)
+        return set_up(None, chosen, corpus, tokenizer or own, model, world)
 
     name = f"{source}, trained at {trained_positions(config)} tokens, stretched by {factor:g}"
-    return Job(name, chosen, "python", make)
+    return Job(name, chosen, "python", make, longer)
 
 
 def _changed(recipe: Recipe, tokens: float | None, changes: dict[str, Any]) -> Recipe:

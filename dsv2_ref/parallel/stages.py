@@ -6,12 +6,13 @@ optimisers and checkpoints of any layout speak of the same things by the same na
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dsv2_ref.config import Config
-from dsv2_ref.model import DeepSeekV2
+from dsv2_ref.model import DeepSeekV2, Losses
 
 
 class Stages(nn.Module):
@@ -46,6 +47,29 @@ class Stages(nn.Module):
     def like(self) -> Tensor:
         """A weight of the stream's device and dtype."""
         return self.parts[0].like
+
+    @property
+    def recompute(self) -> float:
+        """Share of the blocks of each part whose activations are made again."""
+        return self.parts[0].recompute
+
+    @recompute.setter
+    def recompute(self, share: float) -> None:
+        for part in self.parts:
+            part.recompute = share
+
+    def describe(self) -> str:
+        """One line: layers and experts that are here, their size, and what runs."""
+        layers = " and ".join(f"{p.layers.start} to {p.layers.stop - 1}" for p in self.parts)
+        experts = self.held or range(self.config.n_routed)
+        n = sum(p.numel() for p in self.parameters())
+        return (f"on this rank layers {layers}, experts {experts.start} to {experts.stop - 1}, "
+                f"{n / 1e6:.2f}M parameters; {self.parts[0].describe()}")
+
+    def losses(self, *arguments: Any, **named: Any) -> Losses:
+        """Those of the model, where all of its layers are in one part."""
+        (part,) = self.parts
+        return part.losses(*arguments, **named)
 
     def train(self, mode: bool = True) -> "Stages":
         super().train(mode)

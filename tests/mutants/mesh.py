@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: MIT
+"""Wrong variants of training on several ranks, and of what makes it equal to one process.
+
+Those of RANK_MUTANTS are put in place in every rank by test_parallel_mesh.py; `node` is the layout
+they are tried on.
+"""
+
+from mutants import Mutant
+
+_mesh = "parallel/mesh.py"
+_adamw8 = "training/adamw8.py"
+_share = "test_adamw8.py::test_a_share_of_the_experts_is_a_slice_of_the_whole[inner0-dtype1]"
+
+RANK_MUTANTS = [
+    Mutant("gradients_times_the_group", "ranks", _mesh, "sum_over(others, self.rows) ",
+           "sum_over(others, self.rows); [t.mul_(2) for t in others] ", "ep4"),
+    Mutant("gradients_of_experts_summed_over_all_rows", "ranks", _mesh,
+           'sum_over(experts, self.mesh.get_group("dp"))', "sum_over(experts, self.rows)",
+           "ep2 dp2"),
+    Mutant("gradients_of_experts_not_summed", "ranks", _mesh,
+           'sum_over(experts, self.mesh.get_group("dp"))', "pass", "ep2 dp2"),
+    Mutant("norm_without_the_other_ranks", "ranks", _mesh, "dist.all_reduce(total)", "pass",
+           "ep4"),
+    Mutant("norm_counts_replicas", "ranks", _mesh,
+           "return self.dp == 0 and (", "return (", "dp4"),
+    Mutant("norm_of_one_share_of_the_experts", "ranks", _mesh,
+           "self.ep == 0 or layout.ep > 1 and is_share(name)", "self.ep == 0", "ep4"),
+    Mutant("norm_counts_the_tied_matrix_twice", "ranks", _mesh,
+           'if name == "embedding.weight" and self.pp != 0:', "if False:", "pp2 ep2 1f1b"),
+    Mutant("tied_gradients_not_summed", "ranks", _mesh,
+           'sum_tied_gradient(self.model, self.layout.schedule, self.mesh.get_group("pp"))', "pass",
+           "pp2 ep2 1f1b"),
+    Mutant("budget_per_rank", "ranks", _mesh,
+           "keep=keep_across(forms.keep, self.rows)", "keep=forms.keep", "ep4"),
+    Mutant("budget_of_a_group_of_experts", "ranks", _mesh,
+           "keep=keep_across(forms.keep, self.rows)",
+           'keep=keep_across(forms.keep, self.mesh.get_group("ep"))', "ep2 dp2"),
+    Mutant("dropped_slots_sent_anyway", "ranks", "parallel/expert.py",
+           "here = here & keep", "here = here", "ep4"),
+    Mutant("weights_scaled_twice", "ranks", _mesh, "parts, self._around = list(parts), around",
+           "parts, self._around = [(b, s / self.layout.rows) for b, s in parts], around", "ep4"),
+    Mutant("every_rank_reads_the_same_rows", "ranks", _mesh,
+           "slice(self.row * n // R, (self.row + 1) * n // R)", "slice(0, n // R)", "dp4"),
+]
+
+MUTANTS = [
+    Mutant("blocks_cross_experts", "ranks", _adamw8,
+           "return (shape[0], shape[1:].numel()) if len(shape) > 2 else (1, shape.numel())",
+           "return 1, shape.numel()", _share),
+    Mutant("places_from_the_shares_beginning", "ranks", _adamw8,
+           "(first + experts.start) * n + piece.start", "experts.start * n + piece.start", _share),
+    Mutant("a_piece_begins_again", "ranks", _adamw8,
+           "(first + experts.start) * n + piece.start", "(first + experts.start) * n",
+           "test_adamw8.py::test_pieces_do_not_change_the_result"),
+    Mutant("rounding_without_the_step", "ranks", _adamw8,
+           'f"{seed} {step} {name}"', 'f"{seed} {name}"',
+           "test_adamw8.py::test_the_bits_are_even_and_independent"),
+    Mutant("rounding_without_the_name", "ranks", _adamw8,
+           'f"{seed} {step} {name}"', 'f"{seed} {step}"',
+           "test_adamw8.py::test_rounding_differs_by_step_seed_and_parameter_and_by_nothing_else"),
+    Mutant("one_round_of_mixing", "ranks", _adamw8,
+           "return _mix(_mix(x).add_(_int32(key >> 32))).bitwise_and_(0xFFFF)",
+           "return x.bitwise_and_(0xFFFF)",
+           "test_adamw8.py::test_the_bits_are_even_and_independent"),
+    Mutant("rounded_to_nearest", "ranks", _adamw8,
+           "noise(key, start, x.numel(), x.device).view(x.shape)", "0x8000",
+           "test_adamw8.py::test_small_updates_of_bf16_weights_are_not_lost"),
+    Mutant("moments_by_place_in_the_optimiser", "ranks", "training/optim.py",
+           "W.place = name, first.get(W, 0)", "W.place = str(len(first)), first.get(W, 0)",
+           "test_trainer.py::test_a_state_speaks_of_everything_by_name[muon]"),
+    Mutant("a_missing_moment_is_none", "ranks", "training/optim.py",
+           "if key not in values:", "if False:",
+           "test_trainer.py::test_a_state_that_lacks_something_is_one_line"),
+    Mutant("a_signal_to_one_is_its_own", "ranks", "training/pretrain.py",
+           "asked = world.asked(stop.asked)", "asked = stop.asked",
+           "test_trainer.py::test_all_ranks_stop_at_the_step_after_a_signal_to_one"),
+]
