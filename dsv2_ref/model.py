@@ -136,15 +136,19 @@ class DeepSeekV2(nn.Module):
                                                                             torch.bool):
             raise ValueError(f"protected: {protected.dtype} of shape {tuple(protected.shape)}, "
                              f"expected bool {tuple(tokens.shape[:1])}, one per sequence")
-        targets, known = _checked_ids("targets", targets, self.config.vocab, IGNORED)
         run = replace(self.start(tokens.shape), learns=self.training, protected=protected,
                       with_load=with_load)
         h, balance, load = self.through(h, run)
+        return Losses(self.language_loss(h, targets), *balance.unbind(), load)
+
+    def language_loss(self, h: Tensor, targets: Tensor) -> Tensor:
+        """h (B, T, d) after the last layer, targets (B, T) -> mean cross entropy in nats."""
+        targets, known = _checked_ids("targets", targets, self.config.vocab, IGNORED)
         h, targets = self.finish(h).flatten(0, 1), targets.flatten()     # (N, d), (N,)
         language = self.language(h, targets)
         if known is not None:
             language = language.masked_fill(~known.all(), torch.nan)
-        return Losses(language, *balance.unbind(), load)
+        return language
 
     def language(self, h: Tensor, targets: Tensor) -> Tensor:
         """Mean cross entropy of what the head makes of h (N, d) and targets (N,), in nats."""

@@ -10,6 +10,7 @@
   experts       where tokens go
   kernels       tiles, rooflines
   needle        long contexts: what is found, where it looks, what a length costs
+  pipeline      who works when on several ranks, and what waits
   positions     RoPE
   routing       what experts are for, and the limit on devices
   sliders       what moves, with ipywidgets and without
@@ -61,6 +62,12 @@ from dsv2_ref.figures.needle import (
     needle_grids,
     pair_wavelengths,
 )
+from dsv2_ref.figures.pipeline import (
+    bubble_curves,
+    in_flight_bars,
+    pipeline_slider,
+    schedule_gantt,
+)
 from dsv2_ref.figures.positions import (
     angle_errors,
     errors_by_position,
@@ -102,15 +109,16 @@ __all__ = [
     "COLORS", "GIB", "INK", "LENGTHS", "MORE_COLORS", "Picture", "ablation_cost",
     "absorption_crossover", "absorption_flops", "absorption_regions", "angle_errors",
     "architecture", "attention_tiles", "balance_curves", "batch_bars", "batch_slider",
-    "bytes_moved", "cache_against_context", "cache_bars", "cache_growth", "cache_slider",
-    "code_steps", "decode_floors", "decode_roofline", "device_limit_slider", "device_messages",
-    "device_traffic", "dropped_against_capacity", "dropped_over_training", "errors_by_position",
-    "expert_lift", "expert_load", "flops_against_context", "gradient_norm", "group_slider",
-    "grouped_heads", "groups_like_mla", "length_costs", "limit_quality", "live_image",
-    "live_picture", "load_animation", "load_over_training", "loss_arrows", "loss_curve",
-    "loss_floor", "losses_by_position", "matrices", "memory_bars", "mistakes_by_factor", "mla_flow",
-    "needle_attention", "needle_grid", "needle_grids", "pair_clocks", "pair_wavelengths",
-    "parameter_shares", "position_slider", "rate_curve", "rounding_paths", "router_heat_map",
-    "run_figures", "save", "saving_steps", "schedule_curves", "shared_heads", "slots_by_device",
-    "softmax_in_pieces", "study_changes", "styled", "token_routing", "turned_pair", "yarn_pairs",
+    "bubble_curves", "bytes_moved", "cache_against_context", "cache_bars", "cache_growth",
+    "cache_slider", "code_steps", "decode_floors", "decode_roofline", "device_limit_slider",
+    "device_messages", "device_traffic", "dropped_against_capacity", "dropped_over_training",
+    "errors_by_position", "expert_lift", "expert_load", "flops_against_context", "gradient_norm",
+    "group_slider", "grouped_heads", "groups_like_mla", "in_flight_bars", "length_costs",
+    "limit_quality", "live_image", "live_picture", "load_animation", "load_over_training",
+    "loss_arrows", "loss_curve", "loss_floor", "losses_by_position", "matrices", "memory_bars",
+    "mistakes_by_factor", "mla_flow", "needle_attention", "needle_grid", "needle_grids",
+    "pair_clocks", "pair_wavelengths", "parameter_shares", "pipeline_slider", "position_slider",
+    "rate_curve", "rounding_paths", "router_heat_map", "run_figures", "save", "saving_steps",
+    "schedule_curves", "schedule_gantt", "shared_heads", "slots_by_device", "softmax_in_pieces",
+    "study_changes", "styled", "token_routing", "turned_pair", "yarn_pairs",
 ]

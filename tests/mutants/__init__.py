@@ -37,6 +37,7 @@ PITFALLS = {
     "protocol": "a pass through a cache begun, written, masked or ended wrongly",
     "adapters": "a layer that others have wrapped read as its weight alone",
     "stages": "layers or experts that are here taken for all, or counted twice",
+    "schedules": "work of a pipeline cut, ordered or timed otherwise than it is done",
     "once a pass": "an algorithm chosen wrongly, or described otherwise than it runs",
     "waits": "values asked of a device, or an unknown id silently taken for another",
     "scores": "log-probabilities of other tokens than those that come next",

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: MIT
+"""Figures of pipelines: nothing clipped, titles and boxes from the data, the slider's pictures."""
+
+import sys
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from refusals import refused
+
+from dsv2_ref import figures
+from dsv2_ref.figures.pipeline import WORK
+from dsv2_ref.parallel.pipeline import torch_order
+from dsv2_ref.parallel.schedule import SCHEDULES, Times, even, n_stages, order, simulate
+
+ONE = {"1f1b": simulate(order("1f1b", 2, 4), even(2))}
+ALL = {name: simulate(torch_order(name, 4, 8), even(n_stages(name, 4))) for name in SCHEDULES}
+WIDE = {"zbv": simulate(torch_order("zbv", 16, 40), even(32))}
+M = [4, 8, 16, 32]
+BUBBLES = {"1f1b": [3 / (m + 3) for m in M], "zbv": [0.1, 0.05, 0.03, 0.014]}
+DRAW = {
+    "schedule_gantt": lambda: figures.schedule_gantt(ONE),
+    "schedule_gantt, all": lambda: figures.schedule_gantt(ALL),
+    "schedule_gantt, wide": lambda: figures.schedule_gantt(WIDE, "seconds"),
+    "bubble_curves": lambda: figures.bubble_curves(
+        M, BUBBLES, {"1f1b": BUBBLES["1f1b"], "zbv": [None] * 4}),
+    "bubble_curves, all": lambda: figures.bubble_curves(
+        M, {name: [0.4, 0.3, 0.02 * i, 0.0] for i, name in enumerate(SCHEDULES)}),
+    "in_flight_bars": lambda: figures.in_flight_bars({"gpipe": [8, 8, 8, 8], "1f1b": [4, 3, 2, 1]}),
+    "in_flight_bars, all": lambda: figures.in_flight_bars(
+        {name: np.linspace(30, 10 + i, 16) for i, name in enumerate(SCHEDULES)}),
+}
+LABELS = {
+    "schedule_gantt": ("time (forwards)", "rank", "1f1b: idle 20 % of the time"),
+    "schedule_gantt, wide": ("seconds", "rank", None),
+    "bubble_curves": ("micro-batches", "ranks idle (% of a step)",
+                      "At 32 micro-batches: 1f1b 9 %, zbv 1 %"),
+    "in_flight_bars": ("rank", "kept activations, at most (GiB)",
+                       "The fullest rank keeps 8 GiB with gpipe, 4 with 1f1b"),
+}
+
+
+@pytest.mark.parametrize("name", DRAW)
+def test_png_is_written_and_nothing_is_clipped(name, tmp_path):
+    figure = DRAW[name]()
+    assert figures.save(figure, tmp_path / "figure.png").stat().st_size > 5000
+    box = figure.get_tightbbox(FigureCanvasAgg(figure).get_renderer())      # inches
+    width, height = figure.get_size_inches()
+    assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height
+    assert all(len(ax.get_title(loc="left")) > 10 for ax in figure.axes)
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_axes_say_what_and_titles_are_computed(name):
+    ax = DRAW[name]().axes[0]
+    x, y, title = LABELS[name]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == (x, y)
+    assert title is None or ax.get_title(loc="left") == title
+
+
+def test_a_box_for_each_action_at_its_time():
+    ax = DRAW["schedule_gantt"]().axes[0]
+    slots = [slot for row in ONE["1f1b"].rows for slot in row]
+    assert len(ax.patches) == len(slots) == 16
+    for box, (action, start, end) in zip(ax.patches, slots, strict=True):
+        assert (box.get_x(), box.get_width()) == (start, end - start)
+        assert round(box.get_y() + 0.42) == action.stage                    # a stage a rank here
+        assert matplotlib.colors.to_hex(box.get_facecolor()).upper() == WORK[action.kind]
+    assert [text.get_text() for text in ax.texts] == [str(action.batch) for action, _, _ in slots]
+
+
+def test_the_second_stage_of_a_rank_is_pale_and_numbers_need_room():
+    ax = figures.schedule_gantt({"zbv": ALL["zbv"]}).axes[0]
+    stages = [slot.action.stage for row in ALL["zbv"].rows for slot in row]
+    pale = [min(box.get_facecolor()[:3]) >= 0.5 for box in ax.patches]
+    assert pale == [stage >= 4 for stage in stages]
+    short = simulate(order("1f1b", 2, 4), Times([1, 9], [1, 9], [0.01, 9]))
+    assert len(figures.schedule_gantt({"a": short}).axes[0].texts) == 12
+    assert len(DRAW["schedule_gantt, wide"]().axes[0].get_yticks()) == 4
+
+
+def test_a_measured_timeline_begins_at_its_first_action():
+    rows = [[slot._replace(start=slot.start + 50, end=slot.end + 50) for slot in row]
+            for row in ONE["1f1b"].rows]
+    ax = figures.schedule_gantt({"measured": type(ONE["1f1b"])(rows)}).axes[0]
+    assert ax.patches[0].get_x() == 0 and ax.get_xlim() == (0, 15)
+
+
+def test_rings_are_the_published_values():
+    lines = DRAW["bubble_curves"]().axes[0].lines
+    rings = [line for line in lines if line.get_fillstyle() == "none"]
+    assert len(lines) == 3 and len(rings) == 1
+    assert rings[0].get_ydata() == pytest.approx([300 / (m + 3) for m in M])
+
+
+def test_refusals():
+    refused(lambda: figures.schedule_gantt({}), "timelines: none")
+    refused(lambda: figures.bubble_curves([1, 2], {"a": [1]}), "bubbles: [1]", "expected 2")
+    refused(lambda: figures.in_flight_bars({"a": [1], "b": [1, 2]}), "held: [1, 2]")
+
+
+@pytest.mark.parametrize("widgets", [True, False])
+def test_the_slider_shows_what_it_is_set_to(widgets, monkeypatch):
+    if widgets:
+        pytest.importorskip("ipywidgets")
+    else:
+        monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    several = {(p, m): {"1f1b": simulate(order("1f1b", p, m), even(p))}
+               for p, m in ((2, 4), (4, 8))}
+    knob, picture = figures.pipeline_slider(several).children
+    for size in (4, 8), (2, 4):
+        knob.value = size
+        assert bytes(picture.value) == figures.schedule_gantt(several[size])._repr_png_()
