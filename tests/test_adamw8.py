@@ -217,8 +217,10 @@ def test_rounding_differs_by_step_seed_and_parameter_and_by_nothing_else():
     alone = steps_of({"b": (0, W)}, gradient)           # whoever else there is, and in what order
     assert torch.equal(alone["b"][0], both["b"][0])
     assert not torch.equal(steps_of({"b": (0, W)}, gradient, seed=6)["b"][0], alone["b"][0])
+    first = alone["b"][0].float() - 1
     second = steps_of({"b": (0, W)}, gradient * 2)["b"][0] - alone["b"][0].float()
-    assert second.unique().numel() > 2                  # not the same ones went down again
+    far = first == first.min(), second == second.min()  # two steps, and not the same went far
+    assert 0.6 < far[0].double().mean() < 0.9 and 0.4 < (far[0] == far[1]).double().mean() < 0.8
 
 
 def test_moments_take_two_bytes_a_weight_and_come_back():

@@ -7,6 +7,10 @@
   schedule.py   a simulator of schedules: who works when, and how long nobody does
   split.py      layers in stages of equal work, and what a pipeline demands
   stages.py     what one rank holds of a model
+  mesh.py       ranks of a pipeline, replicas and shares of experts: the world that trains
+  zero1.py      moments shared by the ranks that have the same parameters
+  gather.py     sums over ranks; weights and traffic brought together
+  hybrid.py     one model in two layouts, to train and to write text
 
 Process groups are arguments. Every process reads the same batch and takes its own rows.
 """

@@ -50,7 +50,7 @@ from dsv2_ref.training.objective import Batch, Named
 from dsv2_ref.training.optim import alone, keeper
 from dsv2_ref.training.recipe import Recipe
 from dsv2_ref.training.run_folder import load_state
-from dsv2_ref.training.sharded_state import is_sharded, load_sharded, save_sharded
+from dsv2_ref.training.shards import is_sharded, load_sharded, save_sharded
 from dsv2_ref.training.world import World
 
 T = TypeVar("T")

@@ -15,13 +15,17 @@ matrices, are all shared in this way. Two things are added here:
      experts, all others by all ranks that read other rows. One for each of these groups.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Optimizer
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)      # torch's own files, of torch.jit
+    from torch.distributed.optim import ZeroRedundancyOptimizer
 
 
 def share_optimizers(

@@ -14,7 +14,7 @@
   machine       what this machine is, and what it does fast
   long_context  the extension stage, and models that learn to find needles
   run_folder    states and log of a run that may be killed
-  sharded_state a state that several processes write together
+  shards        a state that several processes write together
   proof         whether a file was written by a run, before it is replaced
   watching      the log in TensorBoard or trackio; fair shares
 """

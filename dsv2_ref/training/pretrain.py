@@ -69,23 +69,20 @@ def train(
             asked = world.asked(stop.asked)
             due = asked or save_every and trainer.steps % save_every == 0
             if keep and due and _sound(entry):
-                save()
+                _save(run, trainer)
             if asked:
                 raise Stopped(asked)
 
-        def save() -> None:
-            run.save(trainer.steps, trainer.save, world.suffix, forget=world.first)
-
         try:
             if keep and not trainer.steps:
-                save()
+                _save(run, trainer)
             _to_the_end(trainer, advance, log)
         except TrainingDiverged:
             if keep and world.first:
                 run.forget_from(trainer.last_update)
             raise
         if keep and log:
-            save()
+            _save(run, trainer)
     return log
 
 
@@ -101,6 +98,11 @@ def _open(
         run.open_log(trainer.steps)
         opened.callback(run.close)
     return run
+
+
+def _save(run: RunFolder, trainer: Trainer) -> None:
+    """The state of all processes; the first forgets older ones."""
+    run.save(trainer.steps, trainer.save, trainer.world.suffix, forget=trainer.world.first)
 
 
 def _sound(entry: dict[str, Any]) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from dsv2_ref.config import Config
 from dsv2_ref.files.tensors import open_file
 from dsv2_ref.text.tokenizer import load_tokenizer
-from dsv2_ref.training.sharded_state import files_of_sharded, is_sharded
+from dsv2_ref.training.shards import files_of_sharded, is_sharded
 
 
 def is_state(path: Path) -> bool:

@@ -31,7 +31,7 @@ from dsv2_ref.files.lock import locked
 from dsv2_ref.files.tensors import checksum, open_file
 from dsv2_ref.files.whole import whole_file
 from dsv2_ref.training import proof
-from dsv2_ref.training.sharded_state import is_sharded, load_sharded, state_of_sharded
+from dsv2_ref.training.shards import is_sharded, load_sharded, state_of_sharded
 
 # what a killed run leaves behind: our names, a process, and what it was
 SCRATCH = re.compile(r"\.(\w+-\d{9}\.safetensors|log\.jsonl|config\.json|tokenizer\.json|model)"

@@ -8,9 +8,9 @@ import torch.distributed.checkpoint as dcp
 from refusals import refused
 from small_run import trainer
 
-from dsv2_ref.training import sharded_state
+from dsv2_ref.training import shards
 from dsv2_ref.training.run_folder import RunFolder, load_state, save_state, state_of
-from dsv2_ref.training.sharded_state import files_of_sharded, is_sharded, save_sharded
+from dsv2_ref.training.shards import files_of_sharded, is_sharded, save_sharded
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +93,7 @@ def test_an_interruption_leaves_what_was_there(tmp_path, monkeypatch, accident):
     def failing(*_, **__):
         raise accident
 
-    monkeypatch.setattr(sharded_state.dcp, "save", failing)
+    monkeypatch.setattr(shards.dcp, "save", failing)
     with pytest.raises(type(accident)):
         save(path, tensors, state | {"steps": 13})
     assert load_state(path)[1] == state and [p.name for p in tmp_path.iterdir()] == [path.name]
