@@ -20,6 +20,7 @@ table is made from it (`make map`), and a test compares it with the files and th
   3.2.3         kernels/six_bit_decode.py  13     the same, from packed six-bit rows
   2.2.1         kernels/grouped_experts.py 13     experts as products over sorted slots
   2.2.1-2       kernels/route_tokens.py    13     routing, and sorting the slots
+  2.2.2, 3.1.3  parallel/expert.py         16     experts on several ranks, a row once to each
 
   kernels/target.py  what a card can run; what does run is decided in forms.py
 
@@ -50,7 +51,7 @@ Arrows run one way: a file imports only what stands before it in this list.
 
   1  attention, moe, text: each knows its own folder alone
   2  kernels: the twins in 1 that they must equal
-  3  the model and what it is made of; then files, inference, training, in this order
+  3  the model and what it is made of; then files, inference, training, parallel, in this order
   4  bench, figures, commands: everything
 
 Where something new goes, and what it meets:
@@ -68,7 +69,7 @@ Where something new goes, and what it meets:
   a measurement     of one model: inference/; against a peer or another form: bench/
   a command         a file in commands/ with `add_options`, and a line in __main__.COMMANDS
 
-parallel/ (which stands on the model) and alignment/ (on training) are not there yet.
+alignment/ (on training) is not there yet.
 """
 
 __version__ = "0.1.0"

@@ -17,7 +17,7 @@ from dsv2_ref.checkout import PACKAGE, is_checkout
 
 MANIFEST = "copied.json"
 CARRIED = PACKAGE / "carried"            # in a wheel: tests and licence, put there by setup.py
-_ONE = (r"from (?:dsv2_ref\.(?:attention|moe|kernels)\.\w+|oracles(?:\.\w+)?|refusals) "
+_ONE = (r"from (?:dsv2_ref\.(?:attention|moe|kernels|parallel)\.\w+|oracles(?:\.\w+)?|refusals) "
         r"import (?:\([^)]*\)|[^(\n]*)[^\n]*\n")
 # consecutive statements, equally indented, that import a concept or what the tests share
 IMPORTS = re.compile(rf"(?P<space>^ *){_ONE}(?:(?P=space){_ONE})*", re.M)
@@ -25,8 +25,8 @@ IMPORTS = re.compile(rf"(?P<space>^ *){_ONE}(?:(?P=space){_ONE})*", re.M)
 
 def concepts() -> dict[str, Path]:
     """Every concept file by its name, which is unique across the folders."""
-    folders = ("attention", "moe", "kernels")
-    files = sorted(f for folder in folders for f in (PACKAGE / folder).glob("*.py"))
+    globs = ("attention/*.py", "moe/*.py", "kernels/*.py", "parallel/expert.py")
+    files = sorted(f for glob in globs for f in PACKAGE.glob(glob))
     return {f.stem: f for f in files if f.stem != "__init__"}
 
 
@@ -83,7 +83,7 @@ def rewritten(text: str) -> str:
         return f"{space}if __package__:\n{inner[0]}{space}else:\n{inner[1]}"
 
     text = IMPORTS.sub(both, text)
-    return re.sub(r"\bdsv2_ref\.(?:attention|moe|kernels)\.(\w+)", r"\1", text)
+    return re.sub(r"\bdsv2_ref\.(?:attention|moe|kernels|parallel)\.(\w+)", r"\1", text)
 
 
 def _hash(file: Path | str) -> str:

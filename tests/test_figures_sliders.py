@@ -17,6 +17,7 @@ SLIDERS = [
     (lambda: figures.group_slider(16, 128, 576), 2),
     (lambda: figures.position_slider(FREQUENCIES, [0, 5], 200), 25),
     (lambda: figures.device_limit_slider(SCORES, 3, 3), 2),
+    (lambda: figures.rank_traffic_slider(SCORES.view(2, 3).repeat(3, 2), 2, 3), 1),
 ]
 
 

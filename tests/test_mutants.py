@@ -39,12 +39,13 @@ def functions(module: ModuleType, file: Path) -> dict[str, FunctionType]:
     found: dict[str, FunctionType] = {}
 
     def collect(value: Any) -> None:
-        inner = getattr(value, "__wrapped__", None)          # of a decorator such as no_grad
-        for f in (value, inner, getattr(value, "__func__", None), getattr(value, "fget", None)):
-            # tests that compile leave functions of the compiler's in a module
-            if (isinstance(f, FunctionType) and f.__code__.co_filename == str(file)
-                    and "torch_dynamo_resume" not in f.__qualname__):
-                found[f.__qualname__] = f
+        for f in (value, getattr(value, "__func__", None), getattr(value, "fget", None)):
+            while f is not None:
+                # tests that compile leave functions of the compiler's in a module
+                if (isinstance(f, FunctionType) and f.__code__.co_filename == str(file)
+                        and "torch_dynamo_resume" not in f.__qualname__):
+                    found[f.__qualname__] = f
+                f = getattr(f, "__wrapped__", None)          # of a decorator such as no_grad
 
     for value in vars(module).values():
         collect(value)

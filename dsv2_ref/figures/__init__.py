@@ -9,6 +9,7 @@
   cache         what is kept
   experts       where tokens go
   kernels       tiles, rooflines
+  parallel_experts  rows between ranks, and what is computed meanwhile
   needle        long contexts: what is found, where it looks, what a length costs
   pipeline      who works when on several ranks, and what waits
   positions     RoPE
@@ -61,6 +62,12 @@ from dsv2_ref.figures.needle import (
     needle_grid,
     needle_grids,
     pair_wavelengths,
+)
+from dsv2_ref.figures.parallel_experts import (
+    overlap_spans,
+    rank_traffic,
+    rank_traffic_slider,
+    rows_by_hand,
 )
 from dsv2_ref.figures.pipeline import (
     bubble_curves,
@@ -117,8 +124,9 @@ __all__ = [
     "limit_quality", "live_image", "live_picture", "load_animation", "load_over_training",
     "loss_arrows", "loss_curve", "loss_floor", "losses_by_position", "matrices", "memory_bars",
     "mistakes_by_factor", "mla_flow", "needle_attention", "needle_grid", "needle_grids",
-    "pair_clocks", "pair_wavelengths", "parameter_shares", "pipeline_slider", "position_slider",
-    "rate_curve", "rounding_paths", "router_heat_map", "run_figures", "save", "saving_steps",
-    "schedule_curves", "schedule_gantt", "shared_heads", "slots_by_device", "softmax_in_pieces",
-    "study_changes", "styled", "token_routing", "turned_pair", "yarn_pairs",
+    "overlap_spans", "pair_clocks", "pair_wavelengths", "parameter_shares", "pipeline_slider",
+    "position_slider", "rank_traffic", "rank_traffic_slider", "rate_curve", "rounding_paths",
+    "router_heat_map", "rows_by_hand", "run_figures", "save", "saving_steps", "schedule_curves",
+    "schedule_gantt", "shared_heads", "slots_by_device", "softmax_in_pieces", "study_changes",
+    "styled", "token_routing", "turned_pair", "yarn_pairs",
 ]

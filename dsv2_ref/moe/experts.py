@@ -190,7 +190,12 @@ class MixtureOfExperts(nn.Module):
     ) -> Tensor:
         """u (N, d) residual stream, x (N, d) its norm, indices and gates (N, K) -> (N, d).
 
-        `form` is one of the functions above; `keep` (N, K) says which slots were not dropped.
+        `form` is one of the functions above; `keep` (N, K) says which slots were not dropped. A
+        form for several ranks may return before its result is there, with a function that waits
+        for it.
         """
         routed = form(x, indices, gates, self.W_gate, self.W_up, self.W_down, keep)
-        return u + self.shared(x) + routed                                   # (N, d)           (20)
+        shared = self.shared(x)                      # while the rows of others are on their way
+        if not isinstance(routed, Tensor):
+            routed = routed()
+        return u + shared + routed                                           # (N, d)           (20)

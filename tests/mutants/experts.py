@@ -8,14 +8,14 @@ _oracle = "test_experts.py::test_equals_the_equation"
 
 MUTANTS = [
     Mutant("shared_averaged", "shared", FILE,
-           "u + self.shared(x) + routed", "u + self.shared(x) / 2 + routed", _oracle),
+           "u + shared + routed", "u + shared / 2 + routed", _oracle),
     Mutant("one_shared_expert", "shared", FILE,
            "FeedForward(d, n_shared * w)", "FeedForward(d, w)",
            "test_wiring.py::test_published_totals"),
     Mutant("shared_read_the_residual", "(20)", FILE, "self.shared(x)", "self.shared(u)",
            _oracle),
-    Mutant("normed_residual", "(20)", FILE, "return u + self", "return x + self", _oracle),
-    Mutant("no_residual", "(20)", FILE, "return u + self", "return self", _oracle),
+    Mutant("normed_residual", "(20)", FILE, "return u + shared", "return x + shared", _oracle),
+    Mutant("no_residual", "(20)", FILE, "return u + shared", "return shared", _oracle),
     Mutant("silu_on_the_wrong_half", "(20)", FILE,
            "F.silu(self.W_gate(x)) * self.W_up(x)", "F.silu(self.W_up(x)) * self.W_gate(x)",
            "test_experts.py::test_feed_forward_is_swiglu"),
