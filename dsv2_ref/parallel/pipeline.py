@@ -75,7 +75,7 @@ class _Stage(nn.Module):
 
 
 class _Watched(pipelining.PipelineStage):
-    """A stage that notes when it does what."""
+    """A stage that notes when it does what, and sends gradients as gloo and NCCL want them."""
 
     timeline: list[Slot]
 
@@ -99,6 +99,11 @@ class _Watched(pipelining.PipelineStage):
         began = time.perf_counter()
         super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
         self._note("W", bwd_chunk_id, began)
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        gradients = self.bwd_cache[bwd_chunk_id]         # of a sum: one number, told as many
+        self.bwd_cache[bwd_chunk_id] = tuple(g if g is None else g.contiguous() for g in gradients)
+        return super().get_bwd_send_ops(bwd_chunk_id)
 
 
 class Pipeline:
@@ -139,6 +144,9 @@ class Pipeline:
         weights = torch.tensor(shares, dtype=torch.float64, device=tokens.device)
         for module in self.modules:
             module.with_load = batches[-1].with_load
+        if kind_of(self.schedule).splits:        # W adds to these: in the weights' own layout
+            for W in self.stages.parameters():
+                W.grad = torch.zeros_like(W) if W.grad is None else W.grad
         self.timeline.clear()
         engine = self._engine(len(batches), *batches[0].tensors[0].shape)
         found = engine.step(tokens, target=weights, targets=targets, protected=protected)
