@@ -228,10 +228,12 @@ def torch_order(schedule: str, p: int, m: int) -> list[list[Action]]:
     made = getattr(pipelining, kind.torch)(stages[0] if single else stages, m)
     rows = []
     for rank in range(p):
-        actions = [one for action in made.pipeline_order[rank] if action is not None
-                   for one in action.sub_actions or (action,)]
-        actions = [Action(one.computation_type.value, one.stage_index, one.microbatch_index)
-                   for one in actions if one.computation_type.value in ("F", "B", "I", "W")]
+        actions = []
+        for action in filter(None, made.pipeline_order[rank]):
+            together = action.sub_actions or (action,)
+            actions += [Action(one.computation_type.value, one.stage_index, one.microbatch_index,
+                               joined=one is not together[-1])
+                        for one in together if one.computation_type.value in ("F", "B", "I", "W")]
         # torch's table of 1F1B counts the forwards of its last rank from 1; it runs them from 0
         first = min(action.batch for action in actions if action.kind == "F")
         rows.append([action._replace(batch=action.batch - first * (action.kind == "F"))
