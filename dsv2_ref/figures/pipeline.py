@@ -32,7 +32,7 @@ def _gantt(ax: Axes, name: str, timeline: Timeline, end: float, inches: float) -
     start = min(slot.start for row in timeline.rows for slot in row)
     for rank, row in enumerate(timeline.rows):
         first = min(slot.action.stage for slot in row)
-        for (kind, stage, batch), began, ended in row:
+        for (kind, stage, batch, _), began, ended in row:
             later = stage != first                       # the rank's second stage
             color = _paler(WORK[kind]) if later else WORK[kind]
             ax.add_patch(Rectangle((began - start, rank - 0.42), ended - began, 0.84,

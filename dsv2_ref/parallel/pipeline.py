@@ -75,7 +75,7 @@ class _Stage(nn.Module):
 
 
 class _Watched(pipelining.PipelineStage):
-    """A stage that notes when it does what."""
+    """A stage that notes when it does what, and sends gradients as gloo and NCCL want them."""
 
     timeline: list[Slot]
 
@@ -99,6 +99,11 @@ class _Watched(pipelining.PipelineStage):
         began = time.perf_counter()
         super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
         self._note("W", bwd_chunk_id, began)
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        gradients = self.bwd_cache[bwd_chunk_id]         # of a sum: one number, told as many
+        self.bwd_cache[bwd_chunk_id] = tuple(g if g is None else g.contiguous() for g in gradients)
+        return super().get_bwd_send_ops(bwd_chunk_id)
 
 
 class Pipeline:
@@ -139,6 +144,9 @@ class Pipeline:
         weights = torch.tensor(shares, dtype=torch.float64, device=tokens.device)
         for module in self.modules:
             module.with_load = batches[-1].with_load
+        if kind_of(self.schedule).splits:        # W adds to these: in the weights' own layout
+            for W in self.stages.parameters():
+                W.grad = torch.zeros_like(W) if W.grad is None else W.grad
         self.timeline.clear()
         engine = self._engine(len(batches), *batches[0].tensors[0].shape)
         found = engine.step(tokens, target=weights, targets=targets, protected=protected)
@@ -220,10 +228,12 @@ def torch_order(schedule: str, p: int, m: int) -> list[list[Action]]:
     made = getattr(pipelining, kind.torch)(stages[0] if single else stages, m)
     rows = []
     for rank in range(p):
-        actions = [one for action in made.pipeline_order[rank] if action is not None
-                   for one in action.sub_actions or (action,)]
-        actions = [Action(one.computation_type.value, one.stage_index, one.microbatch_index)
-                   for one in actions if one.computation_type.value in ("F", "B", "I", "W")]
+        actions = []
+        for action in filter(None, made.pipeline_order[rank]):
+            together = action.sub_actions or (action,)
+            actions += [Action(one.computation_type.value, one.stage_index, one.microbatch_index,
+                               joined=one is not together[-1])
+                        for one in together if one.computation_type.value in ("F", "B", "I", "W")]
         # torch's table of 1F1B counts the forwards of its last rank from 1; it runs them from 0
         first = min(action.batch for action in actions if action.kind == "F")
         rows.append([action._replace(batch=action.batch - first * (action.kind == "F"))

@@ -16,7 +16,7 @@ as delay and not as work, and links are never full.
 
 `order` makes three schedules itself. The others are long to write down and are taken from torch as
 it runs them (`pipeline.torch_order`). There an F and a B that DualPipe-V overlaps run one after the
-other.
+other, and what both have made goes on when both are done.
 
 Sources: GPipe (Huang and others, 2018); 1F1B and interleaved (Narayanan and others, 2021,
 "Efficient large-scale language model training on GPU clusters", section 2.2); ZB-H1 and ZBV (Qi and
@@ -78,6 +78,7 @@ class Action(NamedTuple):
     kind: str
     stage: int
     batch: int
+    joined: bool = False     # with the next one: what it made goes on when that is done
 
     def __str__(self) -> str:
         return f"{self.kind}{self.batch}"
@@ -207,25 +208,32 @@ class Timeline:
         return peaks
 
 
+Made = tuple[str, int, int]              # F, I or W of a stage and a micro-batch; a B makes an I
+
+
 def simulate(order: Order, times: Times) -> Timeline:
     """When each action of an order starts and ends. ValueError where ranks wait for each other."""
     ranks = range(len(order))
     place = {action.stage: rank for rank in ranks for action in order[rank]}
-    ends: dict[Action, float] = {}       # F, I and W; a B ends as an I
+    there: dict[Made, float] = {}        # since when what an action made can be used or sent
     rows: list[list[Slot]] = [[] for _ in ranks]
+    joined: list[list[Made]] = [[] for _ in ranks]
     progress = True
     while progress:
         progress = False
         for rank in ranks:
             while len(rows[rank]) < len(order[rank]):
                 action = order[rank][len(rows[rank])]
-                ready = _ready(action, ends, place, times.link, rank)
+                ready = _ready(action, there, place, times.link)
                 if ready is None:
                     break
                 start = max(ready, rows[rank][-1].end if rows[rank] else 0.0)
                 end = start + times.of(action)
                 rows[rank].append(Slot(action, start, end))
-                ends[action._replace(kind="I" if action.kind == "B" else action.kind)] = end
+                joined[rank].append(("I" if action.kind == "B" else action.kind, *action[1:3]))
+                if not action.joined:
+                    there |= dict.fromkeys(joined[rank], end)
+                    joined[rank].clear()
                 progress = True
     for rank in ranks:
         if len(rows[rank]) < len(order[rank]):
@@ -236,23 +244,21 @@ def simulate(order: Order, times: Times) -> Timeline:
 
 
 def _ready(
-    action: Action, ends: dict[Action, float], place: dict[int, int], link: float, rank: int
+    action: Action, there: dict[Made, float], place: dict[int, int], link: float
 ) -> float | None:
-    """When what an action needs is there; None if that is not yet known."""
-    kind, stage, batch = action
+    """When all that an action needs is there; None if that is not yet known."""
+    kind, stage, batch = action[:3]
     if kind == "W":
-        needs = [Action("I", stage, batch)]
+        needs = [("I", stage, batch)]
     elif kind == "F":
-        needs = [Action("F", stage - 1, batch)] if stage else []
+        needs = [("F", stage - 1, batch)] if stage else []
     else:
-        needs = [Action("F", stage, batch)]
-        needs += [Action("I", stage + 1, batch)] if stage + 1 in place else []
-    ready = 0.0
-    for need in needs:
-        if need not in ends:
-            return None
-        ready = max(ready, ends[need] + (link if place[need.stage] != rank else 0.0))
-    return ready
+        needs = [("F", stage, batch)]
+        needs += [("I", stage + 1, batch)] if stage + 1 in place else []
+    if any(need not in there for need in needs):
+        return None
+    return max((there[need] + (link if place[need[1]] != place[stage] else 0.0)
+                for need in needs), default=0.0)
 
 
 def published_bubble(
@@ -267,7 +273,7 @@ def published_bubble(
       zb-h1          (p-1)(F+I-W) idle beside m(F+I+W) of work; W at most F and I
       zbv            0; F = I = W, m >= 2p-1, and no common end: it is the `rolling_bubble`
       dualpipev      (p-1)(FB+B-3W) idle beside 2m(F+I+W) of work, B = I + W and FB the time of an
-                     overlapped pair, here F + B; m >= 2p
+                     overlapped pair, here F + B; F = I, W at most that, and m >= 2p
     """
     work = kind_of(schedule).chunks * m * (F + I + W)
     idle = {
