@@ -165,7 +165,7 @@ def _training(v2: Config) -> list[Row]:
             Row(f"implied TFLOP/s a GPU, {name}", "3.2.3", f"({about})", f"{rate:.0f}", rate,
                 _rounded(rate, -1, about), "6 N_active FLOPs a token; peak ~990"),
             Row(f"share of the peak, {name}", "3.2.3", f"({share}%)", f"{mfu:.1f}%", mfu,
-                _rounded(mfu, 0, share), "the same over 989 TFLOP/s (data sheet)"),
+                _rounded(mfu, 0, share), "over 989 TFLOP/s (data sheet)"),
         ]
     return result
 
@@ -178,11 +178,11 @@ def _plan(v2: Config) -> list[Row]:
     best, worst = hours.extremes(v2)
     return [
         Row("fullest of 80 GB, planned", "3.1.3", "(fits)", f"{part / 1e9:.1f} GB", part,
-            part <= plan.CARD, f"16 x 8 x {step.layout.dp} devices, a part computed again"),
+            part <= plan.CARD, f"{step.layout.devices:,} devices, part computed again"),
         Row("the same, nothing again", "3.1.3", "(too much)", f"{whole / 1e9:.1f} GB", whole,
             whole > plan.CARD, "so a part of the operators has to be"),
         Row("GPU-hours of 1T, planned", "3.2.3", "172.8K", f"{step.hours / 1e3:.0f}K", step.hours,
-            best <= HOURS <= worst, f"assumed rates: {best / 1e3:.0f}K to {worst / 1e3:.0f}K"),
+            best <= HOURS <= worst, f"assumptions: {best / 1e3:.0f}K to {worst / 1e3:.0f}K"),
     ]
 
 

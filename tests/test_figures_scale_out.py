@@ -17,7 +17,10 @@ DRAW = {
     "stage_memory, alone": lambda: figures.stage_memory(STAGES[:1], [3], 80e9),
     "stage_memory, sixteen": lambda: figures.stage_memory(STAGES * 5 + STAGES[:1], [4] * 16, 80e9,
                                                           {"a": [9e10] * 16, "b": [2e10] * 16}),
-    "hour_ranges": lambda: figures.hour_ranges(RANGES, 149e3, 172.8e3),
+    "hour_ranges": lambda: figures.hour_ranges(RANGES, 149e3, 172.8e3,
+                                               {"experts": ("0.55", "0.25")}),
+    "hour_ranges, long words": lambda: figures.hour_ranges(
+        RANGES, 149e3, 181e3, {name: ("nothing again", "more again") for name in RANGES}),
     "hour_ranges, one": lambda: figures.hour_ranges({"experts": (100e3, 200e3)}, 149e3, 172.8e3),
     "hours_by_devices": lambda: figures.hours_by_devices([128, 2048, 65536], HOURS, 172.8e3),
 }
@@ -25,7 +28,7 @@ TITLES = {
     "stage_memory": "Fullest device: 54 of 80 GB; nothing again: 131 GB",
     "stage_memory, alone": "Fullest device: 35 of 80 GB",
     "hour_ranges": "Least certain: experts, 135K to 181K",
-    "hours_by_devices": "From 128 to 64K devices: hours times 7.0, 1.0",
+    "hours_by_devices": "128 to 64K devices: hours times 7.0 and 1.0",
 }
 LABELS = {
     "stage_memory": ("stage, and how many layers it has", "memory of one device (GB)"),
@@ -69,7 +72,10 @@ def test_a_range_goes_from_its_best_over_the_middle_to_its_worst():
     assert [end for pair in ends for end in pair] == pytest.approx(
         [135, 149, 149, 181, 138, 149, 149, 166, 149, 149, 149, 163])
     assert [line.get_xdata()[0] for line in ax.lines] == pytest.approx([149, 172.8])
-    assert [t.get_text() for t in ax.texts] == ["the paper: 172.8K"]
+    assert [line.get_label() for line in ax.lines] == ["all in the middle: 149K",
+                                                       "the paper: 172.8K"]
+    assert [t.get_text() for t in ax.texts] == ["0.55", "0.25"]
+    assert [t.xy for t in ax.texts] == [(135, 0), (181, 0)]
     assert [t.get_text() for t in ax.get_yticklabels()] == list(RANGES)
 
 

@@ -136,7 +136,7 @@ def test_a_stage_by_hand():
     assert work.backward == pytest.approx(1.2 * (linear + experts + 2 * scores + up) + wait)
     assert work.weights == pytest.approx(1.2 * (linear + experts))
     assert work.products + work.other + work.again + work.exchange == pytest.approx(work.total)
-    assert 0 < wait < work.forward / 10
+    assert 0 < wait == pytest.approx(work.exchange / 2)
     # all again: the forward pass once more, with its traffic
     whole = hours.stage_work(V2, range(6, 10), 8, replace(MIDDLE, again="all"))
     assert whole.backward == pytest.approx(1.2 * (linear + experts + 2 * scores) + wait

@@ -30,6 +30,7 @@ def _plan_json() -> str:
     step = hours.step(V2)
     return js.dumps({
         "memory": [asdict(m) for m in plan.memory(V2, step.layout, step.micro_batches)],
+        "fullest": plan.changes(V2, step.layout, step.micro_batches),
         "step": asdict(step) | {"hours": step.hours},
         "assumed": [asdict(row) | {"middle": getattr(hours.Assumptions(), row.name),
                                    "hours": [best, worst]}
@@ -45,12 +46,13 @@ def _plan_lines() -> list[str]:
     best, worst = hours.extremes(V2)
     shares = ", ".join(f"{name} {100 * s / step.seconds:.0f} %" for name, s in step.parts.items())
     return [
-        f"V2 in {lay.pp} stages x {lay.ep} shares of experts x {lay.dp} replicas, {m} "
-        "micro-batches of one sequence; nothing is measured.",
-        "", f"GB of one device, of {plan.CARD / 1e9:.0f}", "", *_memory(lay, m), "",
+        f"V2 on {lay.devices:,} devices: {lay.pp} stages x {lay.ep} shares of experts x {lay.dp} "
+        f"replicas, {m} micro-batches.", "Nothing of this is measured.",
+        "", f"GB of one device of each stage, of {plan.CARD / 1e9:.0f}", "", *_memory(lay, m), "",
+        "GB of the fullest, with one assumption changed", "", *_changes(lay, m), "",
         f"GPU-hours of a trillion tokens: {step.hours / 1e3:.0f}K in the middle, {best / 1e3:.0f}K "
         f"to {worst / 1e3:.0f}K; the paper says {paper.HOURS / 1e3:.1f}K.",
-        f"A step of {step.seconds:.1f} s: {shares}.", "", *_assumed(), "",
+        f"A step of {step.seconds:.1f} s:", f"{shares}.", "", *_assumed(), "",
         "More devices, the batch of 9,216 sequences kept, or grown with them", "", *_growth(),
     ]
 
@@ -58,7 +60,7 @@ def _plan_lines() -> list[str]:
 def _memory(lay: plan.Layout, m: int) -> list[str]:
     plans = {again: plan.memory(V2, lay, m, again=again) for again in plan.AGAIN}
     lines = [("stage", "layers", "weights", "gradients", "optimizer", "kept", "working", "in all",
-              "  nothing computed again")]
+              "  with nothing computed again")]
     for i, layers in enumerate(plan.split(V2, lay.pp)):
         one = plans["part"][i]
         sizes = [*vars(one).values(), one.total, plans["nothing"][i].total]
@@ -66,13 +68,17 @@ def _memory(lay: plan.Layout, m: int) -> list[str]:
     return paper.aligned(lines, range(8))
 
 
+def _changes(lay: plan.Layout, m: int) -> list[str]:
+    return [f"{size / 1e9:6.1f}  {name}" for name, size in plan.changes(V2, lay, m).items()]
+
+
 def _assumed() -> list[str]:
     middle = hours.Assumptions()
-    lines = [("assumed", "best", "middle", "worst", "K hours", "what (and where from)")]
+    lines = [("assumed", "best", "middle", "worst", "K hours", "what [where from]")]
     for row, best, worst in hours.sensitivity(V2):
         values = (row.best, getattr(middle, row.name), row.worst)
         lines.append((row.name, *(v if isinstance(v, str) else f"{v:g}" for v in values),
-                      f"{best / 1e3:.0f}-{worst / 1e3:.0f}", f"{row.what} ({row.source})"))
+                      f"{best / 1e3:.0f}-{worst / 1e3:.0f}", f"{row.what} [{row.source}]"))
     return paper.aligned(lines, range(1, 5))
 
 

@@ -53,32 +53,39 @@ def stage_memory(
 
 @styled
 def hour_ranges(
-    ranges: Mapping[str, tuple[float, float]], middle: float, published: float
+    ranges: Mapping[str, tuple[float, float]], middle: float, published: float,
+    values: Mapping[str, tuple[str, str]] | None = None,
 ) -> Figure:
     """What each assumption alone does to the GPU-hours per trillion tokens.
 
     ranges: assumption -> (hours at its best, at its worst), drawn in this order; middle: hours with
-    all in the middle; published: the paper's.
+    all in the middle; published: the paper's; values: assumption -> its best and worst, in words.
     """
     if not ranges or any(best > worst for best, worst in ranges.values()):
         raise ValueError("ranges: expected at least one, the best hours first")
-    figure = Picture(9.0, 0.36 * len(ranges) + 1.7)
+    figure = Picture(9.0, 0.36 * len(ranges) + 2.0)
     ax = figure.subplots()
-    for i, (best, worst) in enumerate(ranges.values()):
+    for i, (name, (best, worst)) in enumerate(ranges.items()):
         ax.barh(i, (middle - best) / 1e3, left=best / 1e3, color=COLORS["MLA"], height=0.66)
         ax.barh(i, (worst - middle) / 1e3, left=middle / 1e3, color=COLORS["GQA"], height=0.66)
+        for x, text, side in zip((best, worst), (values or {}).get(name, ()), (-1, 1)):
+            ax.annotate(text, (x / 1e3, i), (5 * side, 0), textcoords="offset points", va="center",
+                        ha="left" if side > 0 else "right", fontsize=9)
     ax.set_yticks(range(len(ranges)), list(ranges))
-    ax.axvline(middle / 1e3, color=INK, lw=1.2)
-    ax.axvline(published / 1e3, color=COLORS["MHA"], lw=1.6, ls="--")
-    ax.annotate(f"the paper: {published / 1e3:.1f}K", (published / 1e3, len(ranges) - 1), (6, 0),
-                textcoords="offset points", color=COLORS["MHA"], va="center")
+    ax.axvline(middle / 1e3, color=INK, lw=1.2, label=f"all in the middle: {middle / 1e3:.0f}K")
+    ax.axvline(published / 1e3, color=COLORS["MHA"], lw=1.6, ls="--",
+               label=f"the paper: {published / 1e3:.1f}K")
     widest = max(ranges, key=lambda name: ranges[name][1] - ranges[name][0])
     low, high = (hours / 1e3 for hours in ranges[widest])
+    ends = [hours / 1e3 for pair in ranges.values() for hours in pair] + [published / 1e3]
+    room = 0.12 * (max(ends) - min(ends))
     ax.invert_yaxis()
     ax.tick_params(axis="y", length=0)
     ax.grid(True, axis="x")
     ax.set(xlabel="GPU-hours per trillion tokens (thousands)",
+           xlim=(min(ends) - room, max(ends) + room),
            title=f"Least certain: {widest}, {low:.0f}K to {high:.0f}K")
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 
@@ -101,15 +108,15 @@ def hours_by_devices(
                 ls=("-", "--", "-.", ":")[i % 4], label=name)
     ax.axhline(published / 1e3, color=COLORS["MHA"], lw=1.4, ls=":",
                label=f"the paper: {published / 1e3:.1f}K")
-    grown = ", ".join(f"{values[-1] / values[0]:.1f}" for values in hours.values())
+    grown = " and ".join(f"{values[-1] / values[0]:.1f}" for values in hours.values())
     ax.set_xscale("log", base=2)
     ax.set_yscale("log", base=2)
     ax.set_xticks(devices, [tokens_label(n) for n in devices])
     ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.0f}"))
     ax.minorticks_off()
     ax.set(xlabel="devices", ylabel="GPU-hours per trillion tokens (thousands)",
-           title=f"From {tokens_label(devices[0])} to {tokens_label(devices[-1])} devices: hours "
-                 f"times {grown}")
+           title=f"{tokens_label(devices[0])} to {tokens_label(devices[-1])} devices: hours times "
+                 f"{grown}")
     ax.grid(True)
     ax.legend(loc="best")
     return figure

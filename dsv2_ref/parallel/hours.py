@@ -18,10 +18,10 @@ A step of m micro-batches on the slowest stage, in seconds:
   zero              ZeRO-1: gradients reduced and scattered, weights gathered, what is not hidden
 
 Rows of a token cross to other devices four times per MoE layer: dispatched and combined, forward
-and backward; at most M devices, of which one may be its own. The node of eight cards has all of
-ep = 8, so that this traffic stays on NVLink however large the cluster is. Left out is what a stage
-sends to the next: 42 MB per micro-batch, a millisecond beside a stage's 118, and hidden but for
-the first and the last.
+and backward; at most M devices, of which one may be its own. The eight shares are taken to lie on
+the eight cards of a node (the paper has both numbers and does not say so), so that this traffic
+stays on NVLink however large the cluster is. Left out is what a stage sends to the next: 42 MB per
+micro-batch, a millisecond beside a stage's 118, and hidden but for the first and the last.
 """
 
 import math
@@ -81,19 +81,19 @@ ASSUMED = (
     Assumed("experts", 0.55, 0.25, "share of the peak in products over sorted slots",
             "published kernels on an H100: 240 to 555 TFLOP/s"),
     Assumed("attention", 0.50, 0.25, "share of the peak in attention, both passes",
-            "FlashAttention-2 on an H100: 35 % (abstract of FlashAttention-3)"),
+            "FlashAttention-3's abstract: 0.35 for FlashAttention-2 on an H100"),
     Assumed("other", 0.10, 0.35, "time of what is no product, over that of products", "assumed"),
     Assumed("fullest", 1.0, 1.2, "slots of the fullest device over the mean",
-            "1 is what token dropping aims at (section 2.2.4); else assumed"),
+            "token dropping aims at 1, section 2.2.4; the rest assumed"),
     Assumed("nvlink", 180.0, 100.0, "GB/s of a card to others of its node",
             "data sheet: 400 GB/s both ways; DeepSeek-V3's report counts 160"),
     Assumed("ib", 45.0, 25.0, "GB/s of a card to other nodes",
             "a 400 Gbit/s adapter per card has 50 GB/s; the share is assumed"),
     Assumed("hidden", 1.0, 0.3, "share of the shared experts' time that hides traffic",
-            "the paper hides it so (section 3.1.3), not how much"),
-    Assumed("again", "part", "more", "what is computed again (plan.AGAIN)",
+            "section 3.1.3 hides it so, and does not say how much"),
+    Assumed("again", "part", "more", "what is computed again, see plan.AGAIN",
             "the paper: a part, not which; with nothing it does not fit"),
-    Assumed("schedule", "zb-h2", "1f1b", "the pipeline's", "the paper: zero-bubble, not which"),
+    Assumed("schedule", "zb-h2", "1f1b", "of the pipeline", "the paper: zero-bubble, not which"),
     Assumed("zero", 0.9, 0.0, "share of ZeRO-1's traffic that is hidden", "assumed"),
     Assumed("devices", 1024, 4096, "H800 in the cluster",
             "not in the paper; DeepSeek-V3's report has 2,048"),

@@ -188,8 +188,8 @@ def split(config: Config, pp: int, sequence: int = SEQUENCE) -> list[range]:
 def kept(config: Config, layer: int) -> dict[str, int]:
     """Numbers per token that autograd keeps of a layer when nothing is computed again.
 
-    Of attention in tiles, which keeps no scores but a sum per head, and of slots sorted by expert.
-    The router's are fp32 whatever the rest is; they are few.
+    Of attention in tiles, which keeps no scores but a sum per head, slots sorted by expert, norms
+    and gated sums that keep what they read. The router's are fp32 whatever the rest is; few.
     """
     c = config
     heads = c.n_h * (2 * (c.d_h + c.d_r) + c.d_v)
@@ -271,3 +271,23 @@ def memory(
         ))
     return result
 
+
+
+def changes(config: Config, lay: Layout, micro_batches: int) -> dict[str, int]:
+    """Bytes of the fullest device, as planned and with one assumption changed."""
+    one = {
+        "as planned": {},
+        "nothing computed again": {"again": "nothing"},
+        "attention computed again, too": {"again": "more"},
+        "everything computed again": {"again": "all"},
+        "1F1B": {"schedule": "1f1b"},
+        "ZB-H2, without bubbles": {"schedule": "zb-h2"},
+        "two sequences in a micro-batch": {"tokens": 2 * SEQUENCE},
+        "gradients in bf16": {"size": Bytes(gradient=2)},
+        "no fp32 copy of the weights": {"size": Bytes(optimizer=8)},
+        "no replicas": {"lay": Layout(lay.pp, lay.ep, 1)},
+        "no ZeRO-1": {"size": Bytes(gradient=16, optimizer=0)},
+    }
+    return {name: max(m.total for m in memory(
+        config, **{"lay": lay, "micro_batches": micro_batches} | change))
+        for name, change in one.items()}
