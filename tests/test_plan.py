@@ -66,7 +66,7 @@ def all_splits(n, pp):
 
 
 @pytest.mark.parametrize("pp", [1, 2, 3, 4, 7])
-@pytest.mark.parametrize("vocab", [97, 5, 900])
+@pytest.mark.parametrize("vocab", [5, 97, 900, 9000])
 def test_no_split_has_a_smaller_fullest_stage(pp, vocab):
     config = ODD.with_(vocab=vocab, n_dense=0)         # layers alike, as V2's are
 
