@@ -201,6 +201,17 @@ def test_the_papers_hours_lie_between_the_extremes():
     assert [round(v / 1e3) for v in values] == [92, 149, 173, 400]
 
 
+def test_what_the_papers_hours_imply():
+    """Arithmetic alone: shares of the peak, and the saving if both models reached the same one."""
+    peak = paper.HOURS * 3600 * hours.PEAK
+    rule = 1e12 * 6 * cost.activated_parameters(V2) / peak
+    scores = 1e12 * cost.causal_training_flops(V2, 4096) / peak
+    dense = 1e12 * 6 * paper.DENSE_N / (paper.DENSE_HOURS * 3600 * hours.PEAK)
+    assert [round(100 * share, 1) for share in (rule, scores, dense)] == [20.3, 25.2, 37.6]
+    at_the_same = paper.HOURS * rule / dense
+    assert 1 - at_the_same / paper.DENSE_HOURS == pytest.approx(0.69, abs=0.005)
+
+
 def test_growth_breaks_at_the_batch():
     sizes = [128, 2048, 16384, 65536]
     kept, grown = hours.growth(V2, sizes), hours.growth(V2, sizes, grown=True)
