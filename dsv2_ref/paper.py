@@ -6,15 +6,17 @@
 in parentheses, what follows from what it prints. A row *holds* when ours, rounded to the digits
 that the paper gives, is the paper's number; the one exception, a number that the paper truncates,
 says so. One row is a measurement: the needle grid, from the newest record in data/results, whose
-model and lengths are not the paper's. Nothing is allocated and nothing trained: benchmark scores,
-Pile bits per byte and generation throughput need the trained 236B weights or eight H800, and are no
-rows.
+model and lengths are not the paper's. Three rows are a plan of the paper's cluster, whose
+assumptions `paper --plan` lists: two say whether it fits in a card, and the one of its hours holds
+when the paper's number lies between everything at its best and at its worst. Nothing is allocated
+and nothing trained: benchmark scores, Pile bits per byte and generation throughput need the trained
+236B weights or eight H800, and are no rows.
 """
 
 import json
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -26,6 +28,7 @@ from dsv2_ref.attention.rope import softmax_scale, yarn_mscale
 from dsv2_ref.checkout import in_checkout
 from dsv2_ref.config import LITE, V2, Config
 from dsv2_ref.inference.needle import GREEN
+from dsv2_ref.parallel import hours, plan
 
 # DeepSeek 67B, the dense predecessor that the paper measures itself against
 DENSE_N, DENSE_LAYERS, DENSE_N_KV, DENSE_D_H = 67e9, 95, 8, 128
@@ -49,7 +52,7 @@ class Row:
 def rows(v2: Config = V2, lite: Config = LITE) -> list[Row]:
     """Every claim that can be computed, in the order of the subjects below."""
     return [*_sizes(v2, lite), *_cache_tables(v2, lite), *_cache_saving(v2), *_six_bits(v2),
-            *_training(v2), *_long_context(v2), *_needles()]
+            *_training(v2), *_plan(v2), *_long_context(v2), *_needles()]
 
 
 def _rounded(value: float, digits: int, published: float) -> bool:
@@ -152,14 +155,35 @@ def _training(v2: Config) -> list[Row]:
         Row("training GPU-hours saved", "3.2.3", "42.5%", f"{saved:.1f}%", saved,
             _rounded(saved, 1, 42.5), "172.8K and 300.6K h for 1T tokens"),
     ]
-    for name, n_active, hours, about in (
-        ("V2", cost.activated_parameters(v2), HOURS, 200), ("67B", DENSE_N, DENSE_HOURS, 370),
+    for name, n_active, spent, about, share in (
+        ("V2", cost.activated_parameters(v2), HOURS, 200, 20),
+        ("67B", DENSE_N, DENSE_HOURS, 370, 38),
     ):
-        rate = cost.implied_tflops(cost.training_flops(n_active, 1e12), hours)
-        result.append(Row(f"implied TFLOP/s a GPU, {name}", "3.2.3", f"({about})",
-                          f"{rate:.0f}", rate, _rounded(rate, -1, about),
-                          "6 N_active FLOPs a token; peak ~990"))
+        rate = cost.implied_tflops(cost.training_flops(n_active, 1e12), spent)
+        mfu = 100 * rate * 1e12 / hours.PEAK
+        result += [
+            Row(f"implied TFLOP/s a GPU, {name}", "3.2.3", f"({about})", f"{rate:.0f}", rate,
+                _rounded(rate, -1, about), "6 N_active FLOPs a token; peak ~990"),
+            Row(f"share of the peak, {name}", "3.2.3", f"({share}%)", f"{mfu:.1f}%", mfu,
+                _rounded(mfu, 0, share), "over 989 TFLOP/s (data sheet)"),
+        ]
     return result
+
+
+def _plan(v2: Config) -> list[Row]:
+    """The paper's cluster, planned; each assumption is a row of `hours.ASSUMED` or in plan.py."""
+    step = hours.step(v2)
+    part, whole = (max(m.total for m in plan.memory(v2, step.layout, step.micro_batches, again=a))
+                   for a in ("part", "nothing"))
+    best, worst = hours.extremes(v2)
+    return [
+        Row("fullest of 80 GB, planned", "3.1.3", "(fits)", f"{part / 1e9:.1f} GB", part,
+            part <= plan.CARD, f"{step.layout.devices:,} devices, part computed again"),
+        Row("the same, nothing again", "3.1.3", "(too much)", f"{whole / 1e9:.1f} GB", whole,
+            whole > plan.CARD, "so a part of the operators has to be"),
+        Row("GPU-hours of 1T, planned", "3.2.3", "172.8K", f"{step.hours / 1e3:.0f}K", step.hours,
+            best <= HOURS <= worst, f"assumptions: {best / 1e3:.0f}K to {worst / 1e3:.0f}K"),
+    ]
 
 
 def _long_context(v2: Config) -> list[Row]:
@@ -197,19 +221,26 @@ def _needles() -> list[Row]:
                 f"{record['parameters'] / 1e6:.1f}M model to {longest:,} tokens, not 128K")]
 
 
+def aligned(lines: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
+    """Text lines of at most 100 columns; the last column wraps, those in `right` end alike."""
+    n = len(lines[0]) - 1
+    widths = [max(len(line[i]) for line in lines) for i in range(n)]
+    indent = sum(widths) + 2 * n
+    result = []
+    for line in lines:
+        parts = textwrap.wrap(line[n], max(100 - indent, 20)) or [""]
+        cells = [cell.rjust(w) if i in right else cell.ljust(w)
+                 for i, (cell, w) in enumerate(zip(line[:n], widths, strict=True))]
+        result.append("  ".join([*cells, parts[0]]).rstrip())
+        result += [" " * indent + part for part in parts[1:]]
+    return result
+
+
 def as_table(rows: Sequence[Row]) -> str:
     """Aligned text of at most 100 columns; a row that does not hold is marked NO."""
-    cells = [("", "claim", "sec.", "paper", "ours", "how")]
-    cells += [("ok" if r.holds else "NO", r.claim, r.section, r.paper, r.ours, r.how) for r in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(5)]
-    how_width = max(100 - sum(widths) - 2 * 5, 20)
-    lines = []
-    for mark, claim, section, paper, ours, how in cells:
-        parts = textwrap.wrap(how, how_width) or [""]
-        first = (mark.ljust(widths[0]), claim.ljust(widths[1]), section.ljust(widths[2]),
-                 paper.rjust(widths[3]), ours.rjust(widths[4]), parts[0])
-        lines.append("  ".join(first).rstrip())
-        lines += [" " * (sum(widths) + 2 * 5) + part for part in parts[1:]]
+    lines = aligned([("", "claim", "sec.", "paper", "ours", "how"), *(
+        ("ok" if r.holds else "NO", r.claim, r.section, r.paper, r.ours, r.how) for r in rows
+    )], right=(3, 4))
     lines.insert(1, "-" * max(len(line) for line in lines))
     lines += ["", f"{sum(r.holds for r in rows)} of {len(rows)} hold. "
               "(In parentheses: not printed in the paper, follows from what is.)"]

@@ -294,6 +294,20 @@ def test_paper(capsys):
     assert code == 0 and "235,741,434,880" in out
 
 
+def test_the_papers_cluster_on_paper(capsys):
+    code, out, _ = call(capsys, "paper", "--plan", "--json")
+    planned = json.loads(out)
+    assert code == 0 and len(planned["memory"]) == 16 and len(planned["assumed"]) == 13
+    assert planned["step"]["hours"] == planned["growth"]["batch kept"][2]["hours"]
+    code, text, _ = call(capsys, "paper", "--plan")
+    assert code == 0 and max(map(len, text.splitlines())) <= 100
+    for row in planned["assumed"]:                       # every assumption, with its source
+        assert f"\n{row['name']} " in text and row["source"].split()[0] in text
+    for size in planned["fullest"].values():
+        assert f"{size / 1e9:.1f}  " in text
+    assert "the paper says 172.8K" in text and "65,536" in text
+
+
 @pytest.mark.parametrize(("args", "message"), [
     (["nonsense"], "invalid choice: 'nonsense'"),
     (["train", "--preset", "huge"], "preset: 'huge', expected one of"),

@@ -14,6 +14,7 @@
   pipeline      who works when on several ranks, and what waits
   positions     RoPE
   routing       what experts are for, and the limit on devices
+  scale_out     a cluster on paper: memory, hours, growth
   sliders       what moves, with ipywidgets and without
   studies       ablations
   pretraining   schedules, memory and rounding; a run as it goes on
@@ -108,6 +109,7 @@ from dsv2_ref.figures.run import (
     rate_curve,
     run_figures,
 )
+from dsv2_ref.figures.scale_out import hour_ranges, hours_by_devices, stage_memory
 from dsv2_ref.figures.sliders import live_image
 from dsv2_ref.figures.studies import study_changes
 from dsv2_ref.figures.style import COLORS, GIB, INK, LENGTHS, MORE_COLORS, Picture, save, styled
@@ -120,13 +122,14 @@ __all__ = [
     "cache_slider", "code_steps", "decode_floors", "decode_roofline", "device_limit_slider",
     "device_messages", "device_traffic", "dropped_against_capacity", "dropped_over_training",
     "errors_by_position", "expert_lift", "expert_load", "flops_against_context", "gradient_norm",
-    "group_slider", "grouped_heads", "groups_like_mla", "in_flight_bars", "length_costs",
-    "limit_quality", "live_image", "live_picture", "load_animation", "load_over_training",
-    "loss_arrows", "loss_curve", "loss_floor", "losses_by_position", "matrices", "memory_bars",
-    "mistakes_by_factor", "mla_flow", "needle_attention", "needle_grid", "needle_grids",
-    "overlap_spans", "pair_clocks", "pair_wavelengths", "parameter_shares", "pipeline_slider",
-    "position_slider", "rank_traffic", "rank_traffic_slider", "rate_curve", "rounding_paths",
-    "router_heat_map", "rows_by_hand", "run_figures", "save", "saving_steps", "schedule_curves",
-    "schedule_gantt", "shared_heads", "slots_by_device", "softmax_in_pieces", "study_changes",
+    "group_slider", "grouped_heads", "groups_like_mla", "hour_ranges", "hours_by_devices",
+    "in_flight_bars", "length_costs", "limit_quality", "live_image", "live_picture",
+    "load_animation", "load_over_training", "loss_arrows", "loss_curve", "loss_floor",
+    "losses_by_position", "matrices", "memory_bars", "mistakes_by_factor", "mla_flow",
+    "needle_attention", "needle_grid", "needle_grids", "overlap_spans", "pair_clocks",
+    "pair_wavelengths", "parameter_shares", "pipeline_slider", "position_slider", "rank_traffic",
+    "rank_traffic_slider", "rate_curve", "rounding_paths", "router_heat_map", "rows_by_hand",
+    "run_figures", "save", "saving_steps", "schedule_curves", "schedule_gantt", "shared_heads",
+    "slots_by_device", "softmax_in_pieces", "stage_memory", "study_changes",
     "styled", "token_routing", "turned_pair", "yarn_pairs",
 ]

@@ -12,6 +12,8 @@
   hybrid    one model in two layouts, to train and to write text
   local     processes on this machine, to see a pipeline run
   demo      processes for a notebook, and what they run
+  plan          what one device holds of V2 in the paper's layout, beside the card's memory
+  hours         GPU-hours of V2 from counts, links and assumed rates, each assumption a row
 
 Process groups are arguments. Every process reads the same batch and takes its own rows.
 """
