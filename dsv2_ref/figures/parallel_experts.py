@@ -17,7 +17,7 @@ from dsv2_ref.moe.routing import select_device_limited
 from dsv2_ref.parallel.expert import sort_rows
 
 LINK, SHARED, LAYER = COLORS["MQA"], MORE_COLORS[1], "#E4E4E4"
-LANES = {"counts": 1, "rows": 1, "gloo:all_to_all": 1, "shared": 0, "shared, backward": 0,
+LANES = {"counts": 1, "rows": 1, "all_to_all": 1, "shared": 0, "shared, backward": 0,
          "layer": 0}
 
 
