@@ -37,6 +37,7 @@ table is made from it (`make map`), and a test compares it with the files and th
   files/            what it stands on: published names, tensors read, files written whole
   inference/        generation, log-probabilities, needles, FP8 in memory, live caches
   training/         from one recipe to a trained model, in a folder that survives a kill
+  parallel/         the same training on several ranks; the hours of V2's cluster, on paper
   paper.py          the paper's claims beside ours
   figures/          every plot and widget, in one style
   bench/            measurements against a peer
@@ -66,10 +67,12 @@ Where something new goes, and what it meets:
   a rollout         alignment/, on inference/generate and evaluate.token_log_probs
   a loss            (model, batch) -> named losses, given to the trainer as `objective=`; what it
                     reads comes from the trainer's `batches`
+  a schedule        parallel/: a line in schedule.SCHEDULES if torch has it; its order, if it is only
+                    simulated
   a measurement     of one model: inference/; against a peer or another form: bench/
   a command         a file in commands/ with `add_options`, and a line in __main__.COMMANDS
 
-alignment/ (on training) is not there yet.
+Not there yet: alignment/ (on training), serving, products in FP8, and anything run on a GPU.
 """
 
 __version__ = "0.1.0"

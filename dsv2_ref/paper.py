@@ -178,7 +178,7 @@ def _plan(v2: Config) -> list[Row]:
     best, worst = hours.extremes(v2)
     return [
         Row("fullest of 80 GB, planned", "3.1.3", "(fits)", f"{part / 1e9:.1f} GB", part,
-            part <= plan.CARD, f"{step.layout.devices:,} devices, part computed again"),
+            part <= plan.CARD, f"{step.layout.size:,} devices, part computed again"),
         Row("the same, nothing again", "3.1.3", "(too much)", f"{whole / 1e9:.1f} GB", whole,
             whole > plan.CARD, "so a part of the operators has to be"),
         Row("GPU-hours of 1T, planned", "3.2.3", "172.8K", f"{step.hours / 1e3:.0f}K", step.hours,

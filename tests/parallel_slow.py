@@ -15,7 +15,7 @@ from ranks import world
 from test_parallel_mesh import RECIPE, alone, check_owned, on_ranks, worst
 
 from dsv2_ref import checkpoint
-from dsv2_ref.parallel.mesh import Layout
+from dsv2_ref.parallel.split import Layout
 
 ROOT = Path(__file__).parents[1]
 EXACT = ("step", "tokens", "language", "expert", "device", "communication", "gradient_norm", "lr")

@@ -277,5 +277,5 @@ def test_a_folder_names_its_files(folder):
 
 def test_the_package_names_its_files_and_folders():
     lines = re.findall(r"^  (\w+(?:\.py|/)) +\S", dsv2_ref.__doc__, re.M)
-    lines += {f"{file.split('/')[0]}/" for file in CONCEPTS if f" {file} " in dsv2_ref.__doc__}
-    assert sorted(lines) == members(PACKAGE)
+    concepts = {f"{file.split('/')[0]}/" for file in CONCEPTS if f" {file} " in dsv2_ref.__doc__}
+    assert len(lines) == len(set(lines)) and sorted({*lines, *concepts}) == members(PACKAGE)

@@ -18,7 +18,8 @@ from dsv2_ref.config import TINY
 from dsv2_ref.model import DeepSeekV2
 from dsv2_ref.parallel.gather import is_share
 from dsv2_ref.parallel.hybrid import Hybrid
-from dsv2_ref.parallel.mesh import Layout, Mesh, check_layout, layout_of
+from dsv2_ref.parallel.mesh import Mesh, check_layout
+from dsv2_ref.parallel.split import Layout, layout_of
 from dsv2_ref.training.optim import moments
 from dsv2_ref.training.recipe import Recipe
 from dsv2_ref.training.run_folder import load_state

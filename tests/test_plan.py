@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""The plan of one device against models that are built, schedules that are run, and autograd."""
+"""The plan of one device against models that are built, and autograd."""
 
-from itertools import combinations
+from dataclasses import replace
 
 import pytest
 import torch
-from by_hand import most_in_flight
 from refusals import refused
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -17,7 +16,8 @@ from dsv2_ref.forms import Forms
 from dsv2_ref.moe.experts import experts_loop
 from dsv2_ref.moe.routing import select_device_limited
 from dsv2_ref.parallel import plan
-from dsv2_ref.parallel.plan import Bytes, Layout
+from dsv2_ref.parallel.plan import Bytes
+from dsv2_ref.parallel.split import Layout, layout_of, split, work
 from dsv2_ref.parallel.stages import Stages
 
 # every size different; values as wide as keys, or they would be padded for the tiles of attention
@@ -28,6 +28,7 @@ ODD = TINY.with_(
 )
 TIED = ODD.with_(tie_embeddings=True)
 PLAIN = ODD.with_(d_cq=None)
+PAPERS = layout_of(2048, 8, 16, "zb-h1", zero1=True)
 SPLITS = [[range(0, 7)], [range(0, 1), range(1, 7)], [range(0, 3), range(3, 5), range(5, 7)]]
 
 
@@ -43,7 +44,7 @@ def built(config, layers, held):
 @pytest.mark.parametrize("ranges", SPLITS, ids=len)
 @pytest.mark.parametrize("ep", [1, 3])
 def test_a_rank_holds_what_is_built(config, ranges, ep):
-    lay, held = Layout(len(ranges), ep, 5), config.n_routed // ep
+    lay, held = Layout(len(ranges), 5, ep, zero1=True), config.n_routed // ep
     planned = plan.memory(config, lay, 8, ranges=ranges, size=Bytes(2, 4, 12, 2))
     for layers, memory in zip(ranges, planned, strict=True):
         p = plan.part(config, layers)
@@ -60,47 +61,17 @@ def test_a_rank_holds_what_is_built(config, ranges, ep):
     assert whole == cost.parameters(config).total + twice
 
 
-def all_splits(n, pp):
-    for ends in combinations(range(1, n), pp - 1):
-        yield [range(a, b) for a, b in zip((0, *ends), (*ends, n), strict=True)]
-
-
-@pytest.mark.parametrize("pp", [1, 2, 3, 4, 7])
-@pytest.mark.parametrize("vocab", [5, 97, 900, 9000])
-def test_no_split_has_a_smaller_fullest_stage(pp, vocab):
-    config = ODD.with_(vocab=vocab, n_dense=0)         # layers alike, as V2's are
-
-    def slowest(ranges):
-        return max(plan.work(config, layers) for layers in ranges)
-
-    ranges = plan.split(config, pp)
-    assert [i for layers in ranges for i in layers] == list(range(7))
-    assert len(ranges) == pp and all(len(layers) for layers in ranges)
-    assert slowest(ranges) == pytest.approx(min(map(slowest, all_splits(7, pp))), rel=1e-12)
-
-
-def test_v2s_sixty_layers_in_sixteen_stages():
-    ranges = plan.split(V2, 16)
-    assert [len(layers) for layers in ranges] == [3, 3, *[4] * 13, 2]
-    works = [plan.work(V2, layers) for layers in ranges]
-    dense, moe = (plan.work(V2, range(i, i + 1)) for i in (0, 1))
-    assert dense == pytest.approx(moe, rel=0.002)      # what `split` takes for equal
-    head = plan.work(V2, range(59, 60)) - moe
-    assert head / moe == pytest.approx(1.24, abs=0.01)
-    assert max(works) / (sum(works) / 16) == pytest.approx(1.045, abs=0.001)
-    even = [range(i * 60 // 16, (i + 1) * 60 // 16) for i in range(16)]      # the head forgotten
-    assert max(plan.work(V2, layers) for layers in even) > 1.2 * max(works)
-
-
 def test_flops_of_all_stages_are_those_of_the_model():
     for config in (ODD, TIED, V2, LITE):
-        flops = [plan.forward_flops(config, layers, 9) for layers in plan.split(config, 3)]
+        ranges = split(config, 3)
+        flops = [plan.forward_flops(config, layers, 9) for layers in ranges]
         products = sum(f["linear"] + f["experts"] for f in flops)
         norms = cost.parameters(config).norms          # which cost counts as products
         assert products == cost.forward_flops_per_token(config) - 2 * norms
         assert sum(f["attention"] for f in flops) == cost.pair_flops_expanded(config) * 5
-        works = sum(plan.work(config, layers, 9) for layers in plan.split(config, 3))
-        assert works == cost.causal_training_flops(config, 9) - 6 * norms
+        for layers, f in zip(ranges, flops, strict=True):       # what `split` makes even
+            norms = plan.part(config, layers).norms
+            assert sum(f.values()) + 2 * norms == work(config, layers, 9).F
 
 
 @pytest.mark.parametrize("config", [ODD, PLAIN], ids=["odd", "plain"])
@@ -166,72 +137,70 @@ def test_less_is_kept_the_more_is_computed_again():
     assert plan.kept_numbers(V2, 1, "part", reach=2) == plan.kept_numbers(V2, 1, "part") - 5120
 
 
-@pytest.mark.parametrize("schedule", plan.SCHEDULES)
-@pytest.mark.parametrize("pp", [1, 2, 3, 5])
-@pytest.mark.parametrize("m", [1, 2, 4, 7, 20])
-def test_micro_batches_in_flight_are_those_of_the_schedule(schedule, pp, m):
-    for stage in range(pp):
-        assert plan.in_flight(schedule, pp, stage, m) == most_in_flight(schedule, pp, stage, m)
-
-
 def test_v2_fits_because_a_part_is_computed_again():
-    lay = plan.layout(2048)
-    assert lay == Layout(16, 8, 16) and lay.devices == 2048 and lay.rows == 128
-
-    def fullest(**changes):
+    def fullest(lay=PAPERS, **changes):
         return max(m.total for m in plan.memory(V2, lay, 72, **changes)) / 1e9
 
     assert fullest() == pytest.approx(54.9, abs=0.05)
     assert fullest(again="nothing") == pytest.approx(131.5, abs=0.05)
-    assert fullest(schedule="zb-h2") == pytest.approx(88.8, abs=0.05)      # zero bubbles do not fit
-    assert fullest(tokens=2 * 4096) > 80                                   # nor two sequences
+    # zero bubbles do not fit, nor do two sequences
+    assert fullest(replace(PAPERS, schedule="zb-h2")) == pytest.approx(88.8, abs=0.05)
+    assert fullest(tokens=2 * 4096) > 80
     assert plan.CARD == 80e9
 
 
 def test_what_one_changed_assumption_does():
-    lay = plan.layout(2048)
-    changes = plan.changes(V2, lay, 72)
+    changes = plan.changes(V2, PAPERS, 72)
     assert {name for name, size in changes.items() if size > plan.CARD} == {
         "nothing computed again", "ZB-H2, without bubbles", "two sequences in a micro-batch",
         "no ZeRO-1"}
-    # by hand, of a stage of four layers: 1.89B of experts and 0.79B of the rest, in 16 and 128
-    p = plan.part(V2, range(6, 10))
+    # by hand: experts in 16, the rest in 128; without, the embedding makes the first the fullest
+    p, planned = plan.part(V2, range(0, 4)), plan.memory(V2, PAPERS, 72)
+    spared = 12 * (p.routed // 8 * 15 // 16 + (p.total - p.routed) * 127 // 128)
+    assert changes["no ZeRO-1"] - planned[0].total == pytest.approx(spared, abs=24)
+    p = plan.part(V2, range(10, 14))
     experts, others = p.routed // 8, p.total - p.routed
-    spared = 12 * (experts * 15 // 16 + others * 127 // 128)
-    assert changes["no ZeRO-1"] - changes["as planned"] == pytest.approx(spared, abs=24)
+    assert changes["as planned"] == planned[3].total
     assert changes["as planned"] - changes["gradients in bf16"] == 2 * (experts + others)
     assert changes["no replicas"] - changes["as planned"] == pytest.approx(
         12 * (experts * 15 // 16 + others // 8 - others // 128), abs=24)
+
+
+def test_each_stage_keeps_what_its_schedule_starts():
+    numbers = [sum(plan.kept_numbers(V2, i, "part") for i in layers) for layers in split(V2, 16)]
+    held = {"1f1b": range(16, 0, -1), "zb-h1": [16] * 16, "zb-h2": [31] * 16}
+    for schedule, n in held.items():
+        kept = [m.kept for m in plan.memory(V2, replace(PAPERS, schedule=schedule), 72)]
+        assert kept == [2 * 4096 * a * b for a, b in zip(n, numbers, strict=True)]
+    few = plan.memory(V2, PAPERS, 3)                       # more are not there
+    assert [m.kept for m in few] == [2 * 4096 * 3 * n for n in numbers]
 
 
 def test_a_pipeline_divides_weights_but_no_activations():
     """Half as many stages have twice the layers, for half as many micro-batches."""
     config = ODD.with_(n_layers=8, n_dense=0)
     few, many = (
-        plan.memory(config, Layout(pp, 2, 3), 99,
+        plan.memory(config, Layout(pp, 3, 2, "zb-h1"), 99,
                     ranges=[range(i, i + 8 // pp) for i in range(0, 8, 8 // pp)])[1]
         for pp in (4, 8))
     assert few.kept == many.kept and few.weights == 2 * many.weights
 
 
 def test_replicas_divide_the_optimizer_alone():
-    one, many = (plan.memory(V2, Layout(16, 8, dp), 72)[5] for dp in (1, 512))
+    one, many = (plan.memory(V2, replace(PAPERS, dp=dp), 72)[5] for dp in (1, 512))
     assert vars(one) | {"optimizer": 0} == vars(many) | {"optimizer": 0}
     assert one.optimizer / many.optimizer == pytest.approx(512, rel=1e-3)
 
 
 def test_the_last_stage_has_the_logits():
-    *others, last = plan.memory(V2, plan.layout(2048), 72, again="nothing")
+    *others, last = plan.memory(V2, PAPERS, 72, again="nothing")
     assert last.working == 4096 * 102_400 * 4 and not any(m.working for m in others)
 
 
 def test_bad_input_is_refused_in_one_line():
-    refused(lambda: plan.layout(2000), "devices: 2000", "multiple of pp · ep = 128")
-    refused(lambda: plan.layout(0), "devices: 0")
-    refused(lambda: Layout(0, 1, 1), "pp: 0", "1 or more")
-    refused(lambda: plan.memory(V2, Layout(16, 7, 1), 72), "ep: 7", "divisor of n_routed = 160")
-    refused(lambda: plan.split(V2, 61), "pp: 61", "at most n_layers = 60")
+    refused(lambda: plan.memory(V2, Layout(pp=16, ep=7), 72), "ep: 7", "the 160 routed experts")
+    refused(lambda: plan.memory(V2, Layout(pp=61), 72), "stages: 61 of 60 layers")
+    refused(lambda: plan.memory(V2, Layout(schedule="dualpipe"), 72), "schedule: 'dualpipe'")
     refused(lambda: plan.part(V2, range(3, 61)), "layers: range(3, 61)", "range(0, 60)")
     refused(lambda: plan.kept_numbers(V2, 1, "some"), "again: 'some'", "nothing, part, more, all")
     refused(lambda: plan.again_flops(V2, range(0, 1), "some"), "again: 'some'")
-    refused(lambda: plan.in_flight("dualpipe", 2, 0, 4), "schedule: 'dualpipe'", "zb-h2")

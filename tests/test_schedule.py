@@ -21,7 +21,7 @@ from dsv2_ref.parallel.schedule import (
     stages_of,
 )
 
-OURS = ("gpipe", "1f1b", "interleaved")
+OURS = ("gpipe", "1f1b", "interleaved", "zb-h1")
 SIZES = [(1, 2), (2, 4), (3, 6), (4, 8), (4, 16)]
 
 
@@ -40,13 +40,16 @@ PAPER = {     # two stages, four micro-batches, a forward takes 1 and a backward
               "W2 10 11, I3 11 12, W3 12 13",
               "F0 1 2, I0 2 3, F1 3 4, I1 4 5, W0 5 6, F2 6 7, I2 7 8, W1 8 9, F3 9 10, I3 10 11, "
               "W2 11 12, W3 12 13"],
+    "zb-h2": ["F0 0 1, F1 1 2, F2 2 3, I0 3 4, W0 4 5, F3 5 6, I1 6 7, W1 7 8, I2 8 9, W2 9 10, "
+              "I3 10 11, W3 11 12",
+              "F0 1 2, I0 2 3, F1 3 4, I1 4 5, F2 5 6, I2 6 7, W0 7 8, F3 8 9, I3 9 10, W1 10 11, "
+              "W2 11 12, W3 12 13"],
 }
 
 
 @pytest.mark.parametrize("schedule", PAPER)
 def test_as_drawn_on_paper(schedule):
-    actions = order(schedule, 2, 4) if schedule in OURS else torch_order(schedule, 2, 4)
-    found = simulate(actions, even(2))
+    found = simulate(order(schedule, 2, 4), even(2))
     assert [[(str(a), start, end) for a, start, end in row] for row in found.rows] == [
         drawn(row) for row in PAPER[schedule]]
 
@@ -136,6 +139,29 @@ def test_bubbles_are_the_published_ones(schedule, p, m):
         found = simulate(torch_order(schedule, p, m), even(n_stages(schedule, p), F, I, W))
         bubble = found.rolling_bubble if schedule == "zbv" else found.bubble
         assert bubble == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("p", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("m", [1, 2, 4, 5, 7, 12, 20])
+def test_how_long_a_rank_waits_and_how_much_it_holds(p, m):
+    """The laws of Qi and others, and what they leave out: fewer micro-batches than stages.
+
+    Weights' gradients cover W of p - 1 micro-batches in ZB-H1 and of twice as many in ZB-H2.
+    """
+    for F, I, W in ((1, 1, 1), (2, 3, 2), (5, 7, 4), (9, 10, 8)):
+        idle = {
+            "1f1b": (p - 1) * (F + I + W),
+            "zb-h1": (p - 1) * (F + I) - min(p - 1, m - 1) * W,
+            "zb-h2": max((p - 1) * (F + I) - min(2 * (p - 1), m - 1) * W, 0),
+        }
+        held = {"1f1b": [p - r for r in range(p)], "zb-h1": [p] * p, "zb-h2": [2 * p - 1] * p}
+        for schedule in idle:
+            found = simulate(order(schedule, p, m), even(p, F, I, W))
+            assert found.longest - m * (F + I + W) == idle[schedule], schedule
+            assert found.in_flight() == [min(n, m) for n in held[schedule]], schedule
+            done = sorted((a.kind, a.batch) for a, *_ in found.rows[-1])
+            assert done == sorted((kind, j) for kind in ("FB" if schedule == "1f1b" else "FIW")
+                                  for j in range(m))
 
 
 def test_stages_lie_on_ranks_as_torch_lays_them():

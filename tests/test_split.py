@@ -9,7 +9,15 @@ from refusals import refused
 from dsv2_ref.config import LITE, TINY, V2
 from dsv2_ref.cost import activated_parameters, causal_training_flops
 from dsv2_ref.parallel.schedule import SCHEDULES, n_stages
-from dsv2_ref.parallel.split import check, ranges_of, split, work
+from dsv2_ref.parallel.split import (
+    Layout,
+    check,
+    experts_each,
+    layout_of,
+    ranges_of,
+    split,
+    work,
+)
 
 DEEP = TINY.with_(n_layers=9)
 
@@ -40,7 +48,14 @@ def test_no_split_is_more_even(config, stages):
 
 
 def test_the_head_costs_layers():
-    assert [len(stage) for stage in split(V2, 16)] == [4, 3, 3, *[4] * 12, 2]
+    ranges = split(V2, 16)
+    assert [len(stage) for stage in ranges] == [4, 3, 3, *[4] * 12, 2]
+    works = [sum(work(V2, stage)) for stage in ranges]
+    layer, last = (sum(work(V2, range(i, i + 1))) for i in (1, 59))
+    assert (last - layer) / layer == pytest.approx(1.24, abs=0.01)
+    assert max(works) / (sum(works) / 16) == pytest.approx(1.045, abs=0.001)
+    even = [range(i * 60 // 16, (i + 1) * 60 // 16) for i in range(16)]      # the head forgotten
+    assert max(sum(work(V2, stage)) for stage in even) > 1.2 * max(works)
     large = split(DEEP.with_(vocab=9000), 2)
     assert len(large[0]) > len(large[1])
 
@@ -77,6 +92,18 @@ def test_what_can_be_is_not_refused():
 ], ids=str)
 def test_contradictions_are_one_line(arguments, words):
     refused(lambda: check(DEEP, *arguments), *words)
+
+
+def test_a_layout_uses_all_ranks():
+    lay = layout_of(2048, 8, 16, "zb-h1", True)
+    assert lay == Layout(pp=16, dp=16, ep=8, schedule="zb-h1", zero1=True)
+    assert lay.size == 2048 and lay.rows == 128
+    refused(lambda: layout_of(2000, 8, 16, "1f1b", True), "ep x pp: 8 x 16", "of the 2000 ranks")
+    refused(lambda: layout_of(0, 8, 16, "1f1b", True), "of the 0 ranks")
+    refused(lambda: layout_of(4, 1, 0, "1f1b", True), "pp: 0, expected at least 1")
+    refused(lambda: Layout(dp=0), "dp: 0, expected at least 1")
+    assert experts_each(V2, 8) == 20
+    refused(lambda: experts_each(V2, 7), "ep: 7, expected a divisor of the 160 routed experts")
 
 
 def test_too_many_stages():

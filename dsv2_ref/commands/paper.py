@@ -8,6 +8,7 @@ from dataclasses import asdict
 from dsv2_ref import paper
 from dsv2_ref.config import V2
 from dsv2_ref.parallel import hours, plan
+from dsv2_ref.parallel.split import Layout, split
 
 SIZES = [128 * 4**i for i in range(5)] + [65536]
 
@@ -46,7 +47,7 @@ def _plan_lines() -> list[str]:
     best, worst = hours.extremes(V2)
     shares = ", ".join(f"{name} {100 * s / step.seconds:.0f} %" for name, s in step.parts.items())
     return [
-        f"V2 on {lay.devices:,} devices: {lay.pp} stages x {lay.ep} shares of experts x {lay.dp} "
+        f"V2 on {lay.size:,} devices: {lay.pp} stages x {lay.ep} shares of experts x {lay.dp} "
         f"replicas, {m} micro-batches.", "Nothing of this is measured.",
         "", f"GB of one device of each stage, of {plan.CARD / 1e9:.0f}", "", *_memory(lay, m), "",
         "GB of the fullest, with one assumption changed", "", *_changes(lay, m), "",
@@ -57,18 +58,18 @@ def _plan_lines() -> list[str]:
     ]
 
 
-def _memory(lay: plan.Layout, m: int) -> list[str]:
+def _memory(lay: Layout, m: int) -> list[str]:
     plans = {again: plan.memory(V2, lay, m, again=again) for again in plan.AGAIN}
     lines = [("stage", "layers", "weights", "gradients", "optimizer", "kept", "working", "in all",
               "  with nothing computed again")]
-    for i, layers in enumerate(plan.split(V2, lay.pp)):
+    for i, layers in enumerate(split(V2, lay.pp)):
         one = plans["part"][i]
         sizes = [*vars(one).values(), one.total, plans["nothing"][i].total]
         lines.append((str(i), str(len(layers)), *(f"{size / 1e9:.1f}" for size in sizes)))
     return paper.aligned(lines, range(8))
 
 
-def _changes(lay: plan.Layout, m: int) -> list[str]:
+def _changes(lay: Layout, m: int) -> list[str]:
     return [f"{size / 1e9:6.1f}  {name}" for name, size in plan.changes(V2, lay, m).items()]
 
 
@@ -86,7 +87,7 @@ def _growth() -> list[str]:
     lines = [("devices", "micro-batches", "idle", "optimizer GB", "K hours", "grown to", "K hours")]
     for kept, grown in zip(hours.growth(V2, SIZES), hours.growth(V2, SIZES, True), strict=True):
         most = max(m.optimizer for m in plan.memory(V2, kept.layout, kept.micro_batches))
-        lines.append((f"{kept.layout.devices:,}", str(kept.micro_batches),
+        lines.append((f"{kept.layout.size:,}", str(kept.micro_batches),
                       f"{100 * kept.parts['idle'] / kept.seconds:.0f} %", f"{most / 1e9:.2f}",
                       f"{kept.hours / 1e3:.0f}", f"{grown.batch:,}", f"{grown.hours / 1e3:.0f}"))
     return paper.aligned(lines, range(6))

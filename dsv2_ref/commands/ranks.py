@@ -17,8 +17,9 @@ import torch.distributed as dist
 
 from dsv2_ref.commands.common import say
 from dsv2_ref.commands.jobs import Job
-from dsv2_ref.parallel.mesh import Layout, Mesh, Told, check_layout, layout_of
+from dsv2_ref.parallel.mesh import Mesh, Told, check_layout
 from dsv2_ref.parallel.schedule import SCHEDULES
+from dsv2_ref.parallel.split import Layout, layout_of
 from dsv2_ref.training.pretrain import Stopped, TrainingDiverged
 from dsv2_ref.training.world import World
 

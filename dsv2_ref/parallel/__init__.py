@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""DeepSeek-V2 on several devices (section 3.1.3), on torch.distributed.
+"""DeepSeek-V2 on several ranks (section 3.1.3), on torch.distributed; and its cluster on paper.
 
   expert    routed experts on D ranks: a token's row goes once to each rank that it needs
-  split     layers in stages of equal work, and what a pipeline demands
+  split     how ranks are used, layers in stages of equal work, and what a pipeline demands
   stages    what one rank holds of a model
   schedule  a simulator of schedules: who works when, and how long nobody does
   pipeline  layers in stages, and the schedules of torch
@@ -12,8 +12,8 @@
   hybrid    one model in two layouts, to train and to write text
   local     processes on this machine, to see a pipeline run
   demo      processes for a notebook, and what they run
-  plan          what one device holds of V2 in the paper's layout, beside the card's memory
-  hours         GPU-hours of V2 from counts, links and assumed rates, each assumption a row
+  plan      what one device holds of V2 in the paper's layout, beside the card's memory
+  hours     GPU-hours of V2 from counts, links and assumed rates, each assumption a row
 
 Process groups are arguments. Every process reads the same batch and takes its own rows.
 """

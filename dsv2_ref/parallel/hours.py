@@ -2,43 +2,37 @@
 """How long a step of V2 takes on a cluster, on paper: GPU-hours per trillion tokens.
 
 Nothing here was measured. What is exact are counts: FLOPs per token, bytes that leave a device,
-micro-batches per step. What is published are the card's peak, the links, and the idle time of
-schedules. How much of the peak a kernel reaches, and what else takes time, is assumed: `ASSUMED`
-has a row for each, from best to worst, and `sensitivity` says what each does to the result.
+micro-batches per step. What is published are the card's peak and the links. How much of the peak a
+kernel reaches, and what else takes time, is assumed: `ASSUMED` has a row for each, from best to
+worst, and `sensitivity` says what each does to the result.
 
 The paper's own 172.8K hours per trillion tokens (section 3.2.3) need no model at all: divided into
 6·N FLOPs they are a share of the peak, 20.3 %. That statement is arithmetic. This file says
 where the other 80 % may have gone.
 
-A step of m micro-batches on the slowest stage, in seconds:
+A step of m micro-batches, in seconds:
 
-  m · (F + B + W)   forward, backward for inputs, backward for weights; in them the products, the
-                    other kernels, what is computed again, and waiting for rows of other devices
-  idle              filling and draining the pipeline
+  m · (F + I + W)   forward, backward for inputs, backward for weights, the mean of all stages; in
+                    them products, other kernels, what is computed again, waiting for rows of others
+  uneven            so much more on the slowest stage
+  idle              filling and draining: what the simulated schedule takes beyond that
   zero              ZeRO-1: gradients reduced and scattered, weights gathered, what is not hidden
 
 Rows of a token cross to other devices four times per MoE layer: dispatched and combined, forward
 and backward; at most M devices, of which one may be its own. The eight shares are taken to lie on
 the eight cards of a node (the paper has both numbers and does not say so), so that this traffic
 stays on NVLink however large the cluster is. Left out is what a stage sends to the next: 42 MB per
-micro-batch, a millisecond beside a stage's 118, and hidden but for the first and the last.
+micro-batch, a millisecond beside a stage's 117, and hidden but for the first and the last.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dsv2_ref.config import Config
-from dsv2_ref.parallel.plan import (
-    SEQUENCE,
-    Bytes,
-    Layout,
-    again_flops,
-    forward_flops,
-    layout,
-    part,
-    split,
-)
+from dsv2_ref.parallel.plan import SEQUENCE, Bytes, again_flops, forward_flops, part
+from dsv2_ref.parallel.schedule import Times, order, simulate
+from dsv2_ref.parallel.split import Layout, experts_each, layout_of, split
 
 PEAK = 989e12                # bf16 FLOP/s of an H800, dense (data sheet, as the H100's)
 BATCH = 9216                 # sequences per step after the first 225B tokens (section 3.1.2)
@@ -102,12 +96,12 @@ ASSUMED = (
 
 
 @dataclass(frozen=True)
-class Work:
-    """Seconds of one stage on one micro-batch: F, B, W, and what they are made of."""
+class StageTime:
+    """Seconds of one stage on one micro-batch: F, I, W, and what they are made of."""
 
-    forward: float
-    backward: float
-    weights: float
+    F: float
+    I: float
+    W: float
     products: float
     other: float
     again: float
@@ -115,7 +109,7 @@ class Work:
 
     @property
     def total(self) -> float:
-        return self.forward + self.backward + self.weights
+        return self.F + self.I + self.W
 
 
 @dataclass(frozen=True)
@@ -135,7 +129,7 @@ class Step:
     def hours(self) -> float:
         """GPU-hours per trillion tokens of sequences of 4,096."""
         steps = TRILLION / (self.batch * SEQUENCE)
-        return self.seconds * steps * self.layout.devices / 3600
+        return self.seconds * steps * self.layout.size / 3600
 
 
 def rows_sent(config: Config, ep: int, reach: float | None = None) -> float:
@@ -144,8 +138,7 @@ def rows_sent(config: Config, ep: int, reach: float | None = None) -> float:
     `reach`: how many devices it needs; None for M, the bound. Its own device is one of ep, and as
     likely among them as any other.
     """
-    if config.n_routed % ep:
-        raise ValueError(f"ep: {ep}, expected a divisor of n_routed = {config.n_routed}")
+    experts_each(config, ep)                             # or ValueError
     bound = min(config.reach if ep == config.n_devices else ep, config.top_k)
     return (bound if reach is None else reach) * (ep - 1) / ep
 
@@ -165,12 +158,12 @@ def product_seconds(flops: Mapping[str, float], a: Assumptions) -> dict[str, flo
     }
 
 
-def stage_work(config: Config, layers: range, ep: int, a: Assumptions) -> Work:
+def stage_time(config: Config, layers: range, ep: int, a: Assumptions) -> StageTime:
     """Seconds of one micro-batch, a sequence of 4,096 tokens, in a stage."""
     c = config
     linear, experts, attention = product_seconds(forward_flops(c, layers), a).values()
     # scores have two factors that need gradients, and no weights
-    F, B, W = linear + experts + attention, linear + experts + 2 * attention, linear + experts
+    F, I, W = linear + experts + attention, linear + experts + 2 * attention, linear + experts
     again = sum(product_seconds(again_flops(c, layers, a.again), a).values())
 
     link = 1e9 * (a.nvlink if ep <= NODE else a.ib)
@@ -179,31 +172,15 @@ def stage_work(config: Config, layers: range, ep: int, a: Assumptions) -> Work:
     shared = SEQUENCE * 2 * part(c, layers).shared / (PEAK * a.linear)
     wait = max(traffic - a.hidden * shared, 0.0)
     times = 1 + a.other
-    return Work(
-        forward=F * times + wait,
-        backward=(B + again) * times + wait + (wait if a.again == "all" else 0.0),
-        weights=W * times,
-        products=F + B + W,
-        other=(F + B + W) * a.other,
+    return StageTime(
+        F=F * times + wait,
+        I=(I + again) * times + wait + (wait if a.again == "all" else 0.0),
+        W=W * times,
+        products=F + I + W,
+        other=(F + I + W) * a.other,
         again=again * times,
         exchange=(3 if a.again == "all" else 2) * wait,
     )
-
-
-def idle_seconds(schedule: str, pp: int, m: int, F: float, B: float, W: float) -> float:
-    """Seconds without work between the first and the last operation of the stage that waits most.
-
-    Of pp equal stages, m micro-batches and W <= F, B. 1F1B waits for one micro-batch through all
-    other stages. Where weights' gradients may wait, they cover a part of that: pp - 1 of them in
-    ZB-H1, 2·(pp - 1) in ZB-H2 (Qi et al.), if there are as many micro-batches. In ZB-H2 stages end
-    one after the other, so that no update may wait for all of them.
-    """
-    if schedule == "1f1b":
-        return (pp - 1) * (F + B + W)
-    fill = {"zb-h1": 1, "zb-h2": 2}
-    if schedule not in fill:
-        raise ValueError(f"schedule: {schedule!r}, expected 1f1b, zb-h1 or zb-h2")
-    return max((pp - 1) * (F + B) - min(fill[schedule] * (pp - 1), m - 1) * W, 0.0)
 
 
 def zero_bytes(config: Config, layers: range, lay: Layout, size: Bytes) -> tuple[float, float]:
@@ -220,29 +197,30 @@ def zero_bytes(config: Config, layers: range, lay: Layout, size: Bytes) -> tuple
 
 def step(
     config: Config, a: Assumptions | None = None, batch: int = BATCH, pp: int = 16, ep: int = 8,
-    ranges: Sequence[range] | None = None, idle: Callable[..., float] = idle_seconds,
+    ranges: Sequence[range] | None = None,
 ) -> Step:
-    """One step. `idle` may be a simulator with the arguments of `idle_seconds`.
+    """One step; `ranges` None for `split`.
 
     Where the batch does not divide by the ranks of a stage, some have one sequence more, and all
     wait for them.
     """
     a = a or Assumptions()
-    lay = layout(a.devices, pp, ep)
+    lay = layout_of(a.devices, ep, pp, a.schedule, zero1=True)
     if batch < lay.rows:
         raise ValueError(f"batch: {batch} sequences, expected at least the {lay.rows} ranks of a "
                          "stage")
     m = math.ceil(batch / lay.rows)
     ranges = ranges or split(config, pp)
-    works = [stage_work(config, layers, ep, a) for layers in ranges]
-    slowest = max(works, key=lambda w: w.total)
-    mean = {name: m * sum(vars(w)[name] for w in works) / pp
+    stages = [stage_time(config, layers, ep, a) for layers in ranges]
+    times = Times(*([vars(stage)[kind] for stage in stages] for kind in "FIW"))
+    slowest = m * max(stage.total for stage in stages)
+    mean = {name: m * sum(vars(stage)[name] for stage in stages) / pp
             for name in ("products", "other", "again", "exchange")}
     links = [zero_bytes(config, layers, lay, Bytes()) for layers in ranges]
     zero = (1 - a.zero) * max(inside / a.nvlink + outside / a.ib for inside, outside in links) / 1e9
     parts = mean | {
-        "uneven": m * slowest.total - sum(mean.values()),
-        "idle": idle(a.schedule, pp, m, slowest.forward, slowest.backward, slowest.weights),
+        "uneven": slowest - sum(mean.values()),
+        "idle": simulate(order(a.schedule, pp, m), times).longest - slowest,
         "zero": zero,
     }
     parts["lost"] = sum(parts.values()) * a.lost / (1 - a.lost)

@@ -25,7 +25,7 @@ CPU, and takes its share. So a whole model has to fit into the memory of the mac
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,7 +43,8 @@ from dsv2_ref.model import DeepSeekV2
 from dsv2_ref.parallel.expert import experts_begun_across, keep_across
 from dsv2_ref.parallel.gather import gather, is_share, load_of_all, sum_over
 from dsv2_ref.parallel.pipeline import Pipeline, sum_tied_gradient
-from dsv2_ref.parallel.split import check, n_stages, ranges_of, split
+from dsv2_ref.parallel.schedule import n_stages
+from dsv2_ref.parallel.split import Layout, check, experts_each, ranges_of, split
 from dsv2_ref.parallel.stages import Stages
 from dsv2_ref.parallel.zero1 import share_optimizers
 from dsv2_ref.training.objective import Batch, Named
@@ -60,36 +61,9 @@ class Told(ValueError):
     """What the first process was refused; it says so itself."""
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How ranks are used; `schedule` is the pipeline's, `zero1` shares the moments."""
-
-    pp: int = 1
-    dp: int = 1
-    ep: int = 1
-    schedule: str = "1f1b"
-    zero1: bool = False
-
-    @property
-    def rows(self) -> int:
-        """Ranks that read different rows."""
-        return self.dp * self.ep
-
-
-def layout_of(size: int, ep: int, pp: int, schedule: str, zero1: bool) -> Layout:
-    """The layout of so many ranks: dp is what is left. ValueError if it is no whole number."""
-    if min(ep, pp) < 1:
-        raise ValueError(f"ep: {ep}, pp: {pp}, expected at least 1")
-    if size % (ep * pp):
-        raise ValueError(f"ep x pp: {ep} x {pp}, expected a divisor of the {size} ranks")
-    return Layout(pp, size // (ep * pp), ep, schedule, zero1)
-
-
 def check_layout(layout: Layout, config: Config, recipe: Recipe) -> None:
     """ValueError of one line for what cannot be, before any process group is made."""
-    if config.n_routed % layout.ep:
-        raise ValueError(f"ep: {layout.ep}, expected a divisor of the {config.n_routed} routed "
-                         "experts")
+    experts_each(config, layout.ep)
     micro, rows = recipe.micro_batch or recipe.batch, layout.rows
     micro = min(micro, recipe.batch)
     if micro % rows:
@@ -130,7 +104,7 @@ class Mesh(World):
             stages = split(c, n_stages(layout.schedule, layout.pp))
             ranges = ranges_of(layout.schedule, stages, self.pp, layout.pp)
         if layout.ep > 1:
-            share = c.n_routed // layout.ep
+            share = experts_each(c, layout.ep)
             held = range(self.ep * share, (self.ep + 1) * share)
         self.model = Stages(c, ranges, held).to(model.like.dtype)
         self.model.take(model.state_dict())

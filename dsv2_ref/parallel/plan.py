@@ -7,29 +7,23 @@ This file asks whether that fits, stage by stage. Three kinds of statements, kep
 
   exact      parameters of each rank, and the numbers that autograd keeps per token and layer:
              closed forms, which tests compare with live models
-  published  how many micro-batches each schedule has in flight (`in_flight`)
+  simulated  how many micro-batches a stage holds at once, by the order of the schedule
   assumed    what the paper does not say, as arguments: bytes per number (`Bytes`), which operators
              run again (`AGAIN`), how many devices, one sequence of 4,096 tokens per micro-batch
 
 Left out: what a communication library and the allocator keep for themselves, and gradients of
 activations on their way. They have to live in what is left of the card.
-
-60 layers are no multiple of 16. The head costs about as much as 1.2 layers, the embedding (a
-table, of which rows are read) no time at all, so `split` gives the last stage fewer layers, and
-what is left over goes to the front, where the embedding's memory is.
-
-A dense FFN is taken for as much work as an MoE layer, as in V2, where it is as wide as the eight
-experts of a token: 12,288 = 8 · 1,536.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dsv2_ref import cost
 from dsv2_ref.config import Config
+from dsv2_ref.parallel.schedule import even, order, simulate
+from dsv2_ref.parallel.split import Layout, experts_each, split
 
 CARD = 80e9                  # bytes of an H800 (data sheet), GB of 10^9
 SEQUENCE = 4096              # tokens (section 3.1.2)
-SCHEDULES = ("1f1b", "zb-h1", "zb-h2")
 # what is computed again in the backward pass; names as in `kept`
 AGAIN = {
     "nothing": (),
@@ -41,36 +35,6 @@ AGAIN = {
     "all": ("norms", "latents", "heads", "attention", "gate and up", "products", "rows", "outputs",
             "router"),
 }
-
-
-@dataclass(frozen=True)
-class Layout:
-    """pp stages × dp replicas × ep shares of the experts; dp·ep ranks hold different rows."""
-
-    pp: int
-    ep: int
-    dp: int
-
-    def __post_init__(self) -> None:
-        for name in ("pp", "ep", "dp"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)}, expected 1 or more")
-
-    @property
-    def devices(self) -> int:
-        return self.pp * self.dp * self.ep
-
-    @property
-    def rows(self) -> int:
-        """Ranks of one stage."""
-        return self.dp * self.ep
-
-
-def layout(devices: int, pp: int = 16, ep: int = 8) -> Layout:
-    """The paper's layout on so many devices; what they have beyond one copy is dp."""
-    if devices < 1 or devices % (pp * ep):
-        raise ValueError(f"devices: {devices}, expected a multiple of pp · ep = {pp * ep}")
-    return Layout(pp, ep, devices // (pp * ep))
 
 
 @dataclass(frozen=True)
@@ -96,14 +60,6 @@ class Memory:
     @property
     def total(self) -> int:
         return self.weights + self.gradients + self.optimizer + self.kept + self.working
-
-
-def check(config: Config, lay: Layout) -> None:
-    """ValueError where the layout cannot hold the model."""
-    if config.n_routed % lay.ep:
-        raise ValueError(f"ep: {lay.ep}, expected a divisor of n_routed = {config.n_routed}")
-    if lay.pp > config.n_layers:
-        raise ValueError(f"pp: {lay.pp}, expected at most n_layers = {config.n_layers}")
 
 
 def part(config: Config, layers: range) -> cost.Parameters:
@@ -158,33 +114,6 @@ def again_flops(config: Config, layers: range, again: str, sequence: int = SEQUE
     return known[again]
 
 
-def work(config: Config, layers: range, sequence: int = SEQUENCE) -> float:
-    """FLOPs per token of a stage's forward and backward pass, nothing twice."""
-    flops = forward_flops(config, layers, sequence)
-    return 3 * (flops["linear"] + flops["experts"] + flops["attention"])
-
-
-def split(config: Config, pp: int, sequence: int = SEQUENCE) -> list[range]:
-    """Layers of each stage: one after the other goes to the stage with the least work so far.
-
-    Of stages with equal work the later one gets it. No stage is empty.
-    """
-    c = config
-    check(c, Layout(pp, 1, 1))
-    last = range(c.n_layers - 1, c.n_layers)
-    layer = work(c, last, sequence) - 6 * c.vocab * c.d
-    counts = [0] * pp
-    for _ in range(c.n_layers):
-        load = [n * layer for n in counts]
-        load[-1] += 6 * c.vocab * c.d
-        empty = [i for i in range(pp) if counts[i] == 0]
-        left = c.n_layers - sum(counts)
-        among = empty if len(empty) == left else range(pp)
-        counts[max(among, key=lambda i: (-load[i], i))] += 1
-    ends = [sum(counts[: i + 1]) for i in range(pp)]
-    return [range(end - n, end) for end, n in zip(ends, counts, strict=True)]
-
-
 def kept(config: Config, layer: int) -> dict[str, int]:
     """Numbers per token that autograd keeps of a layer when nothing is computed again.
 
@@ -227,50 +156,35 @@ def kept_numbers(config: Config, layer: int, again: str = "nothing", reach: int 
     return sum(numbers.values()) + came
 
 
-def in_flight(schedule: str, pp: int, stage: int, micro_batches: int) -> int:
-    """Micro-batches whose activations a stage holds at its fullest.
-
-    1F1B: as many as there are stages from here on. ZB-H1 delays the weights' gradients until every
-    stage holds as many as 1F1B's first, ZB-H2 until 2·pp - 1 (Qi et al., Zero Bubble Pipeline
-    Parallelism). A bound for the latter two: where only weights' gradients wait, a few tensors are
-    free already.
-    """
-    most = {"1f1b": pp - stage, "zb-h1": pp, "zb-h2": 2 * pp - 1}
-    if schedule not in most:
-        raise ValueError(f"schedule: {schedule!r}, expected one of {', '.join(SCHEDULES)}")
-    return min(most[schedule], micro_batches)
-
-
 def memory(
     config: Config, lay: Layout, micro_batches: int, tokens: int = SEQUENCE, again: str = "part",
-    schedule: str = "zb-h1", size: Bytes | None = None, ranges: list[range] | None = None,
+    size: Bytes | None = None, ranges: list[range] | None = None,
 ) -> list[Memory]:
     """One device of each stage; `tokens` in a micro-batch of one rank, `ranges` None for `split`.
 
     ZeRO-1: experts have dp copies, everything else dp·ep, and each holds its share of the moments.
     """
     c, size = config, size or Bytes()
-    check(c, lay)
+    in_flight = simulate(order(lay.schedule, lay.pp, micro_batches), even(lay.pp)).in_flight()
+    copies = (lay.dp, lay.rows) if lay.zero1 else (1, 1)
     result = []
     for stage, layers in enumerate(ranges or split(c, lay.pp)):
         p = part(c, layers)
-        experts = p.routed // lay.ep
+        experts = p.routed // c.n_routed * experts_each(c, lay.ep)
         others = p.total - p.routed
         numbers = [kept_numbers(c, i, again) for i in layers]
         missing = max(kept_numbers(c, i) - n for i, n in zip(layers, numbers, strict=True))
         working = tokens * max(missing, 0) * size.kept
         if layers.stop == c.n_layers:
             working += tokens * c.vocab * 4              # logits, fp32
-        n = in_flight(schedule, lay.pp, stage, micro_batches)
         result.append(Memory(
             weights=(experts + others) * size.weight,
             gradients=(experts + others) * size.gradient,
-            optimizer=(-(-experts // lay.dp) + -(-others // lay.rows)) * size.optimizer,
-            kept=n * tokens * sum(numbers) * size.kept,
+            optimizer=(-(-experts // copies[0]) + -(-others // copies[1])) * size.optimizer,
+            kept=in_flight[stage] * tokens * sum(numbers) * size.kept,
             working=working,
         ))
     return result
-
 
 
 def changes(config: Config, lay: Layout, micro_batches: int) -> dict[str, int]:
@@ -280,13 +194,13 @@ def changes(config: Config, lay: Layout, micro_batches: int) -> dict[str, int]:
         "nothing computed again": {"again": "nothing"},
         "attention computed again, too": {"again": "more"},
         "everything computed again": {"again": "all"},
-        "1F1B": {"schedule": "1f1b"},
-        "ZB-H2, without bubbles": {"schedule": "zb-h2"},
+        "1F1B": {"lay": replace(lay, schedule="1f1b")},
+        "ZB-H2, without bubbles": {"lay": replace(lay, schedule="zb-h2")},
         "two sequences in a micro-batch": {"tokens": 2 * SEQUENCE},
         "gradients in bf16": {"size": Bytes(gradient=2)},
         "no fp32 copy of the weights": {"size": Bytes(optimizer=8)},
-        "no replicas": {"lay": Layout(lay.pp, lay.ep, 1)},
-        "no ZeRO-1": {"size": Bytes(gradient=16, optimizer=0)},
+        "no replicas": {"lay": replace(lay, dp=1)},
+        "no ZeRO-1": {"lay": replace(lay, zero1=False)},
     }
     return {name: max(m.total for m in memory(
         config, **{"lay": lay, "micro_batches": micro_batches} | change))

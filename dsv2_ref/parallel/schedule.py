@@ -14,9 +14,9 @@ step to the last one. Everything else follows: `simulate` takes an order of acti
 of F, I and W of each stage (B takes I + W) and finds the start and end of each. Sending is counted
 as delay and not as work, and links are never full.
 
-`order` makes three schedules itself. The others are long to write down and are taken from torch as
-it runs them (`pipeline.torch_order`). There an F and a B that DualPipe-V overlaps run one after the
-other, and what both have made goes on when both are done.
+`order` makes the short schedules itself, and ZB-H2, which torch has not. The others are taken from
+torch as it runs them (`pipeline.torch_order`). There an F and a B that DualPipe-V overlaps run one
+after the other, and what both have made goes on when both are done.
 
 Sources: GPipe (Huang and others, 2018); 1F1B and interleaved (Narayanan and others, 2021,
 "Efficient large-scale language model training on GPU clusters", section 2.2); ZB-H1 and ZBV (Qi and
@@ -27,6 +27,7 @@ table of DeepSeek's repository DualPipe).
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import NamedTuple
 
 
@@ -96,14 +97,21 @@ Order = Sequence[Sequence[Action]]       # the actions of each rank
 
 
 def order(schedule: str, p: int, m: int) -> list[list[Action]]:
-    """The actions of each of p ranks, of "gpipe", "1f1b" or "interleaved", for m micro-batches."""
+    """The actions of each of p ranks, for m micro-batches.
+
+    ZB-H1 starts like 1F1B and lets W wait; ZB-H2 starts almost twice as many forwards.
+    """
     if schedule == "gpipe":
         return [_phases([r], m, m, p, m) for r in range(p)]
     if schedule == "1f1b":
         return [_phases([r], m, min(m, p - 1 - r), p, m) for r in range(p)]
+    if schedule == "zb-h1":
+        return [_weights_late(r, m, min(m, p - r), r) for r in range(p)]
+    if schedule == "zb-h2":
+        return [_weights_late(r, m, min(m, 2 * (p - r) - 1), 2 * r) for r in range(p)]
     if schedule != "interleaved":
-        raise ValueError(f"schedule: {schedule!r}, expected gpipe, 1f1b or interleaved; the order "
-                         "of the others is torch's")
+        raise ValueError(f"schedule: {schedule!r}, expected gpipe, 1f1b, interleaved, zb-h1 or "
+                         "zb-h2; the order of the others is torch's")
     turn = m // max(1, m // p)           # micro-batches that one chunk reads before the next does
     return [_phases([r, r + p], m, min(2 * m, turn + 2 * (p - 1 - r)), turn, m) for r in range(p)]
 
@@ -126,6 +134,13 @@ def _phases(stages: list[int], m: int, ahead: int, turn: int, last: int) -> list
     steady = len(forward) - ahead
     pairs = [a for pair in zip(forward[ahead:], backward, strict=False) for a in pair]
     return forward[:ahead] + pairs + backward[steady:]
+
+
+def _weights_late(stage: int, m: int, ahead: int, wait: int) -> list[Action]:
+    """Warm-up: `ahead` forwards; then I, the W of `wait` micro-batches before, F, in turn."""
+    F, I, W = ([Action(kind, stage, j) for j in range(m)] for kind in "FIW")
+    turns = zip_longest(I, [None] * wait + W, F[ahead:])
+    return F[:ahead] + [a for turn in turns for a in turn if a is not None]
 
 
 @dataclass(frozen=True)
@@ -172,15 +187,18 @@ class Timeline:
         return 1 - sum(self.busy) / len(self.rows) / self.makespan
 
     @property
-    def rolling_bubble(self) -> float:
-        """The same where no rank waits at the end of a step for the others to end it.
+    def longest(self) -> float:
+        """Seconds of the rank with the longest way from its first action to its last.
 
-        A step then costs what the rank with the longest way from its first to its last action
-        needs (Qi and others, section 4: the update is made before the common norm is known, and
-        taken back where it was wrong). That is the bubble that is zero in ZBV.
+        What a step costs where no rank waits at the end for the others (Qi and others, section 4:
+        the update is made before the common norm is known, and taken back where it was wrong).
         """
-        longest = max(row[-1].end - row[0].start for row in self.rows)
-        return 1 - sum(self.busy) / len(self.rows) / longest
+        return max(row[-1].end - row[0].start for row in self.rows)
+
+    @property
+    def rolling_bubble(self) -> float:
+        """The bubble of such a step: the one that is zero in ZBV and ZB-H2."""
+        return 1 - sum(self.busy) / len(self.rows) / self.longest
 
     def held(self, size: Sequence[float]) -> list[float]:
         """The most that each rank keeps at once, a micro-batch of stage s keeping size[s].
@@ -189,10 +207,9 @@ class Timeline:
         """
         most = []
         for row in self.rows:
-            changes = [(slot.start, 1, slot) for slot in row if slot.action.kind == "F"]
-            changes += [(slot.end, -1, slot) for slot in row if slot.action.kind in "BW"]
             now = peak = 0.0
-            for _, sign, slot in sorted(changes, key=lambda change: change[:2]):
+            for slot in row:
+                sign = (slot.action.kind == "F") - (slot.action.kind in "BW")
                 now += sign * size[slot.action.stage]
                 peak = max(peak, now)
             most.append(peak)
@@ -201,11 +218,8 @@ class Timeline:
     def in_flight(self) -> list[int]:
         """The most micro-batches that each stage holds at once."""
         stages = 1 + max(slot.action.stage for row in self.rows for slot in row)
-        peaks = []
-        for stage in range(stages):
-            only = [float(s == stage) for s in range(stages)]
-            peaks.append(round(max(self.held(only))))
-        return peaks
+        return [round(max(self.held([float(s == stage) for s in range(stages)])))
+                for stage in range(stages)]
 
 
 Made = tuple[str, int, int]              # F, I or W of a stage and a micro-batch; a B makes an I

@@ -1,17 +1,60 @@
 # SPDX-License-Identifier: MIT
-"""Which layers each stage of a pipeline holds, and what a pipeline demands.
+"""How ranks are used: the layout, the layers of each stage, and what a pipeline demands.
 
 The slowest stage sets the pace of all, so stages should have equal *work*, not equally many layers:
 the first layer has no experts, and the head of a model costs as much as some layers do.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from itertools import accumulate
 from typing import NamedTuple
 
 from dsv2_ref.config import Config
 from dsv2_ref.cost import activated_parameters, pair_flops_expanded
 from dsv2_ref.parallel.schedule import kind_of, n_stages, stages_of
+
+
+@dataclass(frozen=True)
+class Layout:
+    """pp stages, dp replicas, ep shares of the experts; dp · ep ranks read different rows."""
+
+    pp: int = 1
+    dp: int = 1
+    ep: int = 1
+    schedule: str = "1f1b"   # of the pipeline
+    zero1: bool = False      # ranks with the same parameters share their moments
+
+    def __post_init__(self) -> None:
+        for name in ("pp", "dp", "ep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)}, expected at least 1")
+
+    @property
+    def rows(self) -> int:
+        """Ranks that read different rows: those of one stage."""
+        return self.dp * self.ep
+
+    @property
+    def size(self) -> int:
+        """All ranks."""
+        return self.pp * self.rows
+
+
+def layout_of(size: int, ep: int, pp: int, schedule: str, zero1: bool) -> Layout:
+    """The layout of so many ranks: dp is what is left. ValueError if it is no whole number."""
+    one = Layout(pp, 1, ep, schedule, zero1)
+    if size < 1 or size % one.size:
+        raise ValueError(f"ep x pp: {ep} x {pp}, expected a divisor of the {size} ranks")
+    return replace(one, dp=size // one.size)
+
+
+def experts_each(config: Config, ep: int) -> int:
+    """Routed experts of each of ep ranks."""
+    if config.n_routed % ep:
+        raise ValueError(f"ep: {ep}, expected a divisor of the {config.n_routed} routed experts")
+    return config.n_routed // ep
 
 
 class Work(NamedTuple):
@@ -29,13 +72,17 @@ def work(config: Config, layers: range, sequence: int = 4096) -> Work:
     forward, four backward for the inputs.
     """
     head = config.vocab * config.d + config.d                                # and the norm before
-    one = config.with_(n_layers=1, n_dense=0, tie_embeddings=False)
-    matrices = {moe: activated_parameters(one.with_(n_dense=int(not moe))) - head
-                for moe in (True, False)}
-    n = sum(matrices[config.is_moe(layer)] for layer in layers)
+    n = sum(_matrices(config, config.is_moe(layer)) for layer in layers)
     n += head if config.n_layers - 1 in layers else 0
     scores = len(layers) * pair_flops_expanded(config) / config.n_layers * (sequence + 1) / 2
     return Work(2 * n + scores, 2 * n + 2 * scores, 2 * n)
+
+
+@cache
+def _matrices(config: Config, moe: bool) -> int:
+    """Weights of a layer that each token is multiplied with."""
+    one = config.with_(n_layers=1, n_dense=int(not moe), tie_embeddings=False)
+    return activated_parameters(one) - config.vocab * config.d - config.d
 
 
 def split(config: Config, stages: int, sequence: int = 4096) -> list[range]:

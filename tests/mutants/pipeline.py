@@ -8,6 +8,7 @@ STAGES = "parallel/stages.py"
 _alone = "test_pipeline.py::test_one_rank_holds_all_stages[interleaved]"
 _paper = "test_schedule.py::test_as_drawn_on_paper"
 _ticks = "test_schedule.py::test_equals_a_clock_that_ticks[2-4-zbv]"
+_laws = "test_schedule.py::test_how_long_a_rank_waits_and_how_much_it_holds"
 _published = "test_schedule.py::test_bubbles_are_the_published_ones"
 
 MUTANTS = [
@@ -64,6 +65,12 @@ MUTANTS = [
     Mutant("one_forward_too_few_ahead", "schedules", SIMULATOR,
            "min(m, p - 1 - r)", "min(m, max(0, p - 2 - r))",
            "test_schedule.py::test_our_order_is_torchs"),
+    Mutant("weights_wait_one_longer", "schedules", SIMULATOR,
+           "[None] * wait + W", "[None] * (wait + 1) + W", _laws),
+    Mutant("h2_starts_like_h1", "schedules", SIMULATOR,
+           "min(m, 2 * (p - r) - 1), 2 * r", "min(m, p - r), 2 * r", _laws),
+    Mutant("h2_whose_weights_wait_like_h1s", "schedules", SIMULATOR,
+           "2 * (p - r) - 1), 2 * r)", "2 * (p - r) - 1), r)", _laws),
     Mutant("v_laid_in_a_loop", "schedules", SIMULATOR,
            "return [rank, 2 * p - 1 - rank]", "return [rank, p + rank]",
            "test_schedule.py::test_stages_lie_on_ranks_as_torch_lays_them"),
@@ -72,7 +79,7 @@ MUTANTS = [
     Mutant("bubble_beside_the_work", "schedules", SIMULATOR,
            "idle / (work + idle)", "idle / work", _published),
     Mutant("bubble_of_the_first_rank", "schedules", SIMULATOR,
-           "longest = max(row", "longest = min(row",
+           "return max(row[-1].end", "return min(row[-1].end",
            "test_schedule.py::test_a_measured_timeline_starts_where_it_starts"),
     Mutant("layers_counted_not_work", "schedules", SPLIT,
            "sum(work(config, range(i, i + 1), sequence))", "1",
