@@ -67,8 +67,8 @@ Where something new goes, and what it meets:
   a rollout         alignment/, on inference/generate and evaluate.token_log_probs
   a loss            (model, batch) -> named losses, given to the trainer as `objective=`; what it
                     reads comes from the trainer's `batches`
-  a schedule        parallel/: a line in schedule.SCHEDULES if torch has it; its order, if it is only
-                    simulated
+  a schedule        parallel/schedule: a line in SCHEDULES if torch has it, or its order if it is
+                    only simulated
   a measurement     of one model: inference/; against a peer or another form: bench/
   a command         a file in commands/ with `add_options`, and a line in __main__.COMMANDS
 
