@@ -176,7 +176,7 @@ def test_bf16_weights_are_rounded_as_in_one_process(four):
     """Stochastically, the router in fp32: two dtypes, two optimisers, and the same bits but where
     a sum of gradients rounds otherwise."""
     layout = Layout(ep=2, dp=2, zero1=True)
-    recipe = RECIPE.with_(optimizer="adamw8", weights="bf16", lr=1e-2)
+    recipe = RECIPE.with_(optimizer="adamw8", weights="bf16", lr=1e-4)
     expected = alone(recipe, steps=2)
     same = total = 0
     for answer in four(on_ranks, layout, recipe, SMALL, None, 2):
@@ -186,7 +186,7 @@ def test_bf16_weights_are_rounded_as_in_one_process(four):
             part = whole[rows] if is_share(name) else whole
             assert t.dtype == part.dtype
             same, total = same + (t == part).sum().item(), total + t.numel()
-    assert same > 0.9 * total                                # 0.5 with bits of their own
+    assert same > 0.9 * total, same / total                  # 0.7 with bits of their own
 
 
 @pytest.mark.parametrize("mutant", RANK_MUTANTS, ids=lambda m: m.name)
@@ -328,7 +328,7 @@ def test_a_layout_is_what_is_left_for_replicas():
     (Layout(ep=3), {}, ("ep: 3", "8 routed experts")),
     (Layout(dp=4), {"micro_batch": 6, "batch": 12}, ("micro_batch: 6", "multiple", "4")),
     (Layout(dp=4), {"micro_batch": 4, "batch": 9}, ("micro_batch: 1", "at the end")),
-    (Layout(dp=4), {"micro_batch": None, "batch": 8, "batch_start": 2}, ("2 sequences",)),
+    (Layout(dp=4), {"micro_batch": 8, "batch": 8, "batch_start": 2}, ("2 sequences",)),
     (Layout(pp=5), {"micro_batch": 1}, ("layers: 3", "expected at least 5")),
     (Layout(pp=2, schedule="zbv"), {"micro_batch": 1}, ("layers: 3", "at least 4")),
     (Layout(pp=2), {"micro_batch": 8}, ("micro-batches: 1", "at least 2")),
@@ -338,12 +338,12 @@ def test_a_layout_is_what_is_left_for_replicas():
     (Layout(pp=2, schedule="none"), {"micro_batch": 2}, ("schedule: 'none'",)),
 ], ids=str)
 def test_what_cannot_be_is_one_line(layout, changes, words):
-    recipe = RECIPE.with_(**{k: v for k, v in changes.items() if v is not None})
-    refused(lambda: check_layout(layout, TINY, recipe), *words)
+    refused(lambda: check_layout(layout, TINY, RECIPE.with_(**changes)), *words)
 
 
 def test_what_can_be_passes():
-    check_layout(Layout(dp=2, ep=2), TINY, RECIPE.with_(batch_start=4, batch_ramp=0.5))
+    ramp = RECIPE.with_(batch_start=4, batch_ramp=0.5, micro_batch=8)
+    check_layout(Layout(dp=2, ep=2), TINY, ramp)
     check_layout(Layout(pp=2, ep=2), TINY, RECIPE.with_(micro_batch=2, recompute=0.5))
 
 
