@@ -87,11 +87,13 @@ def test_four_processes_log_what_one_does(tmp_path):
         out, err = finished(start(n, "--steps", 6, "--out", tmp_path / name, *flags))
         runs[name] = json.loads(out)                      # one result, of the first
         if n:
-            assert err.count("on this rank layers") == 1
+            assert err.count("on this rank") == 1
     for mine, theirs in zip(log_of(tmp_path / "four"), log_of(tmp_path / "one"), strict=True):
-        for key in ("language", "expert", "device", "communication", "gradient_norm"):
-            assert mine[key] == pytest.approx(theirs[key], rel=2e-4)
-        assert mine.get("expert_load") == theirs.get("expert_load")
+        assert mine["language"] == pytest.approx(theirs["language"], rel=2e-4)
+        for key in ("expert", "device", "communication"):
+            assert mine[key] == pytest.approx(theirs[key], abs=2e-4)     # nats, beside 6
+        assert mine["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=2e-3)
+        assert mine.get("expert_load") == theirs.get("expert_load")      # of the first step
         assert mine.get("dropped") == theirs.get("dropped")
     assert runs["four"]["bits_per_byte"] == pytest.approx(runs["one"]["bits_per_byte"], rel=1e-3)
     names = {p.name for p in (tmp_path / "four").iterdir()}
