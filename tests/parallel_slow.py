@@ -12,7 +12,19 @@ from pathlib import Path
 
 import pytest
 from ranks import world
-from test_parallel_mesh import RECIPE, alone, check_owned, on_ranks, worst
+from test_parallel_mesh import (
+    RECIPE,
+    SMALLER,
+    Alone,
+    alone,
+    check_owned,
+    on_ranks,
+    resumed,
+    saved_and_gone_on,
+    some_steps,
+    trainer_of,
+    worst,
+)
 
 from dsv2_ref import checkpoint
 from dsv2_ref.parallel.mesh import Layout
@@ -44,6 +56,27 @@ def test_eight_ranks_train_as_one_process_does(layout, optimizer, eight):
     if layout.zero1:
         each = [answer["moment_bytes"] for answer in answers]
         assert max(each) < 0.4 * expected["moment_bytes"]
+
+
+@pytest.mark.parametrize("layout", [
+    Layout(pp=2, dp=4, schedule="gpipe"), Layout(pp=2, ep=4, schedule="zb-h1"),
+    Layout(pp=2, dp=2, ep=2, schedule="interleaved"), Layout(dp=8, zero1=True),
+], ids=str)
+def test_other_layouts(layout, eight):
+    recipe = RECIPE.with_(batch=32, micro_batch=8)
+    assert worst(eight(on_ranks, layout, recipe), alone(recipe)) < 1e-10
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_state_of_eight_is_read_by_eight_others_and_by_one(optimizer, eight, tmp_path):
+    wrote = Layout(pp=2, dp=2, ep=2, zero1=True)
+    recipe = RECIPE.with_(optimizer=optimizer, batch=32, micro_batch=8)
+    eight(saved_and_gone_on, wrote, recipe, tmp_path / "s")
+    whole = trainer_of(Alone(), recipe, SMALLER, seed=5)
+    whole.load(tmp_path / "s")
+    expected = some_steps(whole, 2) | {"gradients": {}}
+    for layout in (wrote, Layout(ep=8, zero1=True), Layout(dp=4, pp=2)):
+        assert worst(eight(resumed, layout, recipe, tmp_path / "s"), expected) < 1e-10
 
 
 # ---- the command

@@ -15,7 +15,7 @@ import torch.distributed as dist
 LIMIT = 120.0                       # seconds that an answer may take
 # imported once, by the process that all ranks are forked from
 PRELOADED = ["torch", "torch.distributed.checkpoint", "torch.distributed.pipelining",
-             "torch.distributed.tensor"]
+             "torch.distributed.tensor", "dsv2_ref.parallel.mesh", "pytest"]
 
 
 def _serve(rank, size, place, pipe):
