@@ -27,6 +27,7 @@ table of DeepSeek's repository DualPipe).
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import NamedTuple
 
 
@@ -206,6 +207,19 @@ class Timeline:
             only = [float(s == stage) for s in range(stages)]
             peaks.append(round(max(self.held(only))))
         return peaks
+
+
+def times_of(timeline: Timeline) -> Times:
+    """The median time of each stage's F, I and W; a whole backward counts as two equal halves."""
+    took: dict[tuple[str, int], list[float]] = defaultdict(list)
+    for action, start, end in (slot for row in timeline.rows for slot in row):
+        if action.kind == "B":
+            took["I", action.stage].append((end - start) / 2)
+            took["W", action.stage].append((end - start) / 2)
+        else:
+            took[action.kind, action.stage].append(end - start)
+    stages = range(1 + max(stage for _, stage in took))
+    return Times(*([median(took[kind, stage]) for stage in stages] for kind in "FIW"))
 
 
 Made = tuple[str, int, int]              # F, I or W of a stage and a micro-batch; a B makes an I
