@@ -5,6 +5,7 @@ Each function below is what one rank does; all of them find their group in `dist
 """
 
 import multiprocessing
+import os
 import tempfile
 import time
 import traceback
@@ -151,8 +152,8 @@ class SlowLink:
 
     def __call__(self, output: Tensor, rows: Tensor, *splits: list[int], **named: Any) -> "_Late":
         work = dist.all_to_all_single(output, rows, *splits, **named)
-        left = time.perf_counter()
-        self.spans.append(("counts" if rows.ndim == 1 else "rows", left, left + self.delay))
+        left, what = time.perf_counter(), "counts" if rows.dtype == torch.int64 else "rows"
+        self.spans.append((what, left, left + self.delay))
         return _Late(work, left + self.delay)
 
 
@@ -220,13 +221,16 @@ def overlap(n: int, d: int, w: int, delay: float, begun: bool, repeats: int) -> 
 def trace(n: int, d: int, w: int, late: float, begun: bool) -> list[Span]:
     """A layer, forward and backward, in the trace of torch's profiler; odd ranks send rows late.
 
-    "gloo:all_to_all" as the profiler saw it, "shared" and "shared, backward".
+    "all_to_all" from when it was called to the end that the profiler saw, "shared" and "shared,
+    backward"; in order of their beginnings.
     """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")      # or it writes that it starts and stops
 
     def transport(output: Tensor, rows: Tensor, *splits: list[int], **named: Any) -> dist.Work:
-        if dist.get_rank() % 2 and rows.ndim > 1:
+        if dist.get_rank() % 2 and rows.shape[1] == d:
             time.sleep(late)
-        return dist.all_to_all_single(output, rows, *splits, **named)
+        with record_function("call"):
+            return dist.all_to_all_single(output, rows, *splits, **named)
 
     layer, open_spans = _Timed(n, d, w, begun, transport), {}
 
@@ -239,8 +243,12 @@ def trace(n: int, d: int, w: int, late: float, begun: bool) -> list[Span]:
     dist.barrier()
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         layer.run()
-    names = ("gloo:all_to_all", "shared", "shared, backward")
-    found = [event for event in profiler.events() if event.name in names]
-    began = min(event.time_range.start for event in found)
-    return sorted(((e.name, (e.time_range.start - began) / 1e6, (e.time_range.end - began) / 1e6)
-                   for e in found), key=lambda span: span[1])
+    found: dict[str, list[tuple[float, float]]] = {}
+    for event in sorted(profiler.events(), key=lambda event: event.time_range.start):
+        span = event.time_range.start / 1e6, event.time_range.end / 1e6
+        found.setdefault(event.name, []).append(span)
+    calls, ends = found["call"], found["gloo:all_to_all"]
+    spans = [("all_to_all", a, b) for (a, _), (_, b) in zip(calls, ends, strict=True)]
+    spans += [(name, *found[name][0]) for name in ("shared", "shared, backward")]
+    spans, began = sorted(spans, key=lambda span: span[1]), calls[0][0]
+    return [(name, a - began, b - began) for name, a, b in spans]
