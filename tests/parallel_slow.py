@@ -164,17 +164,16 @@ def wait_for(folder, step):
 
 
 def test_a_killed_rank_ends_the_others_and_a_resume_is_bit_equal(tmp_path):
-    finished(start(4, "--steps", 400, "--save-every", 5, "--out", tmp_path / "whole", *FOUR))
-    process = start(4, "--steps", 400, "--save-every", 5, "--out", tmp_path / "run", *FOUR)
-    wait_for(tmp_path / "run", 7)
-    killed = ranks_of(process)[2]
-    os.kill(killed, signal.SIGKILL)
+    flags = ("--steps", 40, "--save-every", 10, *FOUR)
+    finished(start(4, "--out", tmp_path / "whole", *flags))
+    process = start(4, "--out", tmp_path / "run", *flags)
+    wait_for(tmp_path / "run", 14)
+    os.kill(ranks_of(process)[2], signal.SIGKILL)
     began = time.perf_counter()
     _, err = process.communicate(timeout=60)
     assert time.perf_counter() - began < 60 and process.returncode != 0
     assert "another process has ended" in err
-    finished(start(4, "--steps", 400, "--save-every", 5, "--out", tmp_path / "run", "--resume",
-                   *FOUR))
+    finished(start(4, "--out", tmp_path / "run", "--resume", *flags))
     assert exact(tmp_path / "run") == exact(tmp_path / "whole")
 
 

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import pytest
 import torch
-from mutants.mesh import RANK_MUTANTS
+from mutants.mesh import MOMENTS, RANK_MUTANTS
 from ranks import world
 from refusals import refused
 from small_run import CONFIG, tokens
@@ -296,6 +296,8 @@ def test_a_state_goes_from_one_layout_to_another_and_to_one_process(optimizer, f
     assert worst([expected | {"held": None}], gone_on) < 1e-10
     answers = four(resumed, wrote, recipe, tmp_path / "alone.safetensors")
     assert worst(answers, gone_on) < 1e-10
+    answers = four(resumed, wrote, recipe, tmp_path / "alone.safetensors", MOMENTS)
+    assert worst(answers, gone_on) > 1e-7
 
 
 def test_a_resume_is_bit_equal(four, tmp_path):
