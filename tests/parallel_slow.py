@@ -12,7 +12,19 @@ from pathlib import Path
 
 import pytest
 from ranks import world
-from test_parallel_mesh import RECIPE, alone, check_owned, on_ranks, worst
+from test_parallel_mesh import (
+    RECIPE,
+    SMALLER,
+    Alone,
+    alone,
+    check_owned,
+    on_ranks,
+    resumed,
+    saved_and_gone_on,
+    some_steps,
+    trainer_of,
+    worst,
+)
 
 from dsv2_ref import checkpoint
 from dsv2_ref.parallel.split import Layout
@@ -44,6 +56,27 @@ def test_eight_ranks_train_as_one_process_does(layout, optimizer, eight):
     if layout.zero1:
         each = [answer["moment_bytes"] for answer in answers]
         assert max(each) < 0.4 * expected["moment_bytes"]
+
+
+@pytest.mark.parametrize("layout", [
+    Layout(pp=2, dp=4, schedule="gpipe"), Layout(pp=2, ep=4, schedule="zb-h1"),
+    Layout(pp=2, dp=2, ep=2, schedule="interleaved"), Layout(dp=8, zero1=True),
+], ids=str)
+def test_other_layouts(layout, eight):
+    recipe = RECIPE.with_(batch=32, micro_batch=8)
+    assert worst(eight(on_ranks, layout, recipe), alone(recipe)) < 1e-10
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_state_of_eight_is_read_by_eight_others_and_by_one(optimizer, eight, tmp_path):
+    wrote = Layout(pp=2, dp=2, ep=2, zero1=True)
+    recipe = RECIPE.with_(optimizer=optimizer, batch=32, micro_batch=8)
+    eight(saved_and_gone_on, wrote, recipe, tmp_path / "s")
+    whole = trainer_of(Alone(), recipe, SMALLER, seed=5)
+    whole.load(tmp_path / "s")
+    expected = some_steps(whole, 2) | {"gradients": {}}
+    for layout in (wrote, Layout(ep=8, zero1=True), Layout(dp=4, pp=2)):
+        assert worst(eight(resumed, layout, recipe, tmp_path / "s"), expected) < 1e-10
 
 
 # ---- the command
@@ -87,11 +120,13 @@ def test_four_processes_log_what_one_does(tmp_path):
         out, err = finished(start(n, "--steps", 6, "--out", tmp_path / name, *flags))
         runs[name] = json.loads(out)                      # one result, of the first
         if n:
-            assert err.count("on this rank layers") == 1
+            assert err.count("on this rank") == 1
     for mine, theirs in zip(log_of(tmp_path / "four"), log_of(tmp_path / "one"), strict=True):
-        for key in ("language", "expert", "device", "communication", "gradient_norm"):
-            assert mine[key] == pytest.approx(theirs[key], rel=2e-4)
-        assert mine.get("expert_load") == theirs.get("expert_load")
+        assert mine["language"] == pytest.approx(theirs["language"], rel=2e-4)
+        for key in ("expert", "device", "communication"):
+            assert mine[key] == pytest.approx(theirs[key], abs=2e-4)     # nats, beside 6
+        assert mine["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=2e-3)
+        assert mine.get("expert_load") == theirs.get("expert_load")      # of the first step
         assert mine.get("dropped") == theirs.get("dropped")
     assert runs["four"]["bits_per_byte"] == pytest.approx(runs["one"]["bits_per_byte"], rel=1e-3)
     names = {p.name for p in (tmp_path / "four").iterdir()}
@@ -129,17 +164,16 @@ def wait_for(folder, step):
 
 
 def test_a_killed_rank_ends_the_others_and_a_resume_is_bit_equal(tmp_path):
-    finished(start(4, "--steps", 400, "--save-every", 5, "--out", tmp_path / "whole", *FOUR))
-    process = start(4, "--steps", 400, "--save-every", 5, "--out", tmp_path / "run", *FOUR)
-    wait_for(tmp_path / "run", 7)
-    killed = ranks_of(process)[2]
-    os.kill(killed, signal.SIGKILL)
+    flags = ("--steps", 40, "--save-every", 10, *FOUR)
+    finished(start(4, "--out", tmp_path / "whole", *flags))
+    process = start(4, "--out", tmp_path / "run", *flags)
+    wait_for(tmp_path / "run", 14)
+    os.kill(ranks_of(process)[2], signal.SIGKILL)
     began = time.perf_counter()
     _, err = process.communicate(timeout=60)
     assert time.perf_counter() - began < 60 and process.returncode != 0
     assert "another process has ended" in err
-    finished(start(4, "--steps", 400, "--save-every", 5, "--out", tmp_path / "run", "--resume",
-                   *FOUR))
+    finished(start(4, "--out", tmp_path / "run", "--resume", *flags))
     assert exact(tmp_path / "run") == exact(tmp_path / "whole")
 
 

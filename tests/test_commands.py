@@ -323,6 +323,9 @@ def test_the_papers_cluster_on_paper(capsys):
     (["train", "--lr", "-1e-3", "--steps", "1"], "lr: -0.001, expected a number > 0"),
     (["train", "--save-every", "-1", "--steps", "1"], "save_every: -1, evaluate_every: 0,"),
     (["train", "--recipe", "ours"], "invalid choice: 'ours'"),
+    (["train", "--ep", "2"], "--ep: 2 on one process, expected torchrun"),
+    (["train", "--schedule", "zbv"], "--schedule: zbv on one process, expected torchrun"),
+    (["train", "--zero1"], "--zero1: True on one process, expected torchrun"),
     (["run", "--seconds", "-5"], "seconds: -5.0, expected a number > 0"),
     (["generate", "--model", "/no/such/model"], "'/no/such/model' is no folder"),
     (["generate", "--model", "data/model", "--prompt", "\udcff"], "prompt: '\\udcff', expected"),
@@ -333,6 +336,28 @@ def test_bad_input_is_one_line_and_code_2(args, message, capsys, tmp_path):
         args = [*args, "--out", tmp_path / "out"]
     code, out, err = call(capsys, *args)
     assert code == 2 and out == "" and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--ep", "3"], "ep x pp: 3 x 1, expected a divisor of the 4 ranks"),
+    (["--pp", "4"], "layers: 3, expected at least 4"),
+    (["--batch", "8", "--micro-batch", "6"], "micro_batch: 6 sequences, expected a multiple of"),
+    (["--schedule", "zbv"], "--schedule: zbv without stages, expected --pp 2"),
+    (["--preset", "needle"], "needle: on 4 processes, expected a preset on text"),
+    (["--preset", "none"], "preset: 'none', expected one of"),
+], ids=lambda x: " ".join(x) if isinstance(x, list) else "")
+def test_what_ranks_cannot_do_is_said_once(args, message, capsys, monkeypatch, tmp_path):
+    """Before any process group is made: there is nobody to make one with here."""
+    for name, value in {"WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    for rank in ("0", "3"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        code, out, err = call(capsys, "train", "--preset", "tiny", "--steps", "1", *args,
+                              "--out", tmp_path / "out")
+        assert code == 2 and out == ""
+        assert (message in err and err.count("\n") == 1) if rank == "0" else err == ""
+    assert not (tmp_path / "out").exists()
 
 
 def test_unwritable_output(tmp_path, texts, capsys):

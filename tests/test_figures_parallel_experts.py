@@ -20,7 +20,7 @@ AFTER = [("layer", 0.0, 0.08), *BEGUN[1:]]
 SCORES = torch.rand(24, 12, generator=torch.Generator().manual_seed(1))
 DRAW = {
     "rows_by_hand": lambda: figures.rows_by_hand(INDICES, HOMES, 2),
-    "rows_by_hand, three ranks": lambda: figures.rows_by_hand([[0, 5, 3], [1, 2, 0]], [2, 0], 2),
+    "rows_by_hand, three ranks": lambda: figures.rows_by_hand([[0, 5, 3], [1, 2, 0]], [0, 2], 2),
     "rank_traffic": lambda: figures.rank_traffic({"M = 2": LIMITED, "no limit": FREE}, 30),
     "rank_traffic, one": lambda: figures.rank_traffic({"M = 2": LIMITED}, 30),
     "overlap_spans": lambda: figures.overlap_spans({"after": AFTER, "begun": BEGUN}),
@@ -86,7 +86,8 @@ def test_spans_lie_where_and_when_they_were():
 
 
 @pytest.mark.parametrize("call, message", [
-    (lambda: figures.rows_by_hand(INDICES, HOMES[1:], 2), "homes: 3 for indices of shape"),
+    (lambda: figures.rows_by_hand(INDICES, HOMES[1:], 2), r"homes: \[0, 1, 1\] for indices of"),
+    (lambda: figures.rows_by_hand(INDICES, HOMES[::-1], 2), "one for each token, ascending"),
     (lambda: figures.rank_traffic({"a": LIMITED[1:]}, 3), "a: shape .* as many rows as columns"),
     (lambda: figures.rank_traffic({"a": LIMITED * 0}, 3), "with 0 rows"),
     (lambda: figures.overlap_spans({"a": [("nap", 0, 1)]}), r"a: spans of \['nap'\]"),

@@ -15,8 +15,8 @@ from dsv2_ref.parallel.pipeline import torch_order
 from dsv2_ref.parallel.schedule import SCHEDULES, Times, even, n_stages, order, simulate
 
 ONE = {"1f1b": simulate(order("1f1b", 2, 4), even(2))}
-ALL = {name: simulate(torch_order(name, 4, 8), even(n_stages(name, 4))) for name in SCHEDULES}
-WIDE = {"zbv": simulate(torch_order("zbv", 16, 18), even(32))}
+ALL = {name: simulate(torch_order(name, 2, 4), even(n_stages(name, 2))) for name in SCHEDULES}
+WIDE = {"zbv": simulate(torch_order("zbv", 16, 2), even(32))}
 M = [4, 8, 16, 32]
 BUBBLES = {"1f1b": [3 / (m + 3) for m in M], "zbv": [0.1, 0.05, 0.03, 0.014]}
 DRAW = {
@@ -36,7 +36,7 @@ LABELS = {
     "schedule_gantt, wide": ("seconds", "rank", None),
     "bubble_curves": ("micro-batches", "ranks idle (% of a step)",
                       "At 32 micro-batches: 1f1b 9 %, zbv 1 %"),
-    "in_flight_bars": ("rank", "kept activations, at most (GiB)",
+    "in_flight_bars": ("rank", "kept at most (GiB)",
                        "The fullest rank keeps 8 GiB with gpipe, 4 with 1f1b"),
 }
 
@@ -74,9 +74,11 @@ def test_the_second_stage_of_a_rank_is_pale_and_numbers_need_room():
     ax = figures.schedule_gantt({"zbv": ALL["zbv"]}).axes[0]
     stages = [slot.action.stage for row in ALL["zbv"].rows for slot in row]
     pale = [min(box.get_facecolor()[:3]) >= 0.5 for box in ax.patches]
-    assert pale == [stage >= 4 for stage in stages]
+    assert pale == [stage >= 2 for stage in stages]
     short = simulate(order("1f1b", 2, 4), Times([0.01, 9], [9, 9], [9, 9]))
     assert len(figures.schedule_gantt({"a": short}).axes[0].texts) == 12
+    numbers = figures.schedule_gantt({"a": simulate(order("1f1b", 2, 12), even(2))}).axes[0].texts
+    assert len(numbers) == 48                                # as many digits, as much room for all
     assert len(DRAW["schedule_gantt, wide"]().axes[0].get_yticks()) == 4
 
 
@@ -92,6 +94,15 @@ def test_rings_are_the_published_values():
     rings = [line for line in lines if line.get_fillstyle() == "none"]
     assert len(lines) == 3 and len(rings) == 1
     assert rings[0].get_ydata() == pytest.approx([300 / (m + 3) for m in M])
+
+
+def test_equal_lines_are_one_and_a_schedule_has_one_colour():
+    equal = {"gpipe": BUBBLES["1f1b"], **BUBBLES}
+    lines = figures.bubble_curves(M, equal, dict.fromkeys(equal, [0.1] * 4)).axes[0].lines
+    assert [line.get_label() for line in lines if line.get_ls() == "-"] == ["gpipe, 1f1b", "zbv"]
+    assert sum(line.get_fillstyle() == "none" for line in lines) == 3
+    bars = figures.in_flight_bars({"zbv": [1, 2]}).axes[0].patches
+    assert matplotlib.colors.same_color(bars[0].get_facecolor(), lines[-1].get_color())
 
 
 def test_refusals():

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import pytest
 import torch
-from mutants.mesh import RANK_MUTANTS
+from mutants.mesh import MOMENTS, RANK_MUTANTS
 from ranks import world
 from refusals import refused
 from small_run import CONFIG, tokens
@@ -27,6 +27,7 @@ from dsv2_ref.training.trainer import Trainer
 from dsv2_ref.training.world import World
 
 SMALL = CONFIG.with_(d=16, n_layers=4, dense_width=24, expert_width=6, tie_embeddings=True)
+SMALLER = SMALL.with_(n_layers=2)
 RECIPE = Recipe(steps=12, batch=8, micro_batch=4, sequence=9, precision="fp32", protected=0.3,
                 clip=0.5, lr=3e-3, optimizer="adamw")
 NAMES = ("language", "expert", "device", "communication", "loss", "gradient_norm")
@@ -115,12 +116,10 @@ def worst(answers, expected):
 
 LAYOUTS = {
     "ep4": Layout(ep=4), "ep2 dp2": Layout(ep=2, dp=2), "dp4": Layout(dp=4),
-    "pp4 1f1b": Layout(pp=4), "pp2 dp2 gpipe": Layout(pp=2, dp=2, schedule="gpipe"),
-    "pp2 ep2 1f1b": Layout(pp=2, ep=2), "pp2 ep2 zb-h1": Layout(pp=2, ep=2, schedule="zb-h1"),
-    "pp2 ep2 interleaved": Layout(pp=2, ep=2, schedule="interleaved"),
+    "pp4 1f1b": Layout(pp=4), "pp2 ep2 1f1b": Layout(pp=2, ep=2),
     "pp2 ep2 zbv": Layout(pp=2, ep=2, schedule="zbv"),
     "pp2 dp2 dualpipev": Layout(pp=2, dp=2, schedule="dualpipev"),
-}
+}                                            # parallel_slow.py has others
 
 
 def recipe_of(layout, **changes):
@@ -160,9 +159,10 @@ def check_owned(layout, answers, expected):
         assert n == replicas * (2 if twice and name == "embedding.weight" else 1), name
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw", "adamw8"])
-@pytest.mark.parametrize("layout", [Layout(dp=4, zero1=True), Layout(ep=2, dp=2, zero1=True),
-                                    Layout(pp=2, ep=2, schedule="zbv", zero1=True)], ids=str)
+@pytest.mark.parametrize("optimizer, layout", [
+    ("muon", Layout(dp=4, zero1=True)), ("adamw", Layout(ep=2, dp=2, zero1=True)),
+    ("adamw8", Layout(pp=2, ep=2, schedule="zbv", zero1=True)),
+], ids=str)
 def test_moments_are_shared_and_the_updates_those_of_one_process(optimizer, layout, four):
     recipe = recipe_of(layout, optimizer=optimizer)
     expected = alone(recipe)
@@ -177,7 +177,7 @@ def test_bf16_weights_are_rounded_as_in_one_process(four):
     """Stochastically, the router in fp32: two dtypes, two optimisers, and the same bits but where
     a sum of gradients rounds otherwise."""
     layout = Layout(ep=2, dp=2, zero1=True)
-    recipe = RECIPE.with_(optimizer="adamw8", weights="bf16", lr=1e-2)
+    recipe = RECIPE.with_(optimizer="adamw8", weights="bf16", lr=1e-4)
     expected = alone(recipe, steps=2)
     same = total = 0
     for answer in four(on_ranks, layout, recipe, SMALL, None, 2):
@@ -187,21 +187,21 @@ def test_bf16_weights_are_rounded_as_in_one_process(four):
             part = whole[rows] if is_share(name) else whole
             assert t.dtype == part.dtype
             same, total = same + (t == part).sum().item(), total + t.numel()
-    assert same > 0.9 * total                                # 0.5 with bits of their own
+    assert same > 0.9 * total, same / total                  # 0.7 with bits of their own
 
 
 @pytest.mark.parametrize("mutant", RANK_MUTANTS, ids=lambda m: m.name)
 def test_wrong_variants_are_seen(mutant, four):
     layout = LAYOUTS[mutant.node]
-    expected = alone(recipe_of(layout), steps=2)
-    assert worst(four(on_ranks, layout, recipe_of(layout), SMALL, mutant, 2), expected) > 1e-7
+    expected = alone(recipe_of(layout), SMALLER, 1)
+    assert worst(four(on_ranks, layout, recipe_of(layout), SMALLER, mutant, 1), expected) > 1e-7
 
 
 # ---- what all agree on
 
 def unusable(layout, bad):
     """The log of steps of which some have, on one rank alone, a gradient that is no number."""
-    trainer = trainer_of(Several(layout), recipe_of(layout))
+    trainer = trainer_of(Several(layout), recipe_of(layout), SMALLER)
     backward, log = trainer.world.backward, []
 
     def spoilt(*arguments, **named):
@@ -219,10 +219,10 @@ def unusable(layout, bad):
     return log
 
 
-@pytest.mark.parametrize("name", ["ep4", "pp2 ep2 1f1b"])
-def test_an_update_is_left_out_by_all_and_all_stop(name, four):
-    assert four(unusable, LAYOUTS[name], (1, 2)) == [[False, True, True, False, False]] * 4
-    logs = four(unusable, LAYOUTS[name], (1, 2, 3))
+def test_an_update_is_left_out_by_all_and_all_stop(four):
+    layout = LAYOUTS["pp2 ep2 1f1b"]
+    assert four(unusable, layout, (1, 2)) == [[False, True, True, False, False]] * 4
+    logs = four(unusable, layout, (1, 2, 3))
     assert all(log == logs[0] for log in logs) and "step 4" in logs[0][-1]
 
 
@@ -253,7 +253,7 @@ def test_all_are_told_the_same(four):
 # ---- states
 
 def saved_and_gone_on(layout, recipe, path):
-    trainer = trainer_of(Several(layout), recipe)
+    trainer = trainer_of(Several(layout), recipe, SMALLER)
     for _ in range(2):
         trainer.step()
     trainer.save(path)
@@ -263,7 +263,7 @@ def saved_and_gone_on(layout, recipe, path):
 def resumed(layout, recipe, path, mutant=None):
     """From other weights, all of them zero."""
     with in_place(mutant) if mutant else nullcontext():
-        trainer = trainer_of(Several(layout), recipe, seed=5)
+        trainer = trainer_of(Several(layout), recipe, SMALLER, seed=5)
         with torch.no_grad():
             for W in trainer.model.parameters():
                 W.zero_()
@@ -271,18 +271,25 @@ def resumed(layout, recipe, path, mutant=None):
         return some_steps(trainer, 2) | {"held": trainer.model.held, "gradients": {}}
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw8"])
+@pytest.mark.parametrize("optimizer", ["adamw8"])           # parallel_slow.py has others
 def test_a_state_goes_from_one_layout_to_another_and_to_one_process(optimizer, four, tmp_path):
-    wrote = Layout(pp=2, ep=2, schedule="zbv", zero1=True)
-    recipe = RECIPE.with_(optimizer=optimizer, batch=16, micro_batch=4)
+    """Names of the whole model, moments beside them, every expert in one tensor."""
+    wrote = Layout(pp=2, ep=2, zero1=True)
+    recipe = RECIPE.with_(optimizer=optimizer, micro_batch=4)
     path = tmp_path / "state-000000002"
     four(saved_and_gone_on, wrote, recipe, path)
-    whole = trainer_of(Alone(), recipe, seed=5)
+    tensors, state = load_state(path)
+    for name, W in DeepSeekV2(SMALLER).named_parameters():
+        assert tensors.pop(f"model.{name}").shape == W.shape
+        found = [n for n in tensors if n.startswith(f"moment.{name}.")]
+        assert found and all(tensors.pop(n) is not None for n in found)
+    assert set(tensors) == {"model.head.weight"} and state["steps"] == 2     # tied, a second name
+    whole = trainer_of(Alone(), recipe, SMALLER, seed=5)
     whole.load(path)
     expected = some_steps(whole, 2) | {"gradients": {}}
-    for layout in (wrote, Layout(ep=2, dp=2), Layout(dp=2, pp=2, zero1=True)):
+    for layout in (Layout(ep=4), Layout(dp=2, pp=2, zero1=True)):
         assert worst(four(resumed, layout, recipe, path), expected) < 1e-10, layout
-    unbroken = trainer_of(Alone(), recipe)
+    unbroken = trainer_of(Alone(), recipe, SMALLER)
     for _ in range(2):
         unbroken.step()
     unbroken.save(tmp_path / "alone.safetensors")
@@ -290,6 +297,8 @@ def test_a_state_goes_from_one_layout_to_another_and_to_one_process(optimizer, f
     assert worst([expected | {"held": None}], gone_on) < 1e-10
     answers = four(resumed, wrote, recipe, tmp_path / "alone.safetensors")
     assert worst(answers, gone_on) < 1e-10
+    answers = four(resumed, wrote, recipe, tmp_path / "alone.safetensors", MOMENTS)
+    assert worst(answers, gone_on) > 1e-7
 
 
 def test_a_resume_is_bit_equal(four, tmp_path):
@@ -308,11 +317,10 @@ def gathered(layout):
         name: W.clone() for name, W in model.state_dict().items()})
 
 
-@pytest.mark.parametrize("name", ["ep2 dp2", "pp2 ep2 zbv"])
-def test_the_whole_model_is_brought_together(name, four):
+def test_the_whole_model_is_brought_together(four):
     torch.manual_seed(0)
     expected = DeepSeekV2(SMALL).double().state_dict()
-    for answer in four(gathered, LAYOUTS[name]):
+    for answer in four(gathered, LAYOUTS["pp2 ep2 zbv"]):
         assert answer.keys() == expected.keys()
         assert all(torch.equal(answer[n], W) for n, W in expected.items())
 
@@ -329,7 +337,7 @@ def test_a_layout_is_what_is_left_for_replicas():
     (Layout(ep=3), {}, ("ep: 3", "8 routed experts")),
     (Layout(dp=4), {"micro_batch": 6, "batch": 12}, ("micro_batch: 6", "multiple", "4")),
     (Layout(dp=4), {"micro_batch": 4, "batch": 9}, ("micro_batch: 1", "at the end")),
-    (Layout(dp=4), {"micro_batch": None, "batch": 8, "batch_start": 2}, ("2 sequences",)),
+    (Layout(dp=4), {"micro_batch": 8, "batch": 8, "batch_start": 2}, ("2 sequences",)),
     (Layout(pp=5), {"micro_batch": 1}, ("layers: 3", "expected at least 5")),
     (Layout(pp=2, schedule="zbv"), {"micro_batch": 1}, ("layers: 3", "at least 4")),
     (Layout(pp=2), {"micro_batch": 8}, ("micro-batches: 1", "at least 2")),
@@ -339,27 +347,13 @@ def test_a_layout_is_what_is_left_for_replicas():
     (Layout(pp=2, schedule="none"), {"micro_batch": 2}, ("schedule: 'none'",)),
 ], ids=str)
 def test_what_cannot_be_is_one_line(layout, changes, words):
-    recipe = RECIPE.with_(**{k: v for k, v in changes.items() if v is not None})
-    refused(lambda: check_layout(layout, TINY, recipe), *words)
+    refused(lambda: check_layout(layout, TINY, RECIPE.with_(**changes)), *words)
 
 
 def test_what_can_be_passes():
-    check_layout(Layout(dp=2, ep=2), TINY, RECIPE.with_(batch_start=4, batch_ramp=0.5))
+    ramp = RECIPE.with_(batch_start=4, batch_ramp=0.5, micro_batch=8)
+    check_layout(Layout(dp=2, ep=2), TINY, ramp)
     check_layout(Layout(pp=2, ep=2), TINY, RECIPE.with_(micro_batch=2, recompute=0.5))
-
-
-def test_a_state_of_ranks_is_not_read_by_number(four, tmp_path):
-    """Names of the whole model, moments beside them; every expert in one tensor."""
-    path = tmp_path / "state-000000002"
-    four(saved_and_gone_on, Layout(ep=4, zero1=True), RECIPE, path)
-    tensors, state = load_state(path)
-    model = DeepSeekV2(SMALL)
-    names = dict(model.named_parameters())
-    assert {n.split(".", 1)[0] for n in tensors} == {"model", "moment"}
-    for name, W in names.items():
-        assert tensors[f"model.{name}"].shape == W.shape
-        assert tensors[f"moment.{name}.exp_avg"].shape == W.shape
-    assert state["steps"] == 2
 
 
 # ---- the hybrid engine
@@ -383,15 +377,12 @@ def trained_and_asked(layout, recipe, experts):
                 k: v for k, v in some_steps(trainer, 2).items() if k in ("log", "weights")}
 
 
-@pytest.mark.parametrize("experts", ["all", "share"])
-@pytest.mark.parametrize("name", ["pp2 ep2 zbv", "ep2 dp2", "pp4 1f1b"])
+@pytest.mark.parametrize("name, experts", [("pp2 ep2 zbv", "all"), ("ep2 dp2", "share"),
+                                           ("pp2 ep2 1f1b", "share")])
 def test_text_is_written_in_another_layout_and_training_goes_on(name, experts, four):
     layout = replace(LAYOUTS[name], zero1=True)
     recipe = recipe_of(layout)
     whole = trainer_of(Alone(), recipe)
-    if layout.pp == 4:
-        recipe = RECIPE.with_(micro_batch=1)
-        whole = trainer_of(Alone(), recipe)
     whole.step()
     with torch.no_grad():
         logits = whole.model.eval()(torch.arange(20).view(2, 10))
@@ -405,5 +396,5 @@ def test_text_is_written_in_another_layout_and_training_goes_on(name, experts, f
     full = sum(W.nbytes for W in whole.model.parameters())
     if experts == "all":
         assert all(answer["peaks"]["inference"] == full for answer in answers)
-    elif layout.ep > 1:
+    else:
         assert all(answer["peaks"]["inference"] < full for answer in answers)

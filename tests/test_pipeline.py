@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from refusals import refused
 
+from dsv2_ref.block import Block
 from dsv2_ref.config import TINY
 from dsv2_ref.model import DeepSeekV2
 from dsv2_ref.parallel import pipeline
@@ -324,6 +325,23 @@ def test_each_forward_pass_runs_inside_what_is_around(one):
     _, pipe = made(config, "interleaved", 1, around=around)
     pipe.backward(micro_batches(config, 3))
     assert len(entered) == 2 * 3
+
+
+@pytest.mark.parametrize(("schedule", "most"), [("interleaved", 2), ("zbv", 10)])
+def test_why_activations_are_not_made_again_in_a_split_backward(one, schedule, most, monkeypatch):
+    """Right gradients, but a block runs as often as it has weights; `check` refuses it."""
+    config, calls, right = CONFIGS["tied"], [], Block.forward
+    stages, pipe = made(config, schedule, 1)
+    for part in stages.parts:
+        part.recompute = 1.0
+    (expected, _), *_ = alone("tied", 1)[0]
+    monkeypatch.setattr(Block, "forward",
+                        lambda self, *args: (calls.append(self.layer), right(self, *args))[1])
+    pipe.backward(micro_batches(config, 1))
+    for name, W in stages.named_parameters():
+        torch.testing.assert_close(W.grad, expected[name], rtol=0, atol=1e-10, msg=name)
+    again = calls.count(config.n_layers - 1)
+    assert again == 2 if most == 2 else again > most
 
 
 def test_a_step_may_have_another_shape_than_the_last(one):

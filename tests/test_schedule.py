@@ -19,6 +19,7 @@ from dsv2_ref.parallel.schedule import (
     published_bubble,
     simulate,
     stages_of,
+    times_of,
 )
 
 OURS = ("gpipe", "1f1b", "interleaved", "zb-h1")
@@ -177,6 +178,17 @@ def test_a_measured_timeline_starts_where_it_starts():
     found = Timeline(rows)
     assert found.makespan == 3.5 and found.bubble == pytest.approx(1 - 3 / 7)
     assert found.rolling_bubble == pytest.approx(1 - 1.5 / 2)
+
+
+@pytest.mark.parametrize("schedule", ["zbv", "1f1b"])
+def test_times_are_found_again_in_what_was_measured(schedule):
+    stages = n_stages(schedule, 2)
+    halves = [2.0 + i for i in range(stages)]
+    W = halves if schedule == "1f1b" else [0.5 + i for i in range(stages)]
+    times = Times([1.0 + i for i in range(stages)], halves, W)
+    rows = simulate(torch_order(schedule, 2, 5), times).rows
+    late = rows[0][2]._replace(end=rows[0][2].end + 50)                    # one that took long
+    assert times_of(Timeline([[*rows[0][:2], late, *rows[0][3:]], *rows[1:]])) == times
 
 
 def test_refusals():

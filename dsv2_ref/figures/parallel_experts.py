@@ -25,17 +25,19 @@ LANES = {"counts": 1, "rows": 1, "all_to_all": 1, "shared": 0, "shared, backward
 def rows_by_hand(indices: Any, homes: Sequence[int], held: int) -> Figure:
     """Tokens, ranks, and a line for each row that goes from a token's home to a rank.
 
-    indices (N, K) of the tokens' experts, homes (N,) the rank each token lives on, `held` experts
-    on each rank.
+    indices (N, K) of the tokens' experts, homes (N,) the rank each token lives on, ascending,
+    `held` experts on each rank.
     """
     ranks = np.asarray(indices) // held
-    if ranks.ndim != 2 or len(ranks) != len(homes):
-        raise ValueError(f"homes: {len(homes)} for indices of shape {ranks.shape}, expected one "
-                         "for each token")
+    if ranks.ndim != 2 or len(ranks) != len(homes) or list(homes) != sorted(homes):
+        raise ValueError(f"homes: {list(homes)} for indices of shape {ranks.shape}, expected one "
+                         "for each token, ascending")
     D = max(int(ranks.max()), *homes) + 1
     place = np.arange(len(ranks)) + 0.6 * np.asarray(homes)          # a gap between two homes
-    middle = [(d + 0.5) * (place[-1] + 1) / D - 0.5 for d in range(D)]
-    figure, rows = Picture(1.15 * len(ranks) + 3.4, 3.7), 0
+    width = max(place[-1] + 1, 1.6 * D)
+    place = place + (width - place[-1] - 1) / 2
+    middle = [(d + 0.5) * width / D - 0.5 for d in range(D)]
+    figure, rows = Picture(1.05 * width + 3.0, 3.7), 0
     ax = figure.subplots()
     for n, row in enumerate(ranks):
         for rank in sorted(set(row)):
@@ -51,7 +53,7 @@ def rows_by_hand(indices: Any, homes: Sequence[int], held: int) -> Figure:
         own = place[np.asarray(homes) == rank]
         if len(own):
             ax.text(own.mean(), 1.33, f"live on rank {rank}", ha="center", color="#666666")
-    ax.set(xlim=(-0.7, place[-1] + 0.7), ylim=(-0.2, 1.42), xticks=[], yticks=[],
+    ax.set(xlim=(-0.7, width - 0.3), ylim=(-0.2, 1.42), xticks=[], yticks=[],
            title=f"{rows} rows, each once to a rank; once a slot they would be {ranks.size}")
     for side in ax.spines.values():
         side.set_visible(False)

@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from dsv2_ref.figures.sliders import slider
 from dsv2_ref.figures.style import COLORS, INK, MORE_COLORS, Picture, png, styled
-from dsv2_ref.parallel.schedule import Timeline
+from dsv2_ref.parallel.schedule import SCHEDULES, Timeline
 
 WORK = {"F": COLORS["MLA"], "B": COLORS["MHA"], "I": COLORS["GQA"], "W": MORE_COLORS[1]}
 NAMES = {"F": "forward", "B": "whole backward", "I": "backward for inputs",
@@ -23,6 +23,11 @@ _LINES = (MORE_COLORS[3], COLORS["MHA"], COLORS["GQA"], COLORS["MQA"], COLORS["M
 _MARKS = "os^Dv*P"
 
 
+def _place(name: str, i: int) -> int:
+    """A schedule looks the same in each figure; whatever else is drawn takes the i-th look."""
+    return list(SCHEDULES).index(name) if name in SCHEDULES else i % len(_LINES)
+
+
 def _paler(color: str) -> tuple[float, ...]:
     return tuple(0.45 * c + 0.55 for c in to_rgb(color))
 
@@ -30,6 +35,7 @@ def _paler(color: str) -> tuple[float, ...]:
 def _gantt(ax: Axes, name: str, timeline: Timeline, end: float, inches: float) -> None:
     """One row per rank; the number of a micro-batch where there is room for it."""
     start = min(slot.start for row in timeline.rows for slot in row)
+    digits = len(str(max(slot.action.batch for row in timeline.rows for slot in row)))
     for rank, row in enumerate(timeline.rows):
         first = min(slot.action.stage for slot in row)
         for (kind, stage, batch, _), began, ended in row:
@@ -37,7 +43,7 @@ def _gantt(ax: Axes, name: str, timeline: Timeline, end: float, inches: float) -
             color = _paler(WORK[kind]) if later else WORK[kind]
             ax.add_patch(Rectangle((began - start, rank - 0.42), ended - began, 0.84,
                                    facecolor=color, edgecolor="white", lw=0.6))
-            if (ended - began) / end * inches > 0.085 * len(str(batch)) + 0.03:
+            if (ended - began) / end * inches > 0.085 * digits + 0.03:
                 ax.text((began + ended) / 2 - start, rank, batch, ha="center", va="center",
                         color=INK if later or kind == "I" else "white", fontsize=7.5)
     ax.set(xlim=(0, end), ylim=(len(timeline.rows) - 0.5, -0.5), yticks=range(len(timeline.rows)),
@@ -79,15 +85,19 @@ def bubble_curves(micro_batches: Sequence[int], bubbles: Mapping[str, Sequence[f
                          f"{len(micro_batches)} for each schedule, at least one")
     figure = Picture(8.6, 4.6)
     ax = figure.subplots()
-    for i, (name, y) in enumerate(bubbles.items()):
-        ax.plot(micro_batches, 100 * np.asarray(y, float), color=_LINES[i % 7],
-                marker=_MARKS[i % 7], ms=5, label=name)
-        if published and name in published:
-            told = [(m, 100 * b) for m, b in zip(micro_batches, published[name], strict=True)
+    same: dict[tuple[float, ...], list[str]] = {}            # lines that would hide each other
+    for name, y in bubbles.items():
+        same.setdefault(tuple(np.round(y, 9)), []).append(name)
+    for i, (y, names) in enumerate(same.items()):
+        look = _place(names[0], i)
+        ax.plot(micro_batches, 100 * np.asarray(y), color=_LINES[look], marker=_MARKS[look], ms=5,
+                label=", ".join(names))
+        for name in names:
+            told = [(m, 100 * b) for m, b in zip(micro_batches, (published or {}).get(name, ()))
                     if b is not None]
             if told:
                 ax.plot(*zip(*told, strict=True), ls="", marker="o", ms=11, fillstyle="none",
-                        color=_LINES[i % 7])
+                        color=_LINES[look])
     last = {name: 100 * y[-1] for name, y in bubbles.items()}
     most, least = max(last, key=last.get), min(last, key=last.get)
     ax.set_xscale("log", base=2)
@@ -114,10 +124,10 @@ def in_flight_bars(held: Mapping[str, Sequence[float]], unit: str = "GiB") -> Fi
     width = 0.86 / len(held)
     for i, (name, y) in enumerate(held.items()):
         x = np.arange(p) + (i - (len(held) - 1) / 2) * width
-        ax.bar(x, y, width=0.92 * width, color=_LINES[i % 7], label=name)
+        ax.bar(x, y, width=0.92 * width, color=_LINES[_place(name, i)], label=name)
     peaks = {name: max(y) for name, y in held.items()}
     most, least = max(peaks, key=peaks.get), min(peaks, key=peaks.get)
-    ax.set(xlabel="rank", ylabel=f"kept activations, at most ({unit})", xticks=range(p),
+    ax.set(xlabel="rank", ylabel=f"kept at most ({unit})", xticks=range(p),
            title=f"The fullest rank keeps {peaks[most]:.3g} {unit} with {most}, "
                  f"{peaks[least]:.3g} with {least}")
     ax.grid(True, axis="y")

@@ -152,8 +152,8 @@ class SlowLink:
 
     def __call__(self, output: Tensor, rows: Tensor, *splits: list[int], **named: Any) -> "_Late":
         work = dist.all_to_all_single(output, rows, *splits, **named)
-        left = time.perf_counter()
-        self.spans.append(("counts" if rows.ndim == 1 else "rows", left, left + self.delay))
+        left, what = time.perf_counter(), "counts" if rows.dtype == torch.int64 else "rows"
+        self.spans.append((what, left, left + self.delay))
         return _Late(work, left + self.delay)
 
 
@@ -227,7 +227,7 @@ def trace(n: int, d: int, w: int, late: float, begun: bool) -> list[Span]:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")      # or it writes that it starts and stops
 
     def transport(output: Tensor, rows: Tensor, *splits: list[int], **named: Any) -> dist.Work:
-        if dist.get_rank() % 2 and rows.ndim > 1:
+        if dist.get_rank() % 2 and rows.shape[1] == d:
             time.sleep(late)
         with record_function("call"):
             return dist.all_to_all_single(output, rows, *splits, **named)
@@ -247,7 +247,7 @@ def trace(n: int, d: int, w: int, late: float, begun: bool) -> list[Span]:
     for event in sorted(profiler.events(), key=lambda event: event.time_range.start):
         span = event.time_range.start / 1e6, event.time_range.end / 1e6
         found.setdefault(event.name, []).append(span)
-    calls, ends = found["call"], found["gloo:all_to_all"]      # one after the other, both
+    calls, ends = found["call"], found["gloo:all_to_all"]
     spans = [("all_to_all", a, b) for (a, _), (_, b) in zip(calls, ends, strict=True)]
     spans += [(name, *found[name][0]) for name in ("shared", "shared, backward")]
     spans, began = sorted(spans, key=lambda span: span[1]), calls[0][0]

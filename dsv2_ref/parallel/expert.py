@@ -46,7 +46,6 @@ Wiring, once copied:
     torch.distributed.destroy_process_group()
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -70,11 +69,12 @@ class Ledger:
     bytes: dict[str, list[int]] = field(default_factory=dict)
     slots: list[int] = field(default_factory=list)
 
-    def sent(self, purpose: str, rows: list[int], row_bytes: int) -> None:
-        """rows (D,) of so many bytes each have left."""
-        for table, unit in ((self.rows, 1), (self.bytes, row_bytes)):
+    def sent(self, purpose: str, rows: list[int], sizes: list[int]) -> None:
+        """rows (D,) have left, of so many bytes each in each of their parts, a message a part."""
+        for table, unit in ((self.rows, 1), (self.bytes, sum(sizes))):
             table[purpose] = _added(table.get(purpose), [unit * n for n in rows])
-        self.messages[purpose] = _added(self.messages.get(purpose), [int(n > 0) for n in rows])
+        self.messages[purpose] = _added(self.messages.get(purpose),
+                                        [len(sizes) * (n > 0) for n in rows])
 
     def meant(self, slots: list[int]) -> None:
         """slots (D,) that the rows stand for."""
@@ -97,45 +97,28 @@ class _Exchange:
         ledger: Ledger | None,
     ) -> None:
         self.group, self.transport, self.ledger = group, transport, ledger
-        ones = [1] * group.size()
-        coming, work = self._send(out, ones, ones, "counts")
-        work.wait()
-        self.out, self.into = out.tolist(), coming.tolist()
+        self.out = self.into = [1] * group.size()
+        self.leave("counts", [out[:, None]])
+        (coming,) = self.arrive()
+        self.out, self.into = out.tolist(), coming[:, 0].tolist()
 
     def leave(self, purpose: str, parts: list[Tensor], back: bool = False) -> None:
-        """Rows (·, width) of each part, side by side, are on their way when this returns."""
-        self.kinds = [(part.dtype, part.shape[1]) for part in parts]
-        ways = (self.into, self.out) if back else (self.out, self.into)
-        self.flight = self._send(_as_bytes(parts), *ways, purpose)
+        """Rows (R, ·), in several parts, are on their way when this returns."""
+        out, into = (self.into, self.out) if back else (self.out, self.into)
+        self.flights = []
+        for part in parts:
+            rows, received = part.contiguous(), part.new_empty(sum(into), part.shape[1])
+            work = self.transport(received, rows, into, out, group=self.group, async_op=True)
+            self.flights.append((received, work))
+        if self.ledger is not None:
+            self.ledger.sent(purpose, out, [p.element_size() * p.shape[1] for p in parts])
 
     def arrive(self) -> list[Tensor]:
-        """Wait for the rows that left last; the parts as they were given over there."""
-        rows, work = self.flight
-        work.wait()
-        del self.flight
-        return _from_bytes(rows, self.kinds)
-
-    def _send(
-        self, rows: Tensor, out: list[int], into: list[int], purpose: str
-    ) -> tuple[Tensor, dist.Work]:
-        received = rows.new_empty(sum(into), *rows.shape[1:])
-        work = self.transport(received, rows, into, out, group=self.group, async_op=True)
-        if self.ledger is not None:
-            self.ledger.sent(purpose, out, rows.element_size() * math.prod(rows.shape[1:]))
-        return received, work
-
-
-def _as_bytes(parts: list[Tensor]) -> Tensor:
-    """Tensors (R, ·) of any dtypes -> one (R, bytes): a message instead of several."""
-    # clone: a view as bytes wants strides that contiguous() does not always give to a single row
-    plain = [part.clone(memory_format=torch.contiguous_format) for part in parts]
-    return torch.cat([part.view(torch.uint8) for part in plain], 1)
-
-
-def _from_bytes(rows: Tensor, kinds: list[tuple[torch.dtype, int]]) -> list[Tensor]:
-    sizes = [dtype.itemsize * width for dtype, width in kinds]
-    plain = [part.clone(memory_format=torch.contiguous_format) for part in rows.split(sizes, 1)]
-    return [part.view(dtype) for part, (dtype, _) in zip(plain, kinds, strict=True)]
+        """Wait for the rows that left last: those that came here, in the same parts."""
+        flights, self.flights = self.flights, []
+        for _, work in flights:
+            work.wait()
+        return [received for received, _ in flights]
 
 
 class _Leave(torch.autograd.Function):
@@ -275,13 +258,13 @@ def keep_across(
         protected: Tensor | None = None, capacity: float = 1.0,
     ) -> Tensor:
         mine = [indices, affinity.detach()]
-        mine += [] if protected is None else [protected[:, None]]
+        mine += [] if protected is None else [protected[:, None].to(indices.dtype)]
         D, N = group.size(), len(indices)
         exchange = _Exchange(indices.new_full((D,), N), group, transport, ledger)
         exchange.leave("choices", [part.repeat(D, 1) for part in mine])
         indices, affinity, *rest = exchange.arrive()
-        kept = keep(indices, affinity, n_routed, n_devices, rest[0][:, 0] if rest else None,
-                    capacity)
+        protected = rest[0][:, 0].bool() if rest else None
+        kept = keep(indices, affinity, n_routed, n_devices, protected, capacity)
         first = sum(exchange.into[: group.rank()])
         return kept[first : first + N]
 

@@ -30,15 +30,16 @@ from torch import Tensor, nn
 from dsv2_ref.model import DeepSeekV2
 from dsv2_ref.parallel.gather import is_share
 from dsv2_ref.parallel.mesh import Mesh
+from dsv2_ref.parallel.stages import Stages
 from dsv2_ref.training.optim import keeper
 from dsv2_ref.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes on one rank's device: of what stays through a phase, and the most while it changes."""
+    """Bytes on one rank's device: in each phase, and while the layout changes."""
 
-    training: int        # weights, gradients and moments
+    training: int        # weights and moments, between two steps; a step adds gradients
     changing: int        # both layouts of the weights, as far as they are there together
     inference: int       # weights of all layers; the cache of the text comes on top
 
@@ -64,18 +65,16 @@ class Hybrid:
     def plan(self) -> Plan:
         """Of this rank, once a step has been made."""
         weights = _bytes(self.trainer.model.parameters())
-        training = 2 * weights + _bytes(self._moments())
-        inference = _bytes(_empty(self.trainer.model.config, self.held).parameters())
-        return Plan(training, weights + inference, inference)
+        inference = _bytes(_empty(self.trainer.model, self.held).parameters())
+        return Plan(weights + _bytes(self._moments()), weights + inference, inference)
 
     @contextmanager
     def inference(self) -> Iterator[DeepSeekV2]:
         """The model in the inference layout, in eval mode. By all ranks, at the same time."""
         weights = list(self.trainer.model.parameters())
-        self._note("training", weights, [W.grad for W in weights if W.grad is not None],
-                   self._moments())
         for W in weights:
             W.grad = None
+        self._note("training", weights, self._moments())
         host = park(self._moments())
         model = self.spread()
         self._note("changing", weights, model.parameters())
@@ -109,7 +108,7 @@ class Hybrid:
                     dist.all_gather(parts, W, group=experts)
                     W = torch.cat(parts)
                 whole[name] = W
-        model = _empty(stages.config, self.held)
+        model = _empty(stages, self.held)
         model.load_state_dict(whole, assign=True)
         if stages.config.tie_embeddings:
             model.head.weight = model.embedding.weight
@@ -141,9 +140,10 @@ def fetch(host: list[tuple[Tensor, Tensor]]) -> None:
         t.data = copy.to(t.device, copy=t.is_cuda)
 
 
-def _empty(config: object, held: range | None) -> DeepSeekV2:
+def _empty(stages: Stages, held: range | None) -> DeepSeekV2:
+    """All layers without weights, in the dtype of the stages; a router in its own comes later."""
     with torch.device("meta"):
-        return DeepSeekV2(config, held=held)
+        return DeepSeekV2(stages.config, held=held).to(stages.like.dtype)
 
 
 def _bytes(tensors: Iterable[Tensor | nn.Parameter]) -> int:

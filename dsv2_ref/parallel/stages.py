@@ -59,12 +59,13 @@ class Stages(nn.Module):
             part.recompute = share
 
     def describe(self) -> str:
-        """One line: layers and experts that are here, their size, and what runs."""
+        """One line: size, layers and experts that are here, device, dtype and what runs."""
         layers = " and ".join(f"{p.layers.start} to {p.layers.stop - 1}" for p in self.parts)
         experts = self.held or range(self.config.n_routed)
         n = sum(p.numel() for p in self.parameters())
-        return (f"on this rank layers {layers}, experts {experts.start} to {experts.stop - 1}, "
-                f"{n / 1e6:.2f}M parameters; {self.parts[0].describe()}")
+        _, _, rest = self.parts[0].describe().partition("parameters ")
+        return (f"on this rank {n / 1e6:.2f}M parameters (layers {layers}, experts "
+                f"{experts.start} to {experts.stop - 1}) {rest}")
 
     def losses(self, *arguments: Any, **named: Any) -> Losses:
         """Those of the model, where all of its layers are in one part."""

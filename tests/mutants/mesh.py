@@ -43,6 +43,10 @@ RANK_MUTANTS = [
            "slice(self.row * n // R, (self.row + 1) * n // R)", "slice(0, n // R)", "dp4"),
 ]
 
+MOMENTS = Mutant("moments_of_another_rank", "ranks", _mesh,
+                 "return t.chunk(self.layout.ep)[self.ep]",
+                 'return t.chunk(self.layout.ep)[self.ep - (name[:6] == "moment")]', "pp2 ep2 1f1b")
+
 MUTANTS = [
     Mutant("blocks_cross_experts", "ranks", _adamw8,
            "return (shape[0], shape[1:].numel()) if len(shape) > 2 else (1, shape.numel())",
