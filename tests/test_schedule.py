@@ -7,6 +7,7 @@ import pytest
 from refusals import refused
 
 from dsv2_ref.parallel.pipeline import torch_order
+from dsv2_ref.parallel.local import times_of
 from dsv2_ref.parallel.schedule import (
     SCHEDULES,
     Action,
@@ -19,7 +20,6 @@ from dsv2_ref.parallel.schedule import (
     published_bubble,
     simulate,
     stages_of,
-    times_of,
 )
 
 OURS = ("gpipe", "1f1b", "interleaved", "zb-h1")

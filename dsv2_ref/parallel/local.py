@@ -8,10 +8,12 @@ has to stand in a module: a process that is started anew cannot see the cells of
 
 import multiprocessing
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from torch import Tensor
 from dsv2_ref.config import Config
 from dsv2_ref.model import DeepSeekV2
 from dsv2_ref.parallel.pipeline import Pipeline, sum_tied_gradient
-from dsv2_ref.parallel.schedule import Slot, n_stages
+from dsv2_ref.parallel.schedule import Slot, Timeline, Times, n_stages
 from dsv2_ref.parallel.split import ranges_of, split
 from dsv2_ref.parallel.stages import Stages
 
@@ -81,17 +83,36 @@ def random_parts(config: Config, m: int, rows: int, T: int) -> list[tuple[Rows, 
     return [(Rows((one[0], one[1]), p), 1 / m) for one, p in zip(ids, protected, strict=True)]
 
 
-def pipeline_step(config: Config, schedule: str, m: int, rows: int = 2, T: int = 32) -> Found:
-    """A step of a pipeline through all processes of the group, after one that warms up."""
+def pipeline_step(
+    config: Config, schedule: str, m: int, rows: int = 2, T: int = 32, tries: int = 5
+) -> Found:
+    """A step of a pipeline through all processes of the group, done some times: the fastest one."""
     p, rank = dist.get_world_size(), dist.get_rank()
     ranges = ranges_of(schedule, split(config, n_stages(schedule, p), T), rank, p)
     stages = Stages(config, ranges).double().train()
     stages.take(random_model(config).state_dict())
-    pipe = Pipeline(stages, schedule)
-    for _ in range(2):
+    pipe, best, slots = Pipeline(stages, schedule), float("inf"), []
+    for _ in range(tries):
         stages.zero_grad()
         losses, _ = pipe.backward(random_parts(config, m, rows, T))
-        sum_tied_gradient(stages, schedule)
+        took = torch.tensor(pipe.timeline[-1].end - pipe.timeline[0].start)
+        dist.all_reduce(took, dist.ReduceOp.MAX)
+        if took < best:
+            best, slots = took.item(), list(pipe.timeline)
+    sum_tied_gradient(stages, schedule)
     return Found(ranges, sum(W.numel() for W in stages.parameters()),
                  {name: loss.item() for name, loss in losses.items()},
-                 {name: W.grad for name, W in stages.named_parameters()}, pipe.timeline)
+                 {name: W.grad for name, W in stages.named_parameters()}, slots)
+
+
+def times_of(timeline: Timeline) -> Times:
+    """The median time of each stage's F, I and W; a whole backward counts as two equal halves."""
+    took: dict[tuple[str, int], list[float]] = defaultdict(list)
+    for action, start, end in (slot for row in timeline.rows for slot in row):
+        if action.kind == "B":
+            took["I", action.stage].append((end - start) / 2)
+            took["W", action.stage].append((end - start) / 2)
+        else:
+            took[action.kind, action.stage].append(end - start)
+    stages = range(1 + max(stage for _, stage in took))
+    return Times(*([median(took[kind, stage]) for stage in stages] for kind in "FIW"))

@@ -28,7 +28,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from statistics import median
 from typing import NamedTuple
 
 
@@ -221,19 +220,6 @@ class Timeline:
         stages = 1 + max(slot.action.stage for row in self.rows for slot in row)
         return [round(max(self.held([float(s == stage) for s in range(stages)])))
                 for stage in range(stages)]
-
-
-def times_of(timeline: Timeline) -> Times:
-    """The median time of each stage's F, I and W; a whole backward counts as two equal halves."""
-    took: dict[tuple[str, int], list[float]] = defaultdict(list)
-    for action, start, end in (slot for row in timeline.rows for slot in row):
-        if action.kind == "B":
-            took["I", action.stage].append((end - start) / 2)
-            took["W", action.stage].append((end - start) / 2)
-        else:
-            took[action.kind, action.stage].append(end - start)
-    stages = range(1 + max(stage for _, stage in took))
-    return Times(*([median(took[kind, stage]) for stage in stages] for kind in "FIW"))
 
 
 Made = tuple[str, int, int]              # F, I or W of a stage and a micro-batch; a B makes an I
