@@ -13,5 +13,7 @@
   local     processes on this machine, to see a pipeline run
   demo      processes for a notebook, and what they run
 
+On several nodes: several_nodes.md, beside this file.
+
 Process groups are arguments. Every process reads the same batch and takes its own rows.
 """
