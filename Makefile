@@ -43,6 +43,10 @@ kill: ready
 parallel: ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/parallel_slow.py
 
+# slower: two nodes as dsv2_ref/parallel/several_nodes.md says; needs root and `ip netns` (Linux)
+nodes: ready
+	$(BIN)/python -m pytest -q tests/nodes.py
+
 # slower: the speed against transformers, on a quiet machine
 bench: ready
 	$(BIN)/python -m dsv2_ref bench cpu_decode
@@ -78,5 +82,5 @@ ready:
 clean:
 	rm -rf build .venv
 
-.PHONY: matrix ready run lab test lint unit notebooks browser kill parallel bench audit mutants map execute model \
-	clean
+.PHONY: matrix ready run lab test lint unit notebooks browser kill parallel nodes bench audit mutants map execute \
+	model clean

@@ -113,6 +113,19 @@ def test_what_cannot_be_written_is_one_line(tmp_path, monkeypatch):
     assert {p.name for p in tmp_path.iterdir()} == {"file"}
 
 
+def test_a_file_on_another_nodes_disk_is_one_line(tmp_path, monkeypatch):
+    """All files were written, but the first process does not see the one of another."""
+    tensors, state = some_state()
+
+    def gather(sums, own):
+        sums[:] = [own | {"__1_0.distcp": "00000000"}]
+
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    refused(lambda: save(tmp_path / "s", tensors, state), tmp_path / "s", "__1_0.distcp",
+            "a file system that all nodes see")
+    assert not any(tmp_path.iterdir())
+
+
 def test_the_last_two_are_kept_whatever_they_are(tmp_path):
     tensors, state = some_state()
     run = RunFolder(tmp_path).open_log(0)

@@ -75,9 +75,12 @@ def said_once() -> Iterator[None]:
         raise
 
 
-def restarted() -> bool:
-    """Whether torchrun has started these processes again, after one of them had ended."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def restarted(world: World) -> bool:
+    """Whether torchrun has started these processes again, after one of them had ended. By all.
+
+    A launcher counts its own failures: on the other nodes the number stays 0.
+    """
+    return bool(world.asked(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))))
 
 
 def _check_alone(wish: Wish) -> None:

@@ -96,7 +96,7 @@ def train_command(
         tell = say if world.first else lambda text: None
         opened.enter_context(_memory_told())
         world.first_does(lambda: opened.enter_context(run.held()) and None)
-        if restarted() and world.first_does(lambda: bool(run.states)):
+        if restarted(world) and world.first_does(lambda: bool(run.states)):
             resume = True
         state = world.first_does(lambda: _state(run, resume, save, world.several))
         watching = None

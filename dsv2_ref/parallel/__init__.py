@@ -15,5 +15,7 @@
   plan      what one device holds of V2 in the paper's layout, beside the card's memory
   hours     GPU-hours of V2 from counts, links and assumed rates, each assumption a row
 
+On several nodes: several_nodes.md, beside this file.
+
 Process groups are arguments. Every process reads the same batch and takes its own rows.
 """

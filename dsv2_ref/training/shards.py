@@ -57,6 +57,10 @@ def save_sharded(
             files = {".metadata": _checksum(scratch / ".metadata")}
             for part in sums:
                 files |= part
+            for name in files:
+                if not (scratch / name).exists():       # written, but on another node's disk
+                    raise ValueError(f"{path}: {name} is not there, expected a file system that "
+                                     "all nodes see")
             text = json.dumps({"state": state, "crc32": files})
             (scratch / STATE).write_text(text, encoding="utf-8")
             opened.close()                                # flushed, and renamed
