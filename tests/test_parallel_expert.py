@@ -211,6 +211,20 @@ def test_a_notebooks_layer_is_the_layer(four):
     assert not torch.equal(torch.cat(four(demo.keep, rows, False, indices, gates, 8, 4)), kept)
 
 
+@pytest.mark.parametrize("rows", [(0, 0, 0, 0), (0, 0, 4, 0), (1, 2, 0, 1)])
+def test_processes_that_have_nothing_to_send_or_get_do_not_hang(four, rows):
+    """All tokens want the two experts of rank 1, or there are none."""
+    n = sum(rows)
+    x, gates = loops.normal(1, n, 6), loops.normal(2, n, 2)
+    indices = torch.tensor([2, 3]).expand(n, 2)
+    weights = [loops.normal(4 + i, *s) for i, s in enumerate([(8, 5, 6), (8, 5, 6), (8, 6, 5)])]
+    parts = four(demo.layer, rows, x, indices, gates, weights, x)
+    assert torch.allclose(torch.cat([part.y for part in parts]),
+                          experts_loop(x, indices, gates, *weights), atol=1e-10)
+    assert [any(W.any() for W in part.dW) for part in parts] == [False, n > 0, False, False]
+    assert torch.cat(four(demo.keep, rows, True, indices, gates, 8, 4)).sum() == n * 2 // 4
+
+
 def test_a_notebooks_processes_answer_tell_their_errors_and_end():
     run = demo.Processes(1)
     assert run(demo.rows_of, (2, 3)) == [slice(0, 2)]

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """A state that is a folder, written and read by one process; test_parallel_mesh.py has four."""
 
+from contextlib import closing
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -128,16 +130,15 @@ def test_a_file_on_another_nodes_disk_is_one_line(tmp_path, monkeypatch):
 
 def test_the_last_two_are_kept_whatever_they_are(tmp_path):
     tensors, state = some_state()
-    run = RunFolder(tmp_path).open_log(0)
-    for step in (1, 2, 3):
-        run.save(step, lambda path: save(path, tensors, state), suffix="")
-    assert [p.name for p in run.states] == ["state-000000003", "state-000000002"]
-    run.save(4, lambda path: save_state(path, tensors, state))
-    assert [p.name for p in run.states] == ["state-000000004.safetensors", "state-000000003"]
-    run.save(5, lambda path: save(path, tensors, state), suffix="", forget=False)
-    assert len(run.states) == 3                                # another process forgets
-    run.forget_from(4)
-    run.close()
+    with closing(RunFolder(tmp_path).open_log(0)) as run:
+        for step in (1, 2, 3):
+            run.save(step, lambda path: save(path, tensors, state), suffix="")
+        assert [p.name for p in run.states] == ["state-000000003", "state-000000002"]
+        run.save(4, lambda path: save_state(path, tensors, state))
+        assert [p.name for p in run.states] == ["state-000000004.safetensors", "state-000000003"]
+        run.save(5, lambda path: save(path, tensors, state), suffix="", forget=False)
+        assert len(run.states) == 3                            # another process forgets
+        run.forget_from(4)
     assert {p.name for p in tmp_path.iterdir()} == {"state-000000003", "log.jsonl"}
 
 
@@ -145,11 +146,11 @@ def test_what_others_put_into_it_is_not_deleted(tmp_path):
     tensors, state = some_state()
     (tmp_path / "state-000000001").mkdir()
     (tmp_path / "state-000000001" / "thesis.txt").write_text("mine")
-    run = RunFolder(tmp_path).open_log(0)
-    for step in (2, 3, 4, 5):
-        run.save(step, lambda path: save(path, tensors, state), suffix="")
-        (tmp_path / f"state-{step:09}" / "notes.txt").write_text("mine") if step == 2 else None
-    run.close()
+    with closing(RunFolder(tmp_path).open_log(0)) as run:
+        for step in (2, 3, 4, 5):
+            run.save(step, lambda path: save(path, tensors, state), suffix="")
+            if step == 2:
+                (tmp_path / "state-000000002" / "notes.txt").write_text("mine")
     assert {p.name for p in tmp_path.glob("state-*")} == {
         "state-000000001", "state-000000002", "state-000000004", "state-000000005"}
     assert (tmp_path / "state-000000001" / "thesis.txt").read_text() == "mine"

@@ -9,7 +9,9 @@ from mutants import Mutant
 
 _mesh = "parallel/mesh.py"
 _adamw8 = "training/adamw8.py"
-_share = "test_adamw8.py::test_a_share_of_the_experts_is_a_slice_of_the_whole[inner0-dtype1]"
+_share = ("test_adamw8.py::test_a_share_of_the_experts_is_a_slice_of_the_whole"
+          "[(7, 11)-torch.bfloat16]")
+_layouts = "test_parallel_mesh.py::test_what_cannot_be_is_one_line"
 
 RANK_MUTANTS = [
     Mutant("gradients_times_the_group", "ranks", _mesh, "sum_over(others, self.rows) ",
@@ -78,4 +80,23 @@ MUTANTS = [
     Mutant("a_signal_to_one_is_its_own", "ranks", "training/pretrain.py",
            "asked = world.asked(stop.asked)", "asked = stop.asked",
            "test_trainer.py::test_all_ranks_stop_at_the_step_after_a_signal_to_one"),
+    Mutant("damage_unseen", "ranks", "training/shards.py",
+           "if here != known:", "if False:",
+           "test_shards.py::test_damage_is_told_and_the_state_before_it_used"),
+    Mutant("files_of_others_deleted", "ranks", "training/proof.py",
+           "files_of_sharded(path) == {p.name for p in path.iterdir()}", "True",
+           "test_shards.py::test_what_others_put_into_it_is_not_deleted"),
+    Mutant("forgets_though_another_does", "ranks", "training/run_folder.py",
+           "for old in self.states if forget else []:", "for old in self.states:",
+           "test_shards.py::test_the_last_two_are_kept_whatever_they_are"),
+    Mutant("experts_cut_anywhere", "ranks", _mesh, "if config.n_routed % layout.ep:", "if False:",
+           _layouts),
+    Mutant("rows_cut_anywhere", "ranks", _mesh, "if micro % rows:", "if False:", _layouts),
+    Mutant("a_rank_without_rows", "ranks", _mesh, "elif min(last) < rows:", "elif False:",
+           _layouts),
+    Mutant("batches_of_several_sizes_in_a_pipeline", "ranks", _mesh,
+           "if last != {micro} or len(steps) > 1:", "if False:", _layouts),
+    Mutant("said_by_everyone", "ranks", "commands/ranks.py",
+           'if int(os.environ.get("LOCAL_RANK", "0")):', "if False:",
+           "test_commands.py::test_what_ranks_cannot_do_is_said_once"),
 ]
