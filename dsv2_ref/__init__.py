@@ -21,8 +21,6 @@ table is made from it (`make map`), and a test compares it with the files and th
   2.2.1         kernels/grouped_experts.py 13     experts as products over sorted slots
   2.2.1-2       kernels/route_tokens.py    13     routing, and sorting the slots
   2.2.2, 3.1.3  parallel/expert.py         16     experts on several ranks, a row once to each
-  3.1.3         parallel/pipeline.py       17     layers in stages, and the schedules of torch
-  3.1.3         parallel/schedule.py       17     a simulator of schedules
 
   kernels/target.py  what a card can run; what does run is decided in forms.py
 
