@@ -65,8 +65,8 @@ def add_options(parser: ArgumentParser) -> None:
     for name in ("sequence", "batch", "seed"):
         add(f"--{name}", type=int)
     add("--micro-batch", type=int,
-        help="sequences at a time; the budget of dropping is counted within each, so losses differ "
-             "by about 1e-5 from those of the whole batch")
+        help="sequences at a time, of all ranks together; the budget of dropping is counted within "
+             "each, so losses differ by about 1e-5 from those of the whole batch")
     add("--save-every", type=int, default=100, help="steps; 0: at both ends alone")
     add("--evaluate-every", type=int, default=0, help="steps; 0 for at the end alone")
     add("--no-save", dest="save", action="store_false", help="write the log alone")
