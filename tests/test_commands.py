@@ -74,7 +74,7 @@ def test_a_preset_of_the_ladder_comes_with_its_recipe(texts, tmp_path, capsys):
 def test_the_length_of_a_run_on_the_ladder(args, steps, capsys, monkeypatch, tmp_path):
     seen = []
 
-    def stop(config, recipe, *_):
+    def stop(config, recipe, *_, **__):
         seen.append(recipe.steps)
         raise ValueError("enough")
 

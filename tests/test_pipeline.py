@@ -16,7 +16,7 @@ from refusals import refused
 from dsv2_ref.block import Block
 from dsv2_ref.config import TINY
 from dsv2_ref.model import DeepSeekV2
-from dsv2_ref.parallel import pipeline
+from dsv2_ref.parallel import local, pipeline
 from dsv2_ref.parallel.pipeline import Pipeline, sum_tied_gradient, torch_order
 from dsv2_ref.parallel.schedule import SCHEDULES, n_stages, order
 from dsv2_ref.parallel.split import ranges_of, split
@@ -294,6 +294,32 @@ def test_each_rank_owns_its_share_alone(four):
     assert all(sum(share.values()) < sum(sizes.values()) / 2 for share in shares)
     tied = four(ranks_share, "tied", "1f1b", 4)
     assert [("embedding.weight" in share) for share in tied] == [True, False, False, True]
+
+
+def step_of_four():
+    return local.pipeline_step(CONFIGS["untied"], "interleaved", 4, rows=2, T=5, tries=2)
+
+
+def test_what_a_notebook_is_told(four):
+    config = CONFIGS["untied"]
+    answers = four(step_of_four)
+    model = local.random_model(config)
+    losses, _ = World().backward(local.random_parts(config, 4, 2, 5),
+                                 lambda part: pretraining(model, part))
+    assert sum(found.parameters for found in answers) == sum(W.numel() for W in model.parameters())
+    whole = dict(model.named_parameters())
+    for rank, found in enumerate(answers):
+        assert found.layers == ranges_of("interleaved", split(config, 8, 5), rank, 4)
+        assert [slot.action for slot in found.slots] == order("interleaved", 4, 4)[rank]
+        assert all(slot.start < slot.end for slot in found.slots)
+        assert found.losses == pytest.approx({n: loss.item() for n, loss in losses.items()},
+                                             abs=1e-10)
+        for name, grad in found.gradients.items():
+            torch.testing.assert_close(grad, whole[name].grad, rtol=0, atol=1e-10, msg=name)
+
+
+def test_a_process_is_started_and_answers():
+    assert local.run(1, dist.get_world_size) == [1]
 
 
 # ---- one process alone: quick, and what mutants meet

@@ -37,7 +37,7 @@ class Wish:
     zero1: bool
 
 
-def add_options(parser: ArgumentParser) -> None:
+def add_layout(parser: ArgumentParser) -> None:
     """On several processes: torchrun --nproc-per-node 4 -m dsv2_ref train --ep 2 --pp 2 ..."""
     add = parser.add_argument
     add("--ep", type=int, default=1, help="ranks that share the experts; under torchrun, as the "

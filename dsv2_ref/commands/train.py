@@ -10,11 +10,10 @@ from typing import Any
 import torch
 
 from dsv2_ref.checkpoint import check_place
-from dsv2_ref.commands import ranks
 from dsv2_ref.commands.common import save_model, say
 from dsv2_ref.commands.jobs import NEEDLE, RECIPES, Job, job_of
 from dsv2_ref.commands.options import CORPORA, filled
-from dsv2_ref.commands.ranks import Wish, restarted, said_once, world_of
+from dsv2_ref.commands.ranks import Wish, add_layout, restarted, said_once, world_of
 from dsv2_ref.config import PRESETS
 from dsv2_ref.files.whole import write_text
 from dsv2_ref.text.corpora import open_corpus
@@ -66,14 +65,14 @@ def add_options(parser: ArgumentParser) -> None:
     for name in ("sequence", "batch", "seed"):
         add(f"--{name}", type=int)
     add("--micro-batch", type=int,
-        help="sequences at a time; the budget of dropping is counted within each, so losses differ "
-             "by about 1e-5 from those of the whole batch")
+        help="sequences at a time, of all ranks together; the budget of dropping is counted within "
+             "each, so losses differ by about 1e-5 from those of the whole batch")
     add("--save-every", type=int, default=100, help="steps; 0: at both ends alone")
     add("--evaluate-every", type=int, default=0, help="steps; 0 for at the end alone")
     add("--no-save", dest="save", action="store_false", help="write the log alone")
     add("--watch", choices=("tensorboard", "trackio"), help="beside log.jsonl")
     add("--quiet", dest="progress", action="store_false", help="no progress bar")
-    ranks.add_options(parser)
+    add_layout(parser)
     parser.set_defaults(act=train_command)
 
 
