@@ -28,6 +28,8 @@ DRAW = {
     "bubble_curves, all": lambda: figures.bubble_curves(
         M, {name: [0.4, 0.3, 0.02 * i, 0.0] for i, name in enumerate(SCHEDULES)}),
     "in_flight_bars": lambda: figures.in_flight_bars({"gpipe": [8, 8, 8, 8], "1f1b": [4, 3, 2, 1]}),
+    "phase_bars": lambda: figures.phase_bars(
+        {"rank 0": {"a": 2**20, "b": 3 * 2**20}, "rank 1": {"a": 2**21, "b": 0}}),
     "in_flight_bars, all": lambda: figures.in_flight_bars(
         {name: np.linspace(30, 10 + i, 16) for i, name in enumerate(SCHEDULES)}),
 }
@@ -36,6 +38,7 @@ LABELS = {
     "schedule_gantt, wide": ("seconds", "rank", None),
     "bubble_curves": ("micro-batches", "ranks idle (% of a step)",
                       "At 32 micro-batches: 1f1b 9 %, zbv 1 %"),
+    "phase_bars": ("", "MiB", "What a rank's device holds, by phase"),
     "in_flight_bars": ("rank", "kept at most (GiB)",
                        "The fullest rank keeps 8 GiB with gpipe, 4 with 1f1b"),
 }
@@ -105,9 +108,16 @@ def test_equal_lines_are_one_and_a_schedule_has_one_colour():
     assert matplotlib.colors.same_color(bars[0].get_facecolor(), lines[-1].get_color())
 
 
+def test_bars_of_a_phase_are_its_bytes():
+    bars = DRAW["phase_bars"]().axes[0].patches
+    assert [bar.get_height() for bar in bars] == [1, 3, 2, 0]
+    assert bars[0].get_x() < bars[2].get_x() < bars[1].get_x()          # ranks within a phase
+
+
 def test_refusals():
     refused(lambda: figures.schedule_gantt({}), "timelines: none")
     refused(lambda: figures.bubble_curves([1, 2], {"a": [1]}), "bubbles: [1]", "expected 2")
+    refused(lambda: figures.phase_bars({"a": {"x": 1}, "b": {"y": 1}}), "ranks: phases", "same")
     refused(lambda: figures.in_flight_bars({"a": [1], "b": [1, 2]}), "held: [1, 2]")
 
 

@@ -19,7 +19,8 @@ from dsv2_ref.config import Config
 from dsv2_ref.model import DeepSeekV2
 from dsv2_ref.moe.dropping import keep_within_budget
 from dsv2_ref.moe.experts import experts_loop
-from dsv2_ref.parallel import demo
+from dsv2_ref.parallel import demo_expert as demo
+from dsv2_ref.parallel import local
 from dsv2_ref.parallel.expert import Ledger, experts_across, experts_begun_across, keep_across
 
 SMALL = Config(
@@ -226,7 +227,7 @@ def test_processes_that_have_nothing_to_send_or_get_do_not_hang(four, rows):
 
 
 def test_a_notebooks_processes_answer_tell_their_errors_and_end():
-    run = demo.Processes(1)
+    run = local.Processes(1)
     assert run(demo.rows_of, (2, 3)) == [slice(0, 2)]
     with pytest.raises(RuntimeError, match="rank 0:\n(?s:.*)TypeError"):
         run(demo.rows_of, None)

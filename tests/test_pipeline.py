@@ -16,10 +16,10 @@ from refusals import refused
 from dsv2_ref.block import Block
 from dsv2_ref.config import TINY
 from dsv2_ref.model import DeepSeekV2
-from dsv2_ref.parallel import local, pipeline
+from dsv2_ref.parallel import demo_pipeline, local, pipeline
 from dsv2_ref.parallel.pipeline import Pipeline, sum_tied_gradient, torch_order
 from dsv2_ref.parallel.schedule import SCHEDULES, n_stages, order
-from dsv2_ref.parallel.split import ranges_of, split
+from dsv2_ref.parallel.split import Layout, ranges_of, split
 from dsv2_ref.parallel.stages import Stages
 from dsv2_ref.training.objective import Batch, pretraining
 from dsv2_ref.training.world import World
@@ -297,14 +297,14 @@ def test_each_rank_owns_its_share_alone(four):
 
 
 def step_of_four():
-    return local.pipeline_step(CONFIGS["untied"], "interleaved", 4, rows=2, T=5, tries=2)
+    return demo_pipeline.pipeline_step(CONFIGS["untied"], "interleaved", 4, rows=2, T=5, tries=2)
 
 
 def test_what_a_notebook_is_told(four):
     config = CONFIGS["untied"]
     answers = four(step_of_four)
-    model = local.random_model(config)
-    losses, _ = World().backward(local.random_parts(config, 4, 2, 5),
+    model = demo_pipeline.random_model(config)
+    losses, _ = World().backward(demo_pipeline.random_parts(config, 4, 2, 5),
                                  lambda part: pretraining(model, part))
     assert sum(found.parameters for found in answers) == sum(W.numel() for W in model.parameters())
     whole = dict(model.named_parameters())
@@ -316,6 +316,22 @@ def test_what_a_notebook_is_told(four):
                                              abs=1e-10)
         for name, grad in found.gradients.items():
             torch.testing.assert_close(grad, whole[name].grad, rtol=0, atol=1e-10, msg=name)
+
+
+def test_what_a_notebook_is_told_of_zero1_and_of_two_layouts(four):
+    config = CONFIGS["untied"].with_(drop_capacity=None)
+    alone, shared = (four(demo_pipeline.kept, config, Layout(dp=4, zero1=zero1))
+                     for zero1 in (False, True))
+    names = [name for found in shared for name in found.moments]
+    assert sorted(names) == sorted(alone[0].moments) and len(set(names)) == len(names)
+    assert sum(alone[0].moments.values()) == 2 * alone[0].weights
+    assert len({round(found.norm, 10) for found in alone + shared}) == 1
+    ways = [four(demo_pipeline.asked, config, layout, [5, 1, 4], 4)
+            for layout in (Layout(pp=4), Layout(dp=4))]
+    for staged, whole in zip(*ways, strict=True):
+        assert staged.text == whole.text and len(staged.text) == 4
+        assert staged.losses == pytest.approx(whole.losses, abs=1e-10)
+        assert staged.layers[0] < staged.layers[1] == whole.layers[0]
 
 
 def test_a_process_is_started_and_answers():

@@ -6,7 +6,7 @@ import random
 import pytest
 from refusals import refused
 
-from dsv2_ref.parallel.local import times_of
+from dsv2_ref.parallel.demo_pipeline import times_of
 from dsv2_ref.parallel.pipeline import torch_order
 from dsv2_ref.parallel.schedule import (
     SCHEDULES,

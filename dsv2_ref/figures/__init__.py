@@ -73,6 +73,7 @@ from dsv2_ref.figures.parallel_experts import (
 from dsv2_ref.figures.pipeline import (
     bubble_curves,
     in_flight_bars,
+    phase_bars,
     pipeline_slider,
     schedule_gantt,
 )
@@ -127,9 +128,9 @@ __all__ = [
     "load_animation", "load_over_training", "loss_arrows", "loss_curve", "loss_floor",
     "losses_by_position", "matrices", "memory_bars", "mistakes_by_factor", "mla_flow",
     "needle_attention", "needle_grid", "needle_grids", "overlap_spans", "pair_clocks",
-    "pair_wavelengths", "parameter_shares", "pipeline_slider", "position_slider", "rank_traffic",
-    "rank_traffic_slider", "rate_curve", "rounding_paths", "router_heat_map", "rows_by_hand",
-    "run_figures", "save", "saving_steps", "schedule_curves", "schedule_gantt", "shared_heads",
-    "slots_by_device", "softmax_in_pieces", "stage_memory", "study_changes",
+    "pair_wavelengths", "parameter_shares", "phase_bars", "pipeline_slider", "position_slider",
+    "rank_traffic", "rank_traffic_slider", "rate_curve", "rounding_paths", "router_heat_map",
+    "rows_by_hand", "run_figures", "save", "saving_steps", "schedule_curves", "schedule_gantt",
+    "shared_heads", "slots_by_device", "softmax_in_pieces", "stage_memory", "study_changes",
     "styled", "token_routing", "turned_pair", "yarn_pairs",
 ]

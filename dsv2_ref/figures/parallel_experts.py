@@ -141,7 +141,7 @@ def _lanes(ax: Axes, spans: Sequence[tuple[str, float, float]], end: float) -> N
 def overlap_spans(runs: Mapping[str, Sequence[tuple[str, float, float]]]) -> Figure:
     """What the link and one rank did, over time: a layer forward and backward.
 
-    runs: name -> spans (what, from, to) in seconds, as `parallel.demo.overlap` gives them.
+    runs: name -> spans (what, from, to) in seconds, as `parallel.demo_expert.overlap` gives them.
     """
     ends = {}
     for name, spans in runs.items():

@@ -136,6 +136,27 @@ def in_flight_bars(held: Mapping[str, Sequence[float]], unit: str = "GiB") -> Fi
     return figure
 
 
+def phase_bars(ranks: Mapping[str, Mapping[str, float]]) -> Figure:
+    """Bytes that there are in each phase of a run, a group of bars for each rank."""
+    if not ranks or len({tuple(phases) for phases in ranks.values()}) != 1:
+        raise ValueError(f"ranks: phases {[list(phases) for phases in ranks.values()]}, expected "
+                         "the same ones for each rank")
+    phases = list(next(iter(ranks.values())))
+    figure = Picture(7.0, 3.4)
+    ax = figure.subplots()
+    width = 0.8 / len(ranks)
+    for i, (name, of) in enumerate(ranks.items()):
+        x = np.arange(len(phases)) + (i - (len(ranks) - 1) / 2) * width
+        ax.bar(x, [of[phase] / 2**20 for phase in phases], width=0.92 * width,
+               color=_LINES[::-1][i % len(_LINES)], label=name)
+    ax.set(ylabel="MiB", title="What a rank's device holds, by phase")
+    ax.set_xticks(range(len(phases)), phases)
+    ax.grid(True, axis="y")
+    ax.tick_params(axis="x", length=0)
+    ax.legend()
+    return figure
+
+
 def pipeline_slider(timelines: Mapping[tuple[int, int], Mapping[str, Timeline]]) -> Any:
     """A slider over (ranks, micro-batches) and below it what each rank does when."""
     sizes = list(timelines)

@@ -10,8 +10,9 @@
   mesh      stages, replicas and shares of experts together: the world that trains
   gather    sums over ranks; weights and traffic brought together
   hybrid    one model in two layouts, to train and to write text
-  local     processes on this machine, to see a pipeline run
-  demo      processes for a notebook, and what they run
+  local     processes on this machine: several ranks without a cluster
+  demo_expert    what the ranks of notebook 16 run
+  demo_pipeline  what those of notebook 17 run
   plan      what one device holds of V2 in the paper's layout, beside the card's memory
   hours     GPU-hours of V2 from counts, links and assumed rates, each assumption a row
 

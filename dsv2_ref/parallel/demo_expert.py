@@ -1,18 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Processes for a notebook, and what they run: what a cell defines cannot be sent to a process.
+"""What the ranks of notebook 16 run: what a cell defines cannot be sent to a process.
 
 Each function below is what one rank does; all of them find their group in `dist.group.WORLD`.
 """
 
-import multiprocessing
 import os
-import tempfile
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import timedelta
-from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import torch
@@ -31,57 +26,6 @@ from dsv2_ref.parallel.expert import (
     experts_begun_across,
     keep_across,
 )
-
-
-class Processes:
-    """`processes(function, *arguments)` runs it in every rank: a list of what each returned.
-
-    They are gloo processes on this machine, one thread each, which end with `close` or with this
-    process. The function stands in a module; what it takes and returns can be pickled.
-    """
-
-    def __init__(self, size: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._folder = tempfile.TemporaryDirectory()
-        self._pipes, self._processes = [], []
-        for rank in range(size):
-            here, there = context.Pipe()
-            meeting = f"file://{self._folder.name}/meeting"
-            process = context.Process(target=_serve, args=(rank, size, meeting, there), daemon=True)
-            process.start()
-            self._pipes.append(here)
-            self._processes.append(process)
-
-    def __call__(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        for pipe in self._pipes:
-            pipe.send((function, arguments))
-        answers = [pipe.recv() for pipe in self._pipes]
-        for rank, (fine, value) in enumerate(answers):
-            if not fine:
-                raise RuntimeError(f"rank {rank}:\n{value}")
-        return [value for _, value in answers]
-
-    def close(self) -> None:
-        for pipe in self._pipes:
-            pipe.send(None)
-        for process in self._processes:
-            process.join()
-        self._folder.cleanup()
-
-
-def _serve(rank: int, size: int, meeting: str, pipe: Connection) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size,
-                            timeout=timedelta(seconds=60))
-    try:
-        while (task := pipe.recv()) is not None:
-            function, arguments = task
-            try:
-                pipe.send((True, function(*arguments)))
-            except Exception:                            # told to whoever asked
-                pipe.send((False, traceback.format_exc()))
-    finally:
-        dist.destroy_process_group()
 
 
 def rows_of(rows: Sequence[int]) -> slice:
