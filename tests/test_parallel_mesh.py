@@ -16,7 +16,7 @@ from test_mutants import in_place
 
 from dsv2_ref.config import TINY
 from dsv2_ref.model import DeepSeekV2
-from dsv2_ref.parallel.gather import is_share
+from dsv2_ref.parallel.gather import gather, is_share, scatter
 from dsv2_ref.parallel.hybrid import Hybrid
 from dsv2_ref.parallel.mesh import Mesh, check_layout
 from dsv2_ref.parallel.split import Layout, layout_of
@@ -328,6 +328,25 @@ def test_the_whole_model_is_brought_together(four):
     for answer in four(gathered, LAYOUTS["pp2 ep2 zbv"]):
         assert answer.keys() == expected.keys()
         assert all(torch.equal(answer[n], W) for n, W in expected.items())
+
+
+def changed_by_the_first(layout):
+    """What a rank has after the first has doubled the whole model, without a file."""
+    trainer = trainer_of(Several(layout), recipe_of(layout))
+    mesh = trainer.world.mesh
+    weights = gather(mesh, trainer.model)
+    if weights is not None:
+        weights = {name: 2 * W for name, W in weights.items()}
+    scatter(mesh, weights, trainer.model)
+    return {"weights": {n: W.detach() for n, W in trainer.model.named_parameters()},
+            "held": trainer.model.held, "gradients": {}, "log": []}
+
+
+def test_a_whole_model_goes_back_to_its_ranks(four):
+    torch.manual_seed(0)
+    doubled = {n: 2 * W.detach() for n, W in DeepSeekV2(SMALL).double().named_parameters()}
+    expected = {"weights": doubled, "log": []}
+    assert worst(four(changed_by_the_first, LAYOUTS["pp2 ep2 zbv"]), expected) == 0
 
 
 # ---- layouts that cannot be

@@ -69,6 +69,32 @@ def gather(mesh: DeviceMesh, model: nn.Module) -> dict[str, Tensor] | None:
             for name, found in parts.items()}
 
 
+@torch.no_grad()
+def scatter(mesh: DeviceMesh, weights: dict[str, Tensor] | None, model: nn.Module) -> None:
+    """The way back: each rank's share of the first one's whole model goes into its own, in place.
+
+    weights: as `gather` gives them, None but on the first rank. To be called by all.
+    """
+    mine, ep = model.state_dict(), mesh["ep"].size()
+    rank, (_, _, place) = dist.get_rank(), mesh.get_coordinate()
+    lists: list[tuple[int, list[str]]] = [(0, [])] * dist.get_world_size()
+    dist.gather_object((place, list(mine)), None if rank else lists)
+    if rank:
+        for W in mine.values():
+            found = torch.empty_like(W, memory_format=torch.contiguous_format)
+            dist.recv(found, 0)
+            W.copy_(found)
+        return
+    for receiver, (its, names) in enumerate(lists):
+        for name in names:
+            share = weights[name].chunk(ep)[its] if is_share(name) else weights[name]
+            if receiver:
+                like = next(iter(mine.values()))
+                dist.send(share.to(like.device).contiguous(), receiver)
+            else:
+                mine[name].copy_(share)
+
+
 def load_of_all(load: list[Traffic], rows: int) -> list[Traffic]:
     """The traffic of each layer, of all rows, on the first rank; the others keep their own.
 
