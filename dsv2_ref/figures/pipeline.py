@@ -136,6 +136,7 @@ def in_flight_bars(held: Mapping[str, Sequence[float]], unit: str = "GiB") -> Fi
     return figure
 
 
+@styled
 def phase_bars(ranks: Mapping[str, Mapping[str, float]]) -> Figure:
     """Bytes that there are in each phase of a run, a group of bars for each rank."""
     if not ranks or len({tuple(phases) for phases in ranks.values()}) != 1:

@@ -95,9 +95,8 @@ def times_of(timeline: Timeline) -> Times:
 
 def trainer_of(config: Config, layout: Layout) -> Trainer:
     """One that trains on random tokens by AdamW in fp64, all processes in this layout."""
-    micro_batches = 2 if layout.pp > 1 else 1
-    recipe = Recipe(steps=2, batch=4, micro_batch=4 // micro_batches, sequence=16,
-                    optimizer="adamw", precision="fp32", warmup=0.0)
+    recipe = Recipe(steps=2, batch=4, micro_batch=4 // layout.pp, sequence=16, optimizer="adamw",
+                    precision="fp32", warmup=0.0)
     tokens = torch.randint(config.vocab, (200,), generator=torch.Generator().manual_seed(0))
     world = Mesh(layout)
     return Trainer(world.hold(random_model(config)), recipe, tokens.numpy(), world=world)
