@@ -26,7 +26,7 @@ notebooks: ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --nbval --nbval-cell-timeout 120 \
 		-n 2 --dist loadscope notebooks
 
-# slower: unit tests and notebooks as other CPUs would run them, and on two threads (half an hour)
+# slower: unit tests and notebooks as other CPUs would run them, and on two threads (an hour)
 matrix: ready
 	@$(BIN)/python tests/matrix.py
 

@@ -39,7 +39,8 @@ def settings(flags: set[str]) -> dict[str, dict[str, str]]:
     """Name -> environment."""
     kinds = [("default", {})] + [(name, limit) for name, above, limit in LIMITS if above in flags]
     return {f"{name}, {threads} thread{'s' * (threads > 1)}":
-            limit | {"DSV2_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
+            limit | {"DSV2_THREADS": str(threads), "OMP_NUM_THREADS": str(threads),
+                     "OMP_WAIT_POLICY": "passive"}      # two pytest workers share the cores
             for name, limit in kinds for threads in (1, 2)}
 
 

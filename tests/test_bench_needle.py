@@ -75,6 +75,8 @@ def test_the_record_of_lengths_is_complete(costs):
     c = Config.from_hf(FOLDER)
     assert costs["trained_at"] == trained_positions(c)
     assert costs["cache_bytes_per_token"] == c.n_layers * (c.d_c + c.d_r) * 4        # fp32
+    assert costs["read_bytes_per_token"] == c.n_layers * (2 * c.d_c + c.d_r) * 4     # W_UK, W_UV
+    assert costs["slope_gb_per_s"] * costs["decode_slope_ns"] == pytest.approx(1920)
     for p in points:                                                 # memory is linear
         assert p["cache_bytes"] == p["tokens"] * costs["cache_bytes_per_token"]
         assert p["decode_ms"] > 0 and p["peak_bytes"] > p["cache_bytes"]

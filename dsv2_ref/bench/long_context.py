@@ -7,11 +7,12 @@ The text is read in pieces, once. At each power of two on the way:
                 passes: a constant part per token, and a part that grows with the square of the
                 length, since each piece meets every row that is cached
   cache_bytes   allocated by a cache that is made for this length; `peak_bytes` of the whole process
-  decode_ms     of one token behind that many cached ones, absorbed attention, the fastest of 15
+  decode_ms     of one token behind that many cached ones, absorbed attention, the fastest of 100
 
-`decode_slope_ns` is the straight line through decode_ms: nanoseconds per cached token. A decode
-step reads every cached row of every layer twice, as keys and as values; `slope_gb_per_s` is what
-that makes of the slope, beside the `copy_gb_per_s` of this machine's memory.
+`decode_slope_ns` is the straight line through decode_ms: nanoseconds per cached token. In each
+layer a step reads c_kv of every cached token twice, as key and as value, and k_r once:
+`read_bytes_per_token`. `slope_gb_per_s` is what that makes of the slope, beside the
+`read_gb_per_s` of a plain sum on this machine.
 
 `needles` are cells at the full length at three depths, each read on from a fork of the cache at its
 place, and the minutes of each; `minutes` are those of everything together.
@@ -108,8 +109,8 @@ def slope(points: list[dict[str, Any]]) -> float:
     return 1e6 * ((n * ms).sum() / (n * n).sum()).item()
 
 
-def copy_rate() -> float:
-    """GB/s read by a sum of 256 MB."""
+def read_rate() -> float:
+    """GB/s of a sum of 256 MB."""
     numbers = torch.ones(1 << 26)
     return numbers.nbytes / min(times(numbers.sum, 5)) / 1e9
 
@@ -125,10 +126,13 @@ def run(quick: bool = False, model: str | Path | None = None) -> dict[str, Any]:
     text = haystack(open_corpus("stories").test, tokenizer, longest)
     began, grid = time.perf_counter(), needle.Grid((longest,), DEPTHS, samples=1)
     points, cells = read_through(loaded, text, needle.plans(grid, tokenizer, longest),
-                                 2 if quick else 15)
-    cached = loaded.new_cache(1, 1).nbytes_per_token
-    return {"name": "long_context", "quick": quick, **machine(), "model": str(folder),
-            "trained_at": trained, "yarn_factor": loaded.config.yarn_factor, "piece": PIECE,
-            "points": points, "cache_bytes_per_token": cached, "decode_slope_ns": slope(points),
-            "slope_gb_per_s": 2 * cached / slope(points), "copy_gb_per_s": copy_rate(),
+                                 2 if quick else 100)
+    cache, c = loaded.new_cache(1, 1), loaded.config
+    read = len(loaded.blocks) * (2 * c.d_c + c.d_r) * loaded.like.itemsize
+    return {"name": "long_context", "quick": quick, **machine(),
+            "model": str(model or "data/needle"), "trained_at": trained,
+            "yarn_factor": loaded.config.yarn_factor, "piece": PIECE,
+            "points": points, "cache_bytes_per_token": cache.nbytes_per_token,
+            "read_bytes_per_token": read, "decode_slope_ns": slope(points),
+            "slope_gb_per_s": read / slope(points), "read_gb_per_s": read_rate(),
             "needles": cells, "minutes": (time.perf_counter() - began) / 60}
