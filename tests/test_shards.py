@@ -95,7 +95,7 @@ def test_an_interruption_leaves_what_was_there(tmp_path, monkeypatch, accident):
     def failing(*_, **__):
         raise accident
 
-    monkeypatch.setattr(shards.dcp, "save", failing)
+    monkeypatch.setattr(dcp, "save", failing)
     with pytest.raises(type(accident)):
         save(path, tensors, state | {"steps": 13})
     assert load_state(path)[1] == state and [p.name for p in tmp_path.iterdir()] == [path.name]

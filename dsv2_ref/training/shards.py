@@ -20,11 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.tensor import DTensor
 
 from dsv2_ref.files.whole import whole_folder
 
@@ -41,6 +37,9 @@ def save_sharded(
     `first_does(work)` is what `work` gives on the first process, told to all. An interruption at
     any moment leaves what was there before.
     """
+    import torch.distributed.checkpoint as dcp  # a second, which one process does not need
+    from torch.distributed.checkpoint.api import CheckpointException
+
     with ExitStack() as opened:
         before = sorted(files_of_sharded(path)) if is_sharded(path) else []
         scratch = first_does(lambda: opened.enter_context(whole_folder(path, before)))
@@ -79,6 +78,10 @@ def load_sharded(
     DTensor for a share, None for nothing; by default all is read. ValueError for what is no state,
     or is damaged; `check` reads every file for that.
     """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.tensor import DTensor
+
     path = Path(path)
     state = state_of_sharded(path, check)
     reader = dcp.FileSystemReader(path)
