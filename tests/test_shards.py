@@ -10,7 +10,6 @@ import torch.distributed.checkpoint as dcp
 from refusals import refused
 from small_run import trainer
 
-from dsv2_ref.training import shards
 from dsv2_ref.training.run_folder import RunFolder, load_state, save_state, state_of
 from dsv2_ref.training.shards import files_of_sharded, is_sharded, save_sharded
 
