@@ -2,6 +2,7 @@
 """A block is a function of its inputs: run twice, in part, or on a share of the experts, it says
 the same; and a pass waits for no device."""
 
+import os
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -46,6 +47,7 @@ import re, sys, torch
 from dsv2_ref.config import TINY
 from dsv2_ref.model import DeepSeekV2
 torch.set_num_threads(1)
+torch.manual_seed(0)
 alpha, recompute = float(sys.argv[1]), float(sys.argv[2])
 model = DeepSeekV2(TINY.with_(n_layers=8, d=128, n_h=4, d_h=32, d_v=32, d_r=16, d_c=64,
                               dense_width=512, expert_width=256, n_routed=8, top_k=4, n_devices=1,
@@ -67,17 +69,18 @@ print(most() - before)
 
 def peak(alpha: float, recompute: float) -> float:
     """Kilobytes that a step adds to the largest size the process has had."""
+    # glibc gives back at once what it has mapped for itself: no rest of its heaps in the number
+    exact = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     done = subprocess.run([sys.executable, "-c", PEAK, str(alpha), str(recompute)],
-                          capture_output=True, text=True, check=True)
+                          capture_output=True, text=True, check=True, env=exact)
     return float(done.stdout)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_blocks_run_again_are_forgotten_again_with_balance_losses_too():
-    """Once a block wrote its losses to a list of the pass: its recomputed graph stayed alive,
-    607 MB where 364 were needed."""
+    """Once a block wrote its losses to a list of the pass: its recomputed graph stayed alive."""
     without, plain = peak(0.0, 1.0), peak(0.001, 0.0)
-    assert peak(0.001, 1.0) < 1.2 * without < 0.6 * plain
+    assert peak(0.001, 1.0) < 1.05 * without < 0.2 * plain      # 110 MB, 110 MB, 772 MB seen
 
 
 @pytest.mark.parametrize("recompute", [0.5, 1.0])
