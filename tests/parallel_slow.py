@@ -92,7 +92,8 @@ def command(n, *args, restarts=0):
 
 
 def start(*args, **options):
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+                        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}     # see several_nodes.md
     return subprocess.Popen(command(*args, **options), text=True, env=env, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, start_new_session=True)
 
