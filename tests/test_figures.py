@@ -8,6 +8,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from drawn import is_whole
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from dsv2_ref import figures
@@ -70,9 +71,7 @@ def test_png_is_written_and_nothing_is_clipped(name, tmp_path):
     assert path.read_bytes().startswith(PNG) and path.stat().st_size > 5000
     assert [p.name for p in path.parent.iterdir()] == ["figure.png"]
     assert figure.get_constrained_layout()
-    box = figure.get_tightbbox(FigureCanvasAgg(figure).get_renderer())      # inches
-    width, height = figure.get_size_inches()
-    assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height
+    assert is_whole(figure)
     assert all(len(ax.get_title(loc="left")) > 10 for ax in figure.axes if ax.get_title("left"))
     assert figure.axes[0].get_title(loc="left")
 

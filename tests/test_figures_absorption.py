@@ -4,7 +4,7 @@
 
 import matplotlib
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from drawn import is_whole
 
 from dsv2_ref import figures
 from dsv2_ref.figures.absorption import bracket
@@ -56,9 +56,7 @@ TITLES = {
 def test_drawn_with_nothing_clipped(name):
     figure = DRAW[name]()
     assert figure._repr_png_().startswith(b"\x89PNG")
-    box = figure.get_tightbbox(FigureCanvasAgg(figure).get_renderer())      # inches
-    width, height = figure.get_size_inches()
-    assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height
+    assert is_whole(figure)
     assert all(ax.get_xlabel() for ax in figure.axes)
 
 

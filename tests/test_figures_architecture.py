@@ -5,6 +5,7 @@ from dataclasses import asdict
 from itertools import combinations
 
 import pytest
+from drawn import is_whole
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.path import Path
 
@@ -39,9 +40,7 @@ DRAW = {
 def test_drawn_with_nothing_clipped(name):
     figure = DRAW[name]()
     assert figure._repr_png_().startswith(b"\x89PNG")
-    box = figure.get_tightbbox(FigureCanvasAgg(figure).get_renderer())      # inches
-    width, height = figure.get_size_inches()
-    assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height
+    assert is_whole(figure)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

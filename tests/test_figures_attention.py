@@ -8,6 +8,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from drawn import is_whole
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.patches import FancyBboxPatch, Rectangle
 from PIL import Image
@@ -58,10 +59,7 @@ def texts(figure):
 def test_png_is_written_and_nothing_is_clipped(name):
     figure = DRAW[name]()
     assert figure._repr_png_().startswith(PNG)
-    renderer = FigureCanvasAgg(figure).get_renderer()
-    box = figure.get_tightbbox(renderer)                                     # inches
-    width, height = figure.get_size_inches()
-    assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height
+    assert is_whole(figure)
     assert title(figure)
 
 

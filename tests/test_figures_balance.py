@@ -6,6 +6,7 @@ import io
 import numpy as np
 import pytest
 import torch
+from drawn import is_whole
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
@@ -66,9 +67,7 @@ TITLES = {
 def test_nothing_is_clipped(name, tmp_path):
     figure = DRAW[name]()
     assert figures.save(figure, tmp_path / "figure.png").stat().st_size > 5000
-    box = figure.get_tightbbox(FigureCanvasAgg(figure).get_renderer())      # inches
-    width, height = figure.get_size_inches()
-    assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height
+    assert is_whole(figure)
 
 
 @pytest.mark.parametrize("name", LABELS)

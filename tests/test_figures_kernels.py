@@ -3,7 +3,7 @@
 
 import numpy as np
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from drawn import is_whole
 from refusals import refused
 
 from dsv2_ref import figures
@@ -37,9 +37,7 @@ def title(name: str) -> str:
 def test_png_is_written_and_nothing_is_clipped(name, tmp_path):
     figure = DRAW[name]()
     assert figures.save(figure, tmp_path / "figure.png").stat().st_size > 5000
-    box = figure.get_tightbbox(FigureCanvasAgg(figure).get_renderer())      # inches
-    width, height = figure.get_size_inches()
-    assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height
+    assert is_whole(figure)
     ax = figure.axes[0]
     assert len(ax.get_title(loc="left")) > 10 and ax.get_xlabel()
 

@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from drawn import is_whole
 from matplotlib.colors import to_hex
 
 from dsv2_ref import figures
@@ -40,9 +40,7 @@ def title(figure):
 def test_png_is_written_and_nothing_is_clipped(name, tmp_path):
     figure = DRAW[name]()
     assert figures.save(figure, tmp_path / "figure.png").read_bytes().startswith(PNG)
-    box = figure.get_tightbbox(FigureCanvasAgg(figure).get_renderer())      # inches
-    width, height = figure.get_size_inches()
-    assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height
+    assert is_whole(figure)
 
 
 @pytest.mark.parametrize("name", TITLES)

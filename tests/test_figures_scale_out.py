@@ -2,7 +2,7 @@
 """Figures of a cluster on paper: what is drawn is what was given, and titles are computed."""
 
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from drawn import is_whole
 from refusals import refused
 
 from dsv2_ref import figures
@@ -41,9 +41,7 @@ LABELS = {
 def test_nothing_is_clipped(name, tmp_path):
     figure = DRAW[name]()
     figures.save(figure, tmp_path / "figure.png")
-    box = figure.get_tightbbox(FigureCanvasAgg(figure).get_renderer())      # inches
-    width, height = figure.get_size_inches()
-    assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height
+    assert is_whole(figure)
 
 
 @pytest.mark.parametrize("name", TITLES)

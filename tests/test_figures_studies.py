@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from drawn import is_whole
 
 from dsv2_ref import figures
 
@@ -66,9 +66,7 @@ def test_nothing_is_clipped_and_no_empty_axes_are_left(n, tmp_path):
     figure = figures.study_changes(chosen)
     assert len(figure.axes) == n
     assert figures.save(figure, tmp_path / "studies.png").stat().st_size > 5000
-    box = figure.get_tightbbox(FigureCanvasAgg(figure).get_renderer())
-    width, height = figure.get_size_inches()
-    assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height
+    assert is_whole(figure)
 
 
 @pytest.mark.parametrize(("studies", "message"), [

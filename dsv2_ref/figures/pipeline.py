@@ -121,17 +121,13 @@ def in_flight_bars(held: Mapping[str, Sequence[float]], unit: str = "GiB") -> Fi
     p = len(next(iter(held.values())))
     figure = Picture(10.5, 4.0)
     ax = figure.subplots()
-    width = 0.86 / len(held)
-    for i, (name, y) in enumerate(held.items()):
-        x = np.arange(p) + (i - (len(held) - 1) / 2) * width
-        ax.bar(x, y, width=0.92 * width, color=_LINES[_place(name, i)], label=name)
+    colors = [_LINES[_place(name, i)] for i, name in enumerate(held)]
+    _bars_in_groups(ax, held, colors)
     peaks = {name: max(y) for name, y in held.items()}
     most, least = max(peaks, key=peaks.get), min(peaks, key=peaks.get)
     ax.set(xlabel="rank", ylabel=f"kept at most ({unit})", xticks=range(p),
            title=f"The fullest rank keeps {peaks[most]:.3g} {unit} with {most}, "
                  f"{peaks[least]:.3g} with {least}")
-    ax.grid(True, axis="y")
-    ax.tick_params(axis="x", length=0)
     figure.legend(loc="outside right center")
     return figure
 
@@ -145,17 +141,24 @@ def phase_bars(ranks: Mapping[str, Mapping[str, float]]) -> Figure:
     phases = list(next(iter(ranks.values())))
     figure = Picture(7.0, 3.4)
     ax = figure.subplots()
-    width = 0.8 / len(ranks)
-    for i, (name, of) in enumerate(ranks.items()):
-        x = np.arange(len(phases)) + (i - (len(ranks) - 1) / 2) * width
-        ax.bar(x, [of[phase] / 2**20 for phase in phases], width=0.92 * width,
-               color=_LINES[::-1][i % len(_LINES)], label=name)
-    ax.set(ylabel="MiB", title="What a rank's device holds, by phase")
+    groups = {name: [n / 2**20 for n in of.values()] for name, of in ranks.items()}
+    _bars_in_groups(ax, groups, _LINES[::-1])
+    most, phase = max((y, phase) for of in groups.values() for y, phase in zip(of, phases,
+                                                                              strict=True))
+    ax.set(ylabel="MiB", title=f"The fullest rank holds {most:.3g} MiB, in {phase}")
     ax.set_xticks(range(len(phases)), phases)
-    ax.grid(True, axis="y")
-    ax.tick_params(axis="x", length=0)
     ax.legend()
     return figure
+
+
+def _bars_in_groups(ax: Axes, bars: Mapping[str, Sequence[float]], colors: Sequence[str]) -> None:
+    """The i-th values of all names side by side at i."""
+    width = 0.86 / len(bars)
+    for i, (name, y) in enumerate(bars.items()):
+        x = np.arange(len(y)) + (i - (len(bars) - 1) / 2) * width
+        ax.bar(x, y, width=0.92 * width, color=colors[i % len(colors)], label=name)
+    ax.grid(True, axis="y")
+    ax.tick_params(axis="x", length=0)
 
 
 def pipeline_slider(timelines: Mapping[tuple[int, int], Mapping[str, Timeline]]) -> Any:
