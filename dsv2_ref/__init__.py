@@ -45,7 +45,7 @@ table is made from it (`make map`), and a test compares it with the files and th
   __main__.py       joins them
   copying.py        a concept file, lifted into a folder of your own
   checkout.py       what lies beside the package in a checkout: data, tests
-  exercises.py      checks of the notebooks' exercises
+  exercises/        the notebooks' exercises and their checks, a file for each notebook
 
 Each folder's docstring names its files.
 Arrows run one way: a file imports only what stands before it in this list.

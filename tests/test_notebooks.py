@@ -73,6 +73,10 @@ def faults(notebook: dict[str, Any], size: int) -> list[str]:
         found.append(f"{n} exercises, expected 3 to 5")
     if "<summary>Solutions</summary>" not in source:
         found.append("no solutions")
+    if re.search(r"def check_|check_refuses", source):
+        found.append("a check shows its answer; expected it in dsv2_ref/exercises")
+    if text(code[-1]) != "exercises.report()":
+        found.append("the last code cell is not exercises.report()")
     if any(re.search(r"""["']\.\./""", text(c)) for c in code):
         found.append("a path from the current folder, expected in_checkout: it may be any folder")
     if "ipywidgets" in source:
@@ -98,8 +102,9 @@ def test_what_is_checked_strictly_is_asserted_too(file):
     assert sum("assert" in source for source in code) >= len(code) / 3
 
 
-def test_names_count_up():
-    assert [f.stem[:3] for f in FILES] == [f"{i:02}_" for i in range(len(FILES))]
+def test_numbers_and_names_are_unique():
+    assert all(re.fullmatch(r"\d\d_[a-z0-9_]+", f.stem) for f in FILES)
+    assert len({f.stem[:2] for f in FILES}) == len({f.stem[3:] for f in FILES}) == len(FILES)
 
 
 def broken(change) -> list[str]:
@@ -131,6 +136,9 @@ def _cell(notebook: dict[str, Any], has: str) -> dict[str, Any]:
     (lambda n: n["cells"][3].update(source="class MLA(nn.Module):\n    pass"), "truth"),
     (lambda n: n["cells"][3].update(source="!pip install x"), "truth"),
     (lambda n: _cell(n, "lite_bytes = ...").update(source="lite_bytes = 3"), "2 exercises"),
+    (lambda n: _cell(n, "lite_bytes = ...").update(source="def check_bytes(answer): ..."),
+     "expected it in dsv2_ref/exercises"),
+    (lambda n: _cell(n, "exercises.report").update(source="print('1: right')"), "exercises.report"),
     (lambda n: n["cells"].append({"cell_type": "markdown", "metadata": {}, "source": ""}),
      "empty cell"),
     (lambda n: n["cells"].extend(n["cells"][:10]), "cells, expected 25 to 45"),
