@@ -443,7 +443,7 @@ def test_a_run_that_left_no_state_can_be_started_again(texts, tmp_path, capsys):
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("steps", [2, 3, 5])
+@pytest.mark.parametrize("steps", [1, 2, 3, 5])
 def test_divergence_at_the_end_is_no_success(steps, texts, tmp_path, capsys):
     code, out, err = call(capsys, *small(texts, tmp_path, "--steps", steps, "--lr", "1e30"))
     assert code == 1 and out == "" and "try a lower lr" in err.splitlines()[-1]

@@ -58,7 +58,7 @@ class Several(Watched, Mesh):
 
 def trainer_of(its_world, recipe, config=SMALL, seed=0):
     torch.manual_seed(seed)
-    held = its_world.hold(DeepSeekV2(config).double())
+    held = its_world.hold(DeepSeekV2(config).double(), recipe.sequence)
     its_world.trainer = Trainer(held, recipe, tokens(), world=its_world)
     return its_world.trainer
 

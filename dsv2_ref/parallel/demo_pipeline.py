@@ -99,7 +99,8 @@ def trainer_of(config: Config, layout: Layout) -> Trainer:
                     precision="fp32", warmup=0.0)
     tokens = torch.randint(config.vocab, (200,), generator=torch.Generator().manual_seed(0))
     world = Mesh(layout)
-    return Trainer(world.hold(random_model(config)), recipe, tokens.numpy(), world=world)
+    held = world.hold(random_model(config), recipe.sequence)
+    return Trainer(held, recipe, tokens.numpy(), world=world)
 
 
 class Kept(NamedTuple):

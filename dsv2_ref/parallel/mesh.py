@@ -97,11 +97,11 @@ class Mesh(World):
 
     # ---- what is held
 
-    def hold(self, model: DeepSeekV2) -> Stages:
+    def hold(self, model: DeepSeekV2, sequence: int) -> Stages:
         c, layout = model.config, self.layout
         ranges, held = [range(c.n_layers)], None
         if layout.pp > 1:
-            stages = split(c, n_stages(layout.schedule, layout.pp))
+            stages = split(c, n_stages(layout.schedule, layout.pp), sequence)
             ranges = ranges_of(layout.schedule, stages, self.pp, layout.pp)
         if layout.ep > 1:
             share = experts_each(c, layout.ep)

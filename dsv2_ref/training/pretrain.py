@@ -121,10 +121,13 @@ def _to_the_end(
             set_fastest_threads(advance)
         else:
             advance()
-    if log and not _sound(log[-1]):
+    if not log:
+        return
+    last = trainer.look() if _sound(log[-1]) else log[-1]      # the last update may ruin, too
+    if not _sound(last):
         raise TrainingDiverged(
-            f"step {trainer.steps}: loss {log[-1]['loss']}, gradient norm "
-            f"{log[-1]['gradient_norm']} at the end of the run, try a lower lr or a longer warmup")
+            f"step {trainer.steps}: loss {last['loss']}, gradient norm {last['gradient_norm']} at "
+            "the end of the run, try a lower lr or a longer warmup")
 
 
 def _entry(

@@ -86,7 +86,8 @@ def set_up(
         check_ready(model.config, recipe, tokenizer)
         model.to(device)
     tokens = encode(corpus.train, tokenizer)
-    return Setup(corpus, tokenizer, Trainer(world.hold(model), recipe, tokens, world=world))
+    held = world.hold(model, recipe.sequence)
+    return Setup(corpus, tokenizer, Trainer(held, recipe, tokens, world=world))
 
 
 def new_model(

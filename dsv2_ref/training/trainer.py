@@ -108,12 +108,8 @@ class Trainer:
         rate = self._set_rate()
         batch = self._read(with_load)
         entry = {"step": self.steps + 1, "tokens": self.tokens + batch.tensors[0].numel()}
-        losses, load = self._backward(batch)
-        gradients = [W.grad for W in self.model.parameters() if W.grad is not None]
-        self.world.reduce([*gradients, *losses.values()])
-        norm = clip_gradients(self.model.parameters(), self.recipe.clip, self.world)
-        entry |= _on_host(losses | {"gradient_norm": norm})       # the one wait for the device
-        entry |= rate | {"batch": len(batch)}
+        losses, load = self._gradients(batch)                     # waits for the device once
+        entry |= losses | rate | {"batch": len(batch)}
         if self._unusable(entry):
             entry["skipped"] = True
         else:
@@ -127,6 +123,15 @@ class Trainer:
         if with_load:
             entry["load"] = load
         return entry
+
+    def look(self) -> dict[str, float]:
+        """Losses and gradient norm that the next step would find; it is not taken."""
+        place = self.batches.state()
+        losses, _ = self._gradients(self._read(False))
+        self.batches.load(place)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        return losses
 
     def _set_rate(self) -> dict[str, float]:
         """Set the rates of this step; by name, for the log."""
@@ -147,6 +152,14 @@ class Trainer:
         draw = torch.Generator().manual_seed(recipe.seed * 1_000_003 + self.steps)
         protected = torch.rand(len(tensors[0]), generator=draw) < recipe.protected       # (B,)
         return Batch(tensors, protected, with_load)
+
+    def _gradients(self, batch: Batch) -> tuple[dict[str, float], list[Traffic]]:
+        """Losses and gradient norm of all processes, by name, and the load; gradients clipped."""
+        losses, load = self._backward(batch)
+        gradients = [W.grad for W in self.model.parameters() if W.grad is not None]
+        self.world.reduce([*gradients, *losses.values()])
+        norm = clip_gradients(self.model.parameters(), self.recipe.clip, self.world)
+        return _on_host(losses | {"gradient_norm": norm}), load
 
     def _backward(self, batch: Batch) -> tuple[dict[str, Tensor], list[Traffic]]:
         """Gradients of this process's rows, a micro-batch at a time.

@@ -37,8 +37,11 @@ class World:
 
     # ---- what is held
 
-    def hold(self, model: DeepSeekV2) -> nn.Module:
-        """What this process trains of a model, which all have made alike."""
+    def hold(self, model: DeepSeekV2, sequence: int) -> nn.Module:
+        """What this process trains of a model, which all have made alike.
+
+        sequence: tokens of one in training; the work of a layer depends on it.
+        """
         return model
 
     def with_whole(self, model: nn.Module, work: Callable[[DeepSeekV2], T]) -> T:
