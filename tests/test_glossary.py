@@ -5,7 +5,7 @@ import re
 
 import glossary
 import pytest
-from glossary import GROUPS, PAGE, SYMBOLS, Symbol
+from glossary import PAGE, SYMBOLS, Symbol
 from readme_map import ROOT
 
 TEXT = PAGE.read_text(encoding="utf-8")
