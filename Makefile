@@ -56,6 +56,10 @@ bench: ready
 map: ready
 	$(BIN)/python tests/readme_map.py
 
+# notebooks/GLOSSARY.md: the symbols, their sizes, where each is introduced and made
+glossary: ready
+	$(BIN)/python tests/glossary.py
+
 # compile every kernel for three kinds of cards and judge the machine code; no GPU needed
 audit: ready
 	$(BIN)/python -m pytest -q -m audit tests/test_kernels_compile.py
@@ -82,5 +86,5 @@ ready:
 clean:
 	rm -rf build .venv
 
-.PHONY: matrix ready run lab test lint unit notebooks browser kill parallel nodes bench audit mutants map execute \
+.PHONY: matrix ready run lab test lint unit notebooks browser kill parallel nodes bench audit mutants map glossary execute \
 	model clean

@@ -8,7 +8,7 @@ table is made from it (`make map`), and a test compares it with the files and th
   2.1.2-3, C    attention/mla.py           02 04  multi-head latent attention            (37)-(47)
   2.1.3, 3.1.4  attention/rope.py          03     decoupled RoPE and YaRN
   2.1.2         attention/kv_cache.py      05     latent cache, per-head cache
-  3.2.3         attention/cache_quant.py   11     the latent cache at six bits a number
+  3.2.3         attention/cache_quant.py   11     the latent cache at six bits per number
   3.2.3         attention/latent_basis.py  11     changes of weights before quantising
   2.2.1-2       moe/routing.py             06 07  router, device-limited routing         (21) (22)
   2.2.1         moe/experts.py             06     shared and routed experts, three forms (20)

@@ -47,12 +47,14 @@ class Row:
     value: float      # the same, unrounded
     holds: bool       # whether the two agree to the digits the paper gives
     how: str          # where ours comes from
+    subject: str      # "sizes", "cache", "bits", "training" or "length"
+    notebook: str     # the number of the one that derives it
 
 
 def rows(v2: Config = V2, lite: Config = LITE) -> list[Row]:
     """Every claim that can be computed, in the order of the subjects below."""
-    return [*_sizes(v2, lite), *_cache_tables(v2, lite), *_cache_saving(v2), *_six_bits(v2),
-            *_training(v2), *_plan(v2), *_long_context(v2), *_needles()]
+    return [*_sizes(v2, lite), *_cache_tables(v2, lite), *_cache_bytes(v2), *_cache_saving(v2),
+            *_six_bits(v2), *_training(v2), *_plan(v2), *_long_context(v2), *_needles()]
 
 
 def _rounded(value: float, digits: int, published: float) -> bool:
@@ -67,15 +69,15 @@ def _sizes(v2: Config, lite: Config) -> list[Row]:
         total = cost.parameters(config).total
         active, touched = (cost.activated_parameters(config, e) for e in (False, True))
         holds = _rounded(active / 1e9, digits, paper_active)
-        how = f"no input embedding ({touched / 1e9:.2f}B with it)"
+        how = f"{touched / 1e9:.2f}B with the embedding"
         if config is lite:      # 2.451 is printed as 2.4: rounded it would be 2.5
             holds = math.floor(active / 1e8) / 10 == paper_active
-            how = f"paper truncates; {touched / 1e9:.2f}B with embedding"
+            how = f"cut, not rounded, to {paper_active}"
         result += [
             Row(f"parameters, {name}", section, f"{paper_total}B", f"{total / 1e9:.2f}B", total,
-                _rounded(total / 1e9, digits, paper_total), f"exactly {total:,}"),
-            Row(f"activated, {name}", section, f"{paper_active}B", f"{active / 1e9:.2f}B", active,
-                holds, how),
+                _rounded(total / 1e9, digits, paper_total), f"exactly {total:,}", "sizes", "10"),
+            Row(f"activated, {name}", section, f"{paper_active}B",
+                f"{active / 1e9:.2f}B", active, holds, how, "sizes", "10"),
         ]
     return result
 
@@ -84,27 +86,38 @@ def _cache_tables(v2: Config, lite: Config) -> list[Row]:
     mla = cost.cache_elements_per_token("MLA", v2)
     groups = mla / cost.per_head_elements(v2.n_layers, 1, v2.d_h)
     units = mla / (v2.d_h * v2.n_layers)
+    row = v2.d_c + v2.d_r
     result = [
-        Row("MLA's cache in GQA groups", "2.1.4", "2.25", f"{groups:.2f}", groups, groups == 2.25,
-            "(d_c + d_r) / 2 d_h, Table 1"),
-        Row("MLA's cache over d_h l", "2.1.4", "9/2", f"{units:.2f}", units, units == 4.5,
-            "d_c = 4 d_h, d_r = d_h / 2, Table 1"),
+        Row("MLA's cache in GQA groups", "2.1.4", "2.25", f"{groups:.2f}", groups,
+            groups == 2.25, f"{row} numbers, a group {2 * v2.d_h}", "cache", "01"),
+        Row("MLA's cache in head sizes", "2.1.4", "9/2", f"{units:.2f}", units, units == 4.5,
+            f"{row} numbers, a head {v2.d_h}", "cache", "01"),
     ]
     # the paper does not print the large MHA model's heads: 56 is the count that gives its cache
     large_mha = v2.with_(n_h=56)
     for name, kind, c, paper in (
-        ("small MoE with MHA", "MHA", lite, 110.6), ("small MoE with MLA", "MLA", lite, 15.6),
-        ("large MoE with MHA", "MHA", large_mha, 860.2), ("large MoE with MLA", "MLA", v2, 34.6),
+        ("small MHA model", "MHA", lite, 110.6), ("small MLA model", "MLA", lite, 15.6),
+        ("large MHA model", "MHA", large_mha, 860.2), ("large MLA model", "MLA", v2, 34.6),
     ):
         n = cost.cache_elements_per_token(kind, c)
-        how = f"2 x {c.n_h} x {c.d_h} x {c.n_layers}, Table 9"
+        how = f"2 x {c.n_h} heads x {c.d_h} x {c.n_layers} layers"
         if kind == "MLA":
-            how = f"(d_c + d_r) l = {c.d_c + c.d_r} x {c.n_layers}, Table 9"
-        elif c is large_mha:
-            how = f"2 x {c.n_h} x {c.d_h} x {c.n_layers}; {c.n_h} heads inferred"
+            how = f"({c.d_c} + {c.d_r}) x {c.n_layers} layers"
         result.append(Row(f"cache, {name}", "D.2", f"{paper}K", f"{n / 1e3:.1f}K", n,
-                          _rounded(n / 1e3, 1, paper), how))
+                          _rounded(n / 1e3, 1, paper), how, "cache", "01"))
     return result
+
+
+def _cache_bytes(v2: Config) -> list[Row]:
+    live = LatentCache(v2.n_layers, 1, 1, v2.d_c, v2.d_r, torch.bfloat16, "meta").nbytes
+    expanded = int(cost.cache_bytes(cost.expanded_elements(v2), 16.0))
+    return [
+        Row("bytes per token, latent", "2.1.4", "(69,120)", f"{live:,}", live,
+            live == 69_120, "live cache, 2 bytes per number", "cache", "05"),
+        Row("bytes, all keys and values", "2.1.4", "(4,915,200)", f"{expanded:,}", expanded,
+            expanded == 4_915_200, f"{expanded / live:.0f} times as many", "cache",
+            "05"),
+    ]
 
 
 def _cache_saving(v2: Config) -> list[Row]:
@@ -113,19 +126,13 @@ def _cache_saving(v2: Config) -> list[Row]:
     bits = cost.average_bits(v2.d_c, v2.d_r)
     equal = 100 * (1 - mla / dense)
     six = 100 * (1 - cost.cache_bits(mla, 6.0) / cost.cache_bits(dense, 16.0))
-    live = LatentCache(v2.n_layers, 1, 1, v2.d_c, v2.d_r, torch.bfloat16, "meta").nbytes
-    expanded = int(cost.cache_bytes(cost.expanded_elements(v2), 16.0))
     return [
-        Row("KV saved, both at 16 bits", "3.2.3", "(82.2%)", f"{equal:.1f}%", equal,
-            _rounded(equal, 1, 82.2), f"{mla:,} elements; 67B's GQA {dense:,}"),
-        Row("KV saved, ours at 6 bits", "3.2.3", "93.3%", f"{six:.1f}%", six,
-            _rounded(six, 1, 93.3), "by formula; 67B's GQA at 16 bits"),
-        Row("bits a cached element", "3.2.3", "6", f"{bits:.2f}", bits, bits == 6.0,
-            "our reading: latent 4.75, RoPE 16"),
-        Row("bf16 bytes a token, latent", "2.1.4", "(69,120)", f"{live:,}", live,
-            live == 69_120, "nbytes of a one-token LatentCache"),
-        Row("the same kept expanded", "2.1.4", "(4,915,200)", f"{expanded:,}", expanded,
-            expanded == 4_915_200, f"2 n_h (d_h + d_r + d_v) l: {expanded / live:.0f} times"),
+        Row("cache saved, both at 16 bits", "3.2.3", "(82.2%)", f"{equal:.1f}%", equal,
+            _rounded(equal, 1, 82.2), f"{mla:,} numbers, not {dense:,}", "bits", "05"),
+        Row("cache saved, V2 at 6 bits", "3.2.3", "93.3%", f"{six:.1f}%", six,
+            _rounded(six, 1, 93.3), "the same; 67B's stay at 16 bits", "bits", "05"),
+        Row("bits per cached number", "3.2.3", "6", f"{bits:.2f}", bits, bits == 6.0,
+            "latent 4.75, RoPE key 16", "bits", "05"),
     ]
 
 
@@ -138,14 +145,16 @@ def _six_bits(v2: Config) -> list[Row]:
     saved = 100 * (1 - a_token / dense)
     # GB of 10^9 bytes; 14.9 = 1 / (1 - 0.933)
     fits, dense_fits = (int(80e9 // (4096 * each)) for each in (a_token, dense))
+    row = f"{a_token / v2.n_layers:.0f} bytes for {v2.d_c + v2.d_r} numbers"
     return [
-        Row("bits an element, packed", "3.2.3", "6", f"{bits:.2f}", bits,
-            _rounded(bits, 0, 6), f"{a_token / v2.n_layers:.0f} live bytes a row, scales counted"),
-        Row("KV saved, packed cache", "3.2.3", "93.3%", f"{saved:.1f}%", saved,
-            _rounded(saved, 1, 93.3), f"{a_token:,.0f} live bytes a token of {dense:,.0f}"),
-        Row("sequences in 80 GB vs 67B", "3.2.3", "(14.9x)", f"{dense / a_token:.1f}x",
+        Row("bits per packed number", "3.2.3", "6", f"{bits:.2f}", bits,
+            _rounded(bits, 0, 6), row, "bits", "11"),
+        Row("cache saved, packed", "3.2.3", "93.3%", f"{saved:.1f}%", saved,
+            _rounded(saved, 1, 93.3), f"{a_token:,.0f} bytes, not {dense:,.0f}", "bits",
+            "05"),
+        Row("sequences in 80 GB", "3.2.3", "(14.9x)", f"{dense / a_token:.1f}x",
             dense / a_token, _rounded(dense / a_token, 1, 14.9),
-            f"{fits} of 4,096 tokens, 67B {dense_fits}"),
+            f"{fits} for 67B's {dense_fits}", "bits", "11"),
     ]
 
 
@@ -153,7 +162,7 @@ def _training(v2: Config) -> list[Row]:
     saved = 100 * (1 - HOURS / DENSE_HOURS)
     result = [
         Row("training GPU-hours saved", "3.2.3", "42.5%", f"{saved:.1f}%", saved,
-            _rounded(saved, 1, 42.5), "172.8K and 300.6K h for 1T tokens"),
+            _rounded(saved, 1, 42.5), "172.8K, not 300.6K, hours", "training", "10"),
     ]
     for name, n_active, spent, about, share in (
         ("V2", cost.activated_parameters(v2), HOURS, 200, 20),
@@ -162,10 +171,10 @@ def _training(v2: Config) -> list[Row]:
         rate = cost.implied_tflops(cost.training_flops(n_active, 1e12), spent)
         mfu = 100 * rate * 1e12 / hours.PEAK
         result += [
-            Row(f"implied TFLOP/s a GPU, {name}", "3.2.3", f"({about})", f"{rate:.0f}", rate,
-                _rounded(rate, -1, about), "6 N_active FLOPs a token; peak ~990"),
+            Row(f"TFLOP/s per GPU, {name}", "3.2.3", f"({about})", f"{rate:.0f}", rate,
+                _rounded(rate, -1, about), "6 FLOPs per weight and token", "training", "10"),
             Row(f"share of the peak, {name}", "3.2.3", f"({share}%)", f"{mfu:.1f}%", mfu,
-                _rounded(mfu, 0, share), "over 989 TFLOP/s (data sheet)"),
+                _rounded(mfu, 0, share), "of 989 TFLOP/s (data sheet)", "training", "17"),
         ]
     return result
 
@@ -177,12 +186,13 @@ def _plan(v2: Config) -> list[Row]:
                    for a in ("part", "nothing"))
     best, worst = hours.extremes(v2)
     return [
-        Row("fullest of 80 GB, planned", "3.1.3", "(fits)", f"{part / 1e9:.1f} GB", part,
-            part <= plan.CARD, f"{step.layout.size:,} devices, part computed again"),
-        Row("the same, nothing again", "3.1.3", "(too much)", f"{whole / 1e9:.1f} GB", whole,
-            whole > plan.CARD, "so a part of the operators has to be"),
-        Row("GPU-hours of 1T, planned", "3.2.3", "172.8K", f"{step.hours / 1e3:.0f}K", step.hours,
-            best <= HOURS <= worst, f"assumptions: {best / 1e3:.0f}K to {worst / 1e3:.0f}K"),
+        Row("fullest card, planned", "3.1.3", "(fits)", f"{part / 1e9:.1f} GB", part,
+            part <= plan.CARD, f"{step.layout.size:,} cards of 80 GB", "training", "17"),
+        Row("with nothing recomputed", "3.1.3", "(too much)", f"{whole / 1e9:.1f} GB", whole,
+            whole > plan.CARD, "more than a card has", "training", "17"),
+        Row("GPU-hours planned", "3.2.3", "172.8K", f"{step.hours / 1e3:.0f}K", step.hours,
+            best <= HOURS <= worst, f"{best / 1e3:.0f}K to {worst / 1e3:.0f}K, as one assumes",
+            "training", "17"),
     ]
 
 
@@ -193,12 +203,13 @@ def _long_context(v2: Config) -> list[Row]:
     scale = softmax_scale(d_qk, factor, mscale) / softmax_scale(d_qk)
     target = factor * v2.yarn_original_positions
     return [
-        Row("YaRN target context", "3.1.4", "160K", f"{target / 1024:.0f}K", target,
-            target == 160 * 1024, f"{factor:.0f} x {v2.yarn_original_positions} positions"),
-        Row("YaRN length factor sqrt(t)", "3.1.4", "(1.2608)", f"{length:.4f}", length,
-            _rounded(length, 4, 1.2608), f"0.1 x {mscale} x ln {factor:.0f} + 1"),
-        Row("YaRN softmax-scale factor", "3.1.4", "(1.5896)", f"{scale:.4f}", scale,
-            _rounded(scale, 4, 1.5896), "its square: once for q, once for k"),
+        Row("tokens read after YaRN", "3.1.4", "160K", f"{target / 1024:.0f}K", target,
+            target == 160 * 1024, f"{factor:.0f} x {v2.yarn_original_positions:,} positions",
+            "length", "03"),
+        Row("YaRN factor on q and on k", "3.1.4", "(1.2608)", f"{length:.4f}", length,
+            _rounded(length, 4, 1.2608), f"0.1 x {mscale} x ln {factor:.0f} + 1", "length", "03"),
+        Row("YaRN factor on q·k", "3.1.4", "(1.5896)", f"{scale:.4f}", scale,
+            _rounded(scale, 4, 1.5896), "its square", "length", "03"),
     ]
 
 
@@ -216,9 +227,9 @@ def _needles() -> list[Row]:
     found = [cell for grid in grids for length, row in zip(grid["lengths"], grid["grid"])
              if length <= longest for cell in row]
     green = sum(cell >= GREEN for cell in found)
-    return [Row("needle cells green", "3.1.4", "140/144", f"{green}/{len(found)}",
+    return [Row("cells with needle found", "3.1.4", "140/144", f"{green}/{len(found)}",
                 green / len(found), green / len(found) >= 140 / 144,
-                f"{record['parameters'] / 1e6:.1f}M model to {longest:,} tokens, not 128K")]
+                f"{record['parameters'] / 1e6:.1f}M model, to {longest:,} tokens", "length", "18")]
 
 
 def aligned(lines: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
@@ -237,16 +248,17 @@ def aligned(lines: Sequence[Sequence[str]], right: Collection[int] = ()) -> list
 
 
 def as_table(rows: Sequence[Row]) -> str:
-    """Aligned text of at most 100 columns; a row that does not hold is marked NO."""
-    lines = aligned([("", "claim", "sec.", "paper", "ours", "how"), *(
-        ("ok" if r.holds else "NO", r.claim, r.section, r.paper, r.ours, r.how) for r in rows
+    """Aligned text of at most 100 columns, a line per claim; one that fails is marked NO."""
+    lines = aligned([("", "claim", "sec.", "paper", "ours", "nb", "how"), *(
+        ("ok" if r.holds else "NO", r.claim, r.section, r.paper, r.ours, r.notebook, r.how)
+        for r in rows
     )], right=(3, 4))
     lines.insert(1, "-" * max(len(line) for line in lines))
-    lines += ["", f"{sum(r.holds for r in rows)} of {len(rows)} hold. "
-              "(In parentheses: not printed in the paper, follows from what is.)"]
+    lines += ["", f"{sum(r.holds for r in rows)} of {len(rows)} hold. nb: the notebook that "
+              "derives it. (In parentheses: follows from the paper.)"]
     return "\n".join(lines)
 
 
 def as_json(rows: Sequence[Row]) -> str:
-    """A JSON list with one object a row, keys as in `Row`."""
+    """A JSON list with one object per row, keys as in `Row`."""
     return json.dumps([asdict(row) for row in rows], indent=2)

@@ -90,8 +90,8 @@ def test_the_sizes_of_the_config_are_written_in(name):
 
 def test_titles_state_the_message_from_the_data():
     titles = {name: DRAW[name]().axes[0].get_title(loc="left") for name in DRAW}
-    assert titles["architecture, V2"] == ("V2: a cache of 512 + 64 numbers per layer instead of "
-                                          "32,768, and 6 of 160 routed experts a token")
+    assert titles["architecture, V2"] == ("V2: a cache of 512 + 64 numbers per layer, not 32,768, "
+                                          "and 6 of 160 routed experts per token")
     assert titles["parameter_shares"] == ("Routed experts are 94 % of all parameters, "
                                           "40 % of a token's")
     assert titles["flops_against_context"] == (

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import textwrap
 
 import pytest
 from readme_map import ROOT, Concept, concepts, with_map
@@ -48,6 +49,25 @@ def test_the_notebooks_derive_the_equations_from_the_module(concept):
     assert f"from {module} import" in code or f"from {package} import {name}" in code
     for n in concept.numbers:
         assert rf"\tag{{{n}}}" in text or f"({n})" in text, f"({n}) is not in the notebook's text"
+
+
+def test_the_course_has_every_notebook_and_says_what_one_can_do_then():
+    text = (ROOT / "notebooks" / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \[(\d\d) [^\]]+\]\((\S+)\) \| (\S.+) \|$", text, re.M)
+    listed = [file for _, file, _ in rows]
+    assert len(set(listed)) == len(rows) and all(f.startswith(n + "_") for n, f, _ in rows)
+    assert {f.name for f in (ROOT / "notebooks").glob("*.ipynb")} <= set(listed)
+    for target in set(re.findall(r"\]\((?!http)([^)#]+)\)", text)) - set(listed):
+        assert (ROOT / "notebooks" / target).exists(), target
+    words = {20: "Twenty", 21: "Twenty-one", 22: "Twenty-two", 23: "Twenty-three"}
+    assert text.startswith(f"# The course\n\n{words[len(rows)]} notebooks")
+    assert f": {len(rows)} notebooks in order" in README
+
+
+def test_the_example_of_own_exercises_runs(capsys):
+    text = (ROOT / "notebooks" / "README.md").read_text(encoding="utf-8")
+    exec(textwrap.dedent(re.search(r"```python\n(.*?)```", text, re.S).group(1)), {})
+    assert capsys.readouterr().out == "1: right\n1: right\n2: not attempted\n1 of 2 right\n"
 
 
 def test_links_lead_somewhere():

@@ -73,8 +73,8 @@ def architecture(config: Config, name: str) -> Figure:
     _attention(drawing, c)
     _mixture(drawing, c)
     kept = c.n_h * (c.d_h + c.d_v)
-    ax.set_title(f"{name}: a cache of {c.d_c} + {c.d_r} numbers per layer instead of {kept:,}, and "
-                 f"{c.top_k} of {c.n_routed} routed experts a token")
+    ax.set_title(f"{name}: a cache of {c.d_c} + {c.d_r} numbers per layer, not {kept:,}, and "
+                 f"{c.top_k} of {c.n_routed} routed experts per token")
     return figure
 
 
