@@ -52,6 +52,11 @@ bench: ready
 	$(BIN)/python -m dsv2_ref bench cpu_decode
 	$(BIN)/python -m dsv2_ref bench train
 
+# the course as static pages under build/site; `make site EXTERNAL=--external` asks for other sites' pages too
+site: EXTRAS := $(EXTRAS),site
+site: ready
+	@$(BIN)/python .ci/course_site.py $(EXTERNAL)
+
 # README's table of the files, from the one in dsv2_ref/__init__.py
 map: ready
 	$(BIN)/python tests/readme_map.py
@@ -86,5 +91,5 @@ ready:
 clean:
 	rm -rf build .venv
 
-.PHONY: matrix ready run lab test lint unit notebooks browser kill parallel nodes bench audit mutants map glossary execute \
-	model clean
+.PHONY: matrix ready run lab test lint unit notebooks browser kill parallel nodes bench audit mutants site map \
+	glossary execute model clean
