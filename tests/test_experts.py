@@ -239,3 +239,20 @@ def test_experts_that_do_not_exist_are_refused(form, bad):
     W = torch.ones(5, 4, 8)
     with pytest.raises(ValueError, match=f"indices: expert {bad}, expected 0 to 4"):
         form(x, indices, gates, W, W, W.mT.contiguous())
+
+
+@pytest.mark.parametrize("form", [experts_loop, experts_padded, experts_grouped])
+def test_gradients_have_the_same_bits_on_several_threads(form):
+    """A token's gradient is a sum over its slots; threads must not choose the order."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(1024, 64, generator=g, requires_grad=True)
+    indices = torch.rand(1024, 8, generator=g).topk(6).indices
+    gates = torch.rand(1024, 6, generator=g)
+    W = [torch.randn(8, *size, generator=g) for size in ((16, 64), (16, 64), (64, 16))]
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        found = [torch.autograd.grad(form(x, indices, gates, *W).sum(), x)[0] for _ in range(12)]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(found[0], other) for other in found)

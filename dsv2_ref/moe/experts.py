@@ -94,7 +94,7 @@ def experts_loop(
     bool or None for all -> (N, d), summed in at least fp32.
     """
     order, counts = sort_slots(indices, len(W_gate), keep)
-    rows = x[order // indices.shape[1]].split(counts.tolist())                       # E of (·, d)
+    rows = _rows(x, order, indices).split(counts.tolist())                           # E of (·, d)
     out = []
     # unbind, not W[e]: the gradient of all experts is put together once, not once an expert
     experts = W_gate.unbind(), W_up.unbind(), W_down.unbind()
@@ -115,7 +115,7 @@ def experts_padded(
     expert = torch.repeat_interleave(torch.arange(E, device=x.device), counts)       # (R,)
     first = counts.cumsum(0) - counts
     place = expert * C + torch.arange(len(order), device=x.device) - first[expert]   # (R,) in E·C
-    padded = x.new_zeros(E * C, x.shape[1]).index_copy(0, place, x[order // K])
+    padded = x.new_zeros(E * C, x.shape[1]).index_copy(0, place, _rows(x, order, indices))
     padded = padded.view(E, C, x.shape[1])                                           # (E, C, d)
     hidden = F.silu(padded @ W_gate.mT) * (padded @ W_up.mT)                         # (E, C, w)
     out = (hidden @ W_down.mT).flatten(0, 1)[place]                                  # (R, d)
@@ -131,11 +131,19 @@ def experts_grouped(
         return experts_padded(x, indices, gates, W_gate, W_up, W_down, keep)   # it knows bf16 alone
     order, counts = sort_slots(indices, len(W_gate), keep)
     ends = counts.cumsum(0).to(torch.int32)
-    rows = x[order // indices.shape[1]]                                              # (R, d)
+    rows = _rows(x, order, indices)                                                  # (R, d)
     gate = F.grouped_mm(rows, W_gate.mT, offs=ends)                                  # (R, w)
     up = F.grouped_mm(rows, W_up.mT, offs=ends)                                      # (R, w)
     out = F.grouped_mm(F.silu(gate) * up, W_down.mT, offs=ends)                      # (R, d)
     return _gated_sum(out, order, gates, x)
+
+
+def _rows(x: Tensor, order: Tensor, indices: Tensor) -> Tensor:
+    """The token's row for each slot, (R, d).
+
+    Not x[...]: its gradient is added up by several threads at once, in an order of their own.
+    """
+    return x.index_select(0, order // indices.shape[1])
 
 
 def _gated_sum(out: Tensor, order: Tensor, gates: Tensor, x: Tensor) -> Tensor:

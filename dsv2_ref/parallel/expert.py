@@ -214,7 +214,8 @@ def experts_begun_across(
         exchange = _Exchange(out, group, transport, ledger)
         if ledger is not None:
             ledger.meant(slots.tolist())
-        ticket = _Leave.apply(x[token], gates[token], numbers, exchange)
+        ticket = _Leave.apply(x.index_select(0, token), gates.index_select(0, token), numbers,
+                              exchange)
 
         def finish() -> Tensor:
             rows, their_gates, theirs = _Arrive.apply(ticket, exchange)
