@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Attention on paper: small matrices with their numbers, who shares a key, how MLA's data flows."""
+"""Attention on paper: small matrices in numbers, who shares a key, what is kept, MLA's flow."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter
 from dsv2_ref.figures.sliders import slider
 from dsv2_ref.figures.style import COLORS, MORE_COLORS, Picture, png, styled
 
-CELL, GREY = 0.47, "#999999"      # inches a cell; whatever is not the point
+CELL, GREY = 0.47, "#999999"      # inches per cell; whatever is not the point
 POSITIVE, NEGATIVE = MORE_COLORS[1], MORE_COLORS[0]
 
 
@@ -153,7 +153,7 @@ def shared_heads(n_h: int = 8, groups: int = 2) -> Figure:
     if len(counts) < 4:
         raise ValueError(f"groups: {groups}, expected more than 1 and fewer than n_h = {n_h}")
     wide = 0.55 * n_h + 0.7
-    figure, ax = _canvas(4 * wide, 4.2, 0.55, f"Kept of a token (solid): {n_h} keys and values by "
+    figure, ax = _canvas(4 * wide, 4.2, 0.55, f"Kept per token (solid): {n_h} keys and values by "
                          f"MHA, {groups} by GQA, 1 by MQA; by MLA one row that makes all {n_h}")
     for i, (kind, n_kv) in enumerate(counts.items()):
         left, kept = i * wide + 0.3, f"{n_kv} keys, {n_kv} values" if n_kv > 1 else "1 key, 1 value"
@@ -220,6 +220,72 @@ def groups_like_mla(n_h: int, d_h: int, n_layers: int, latent_row: int) -> Figur
     ax.yaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:,.0f}"))
     ax.minorticks_off()
     ax.grid(True)
+    return figure
+
+
+@styled
+def kept_to_scale(n_h: int, groups: int, d_h: int, d_c: int, d_r: int) -> Figure:
+    """The numbers that MHA, GQA, MQA and MLA keep per token and layer, as areas of one scale.
+
+    A row of a block is a key (dark) and its value (light); MLA's is the latent and the RoPE key.
+    """
+    blocks = [(_kind(n_h, n), n, (d_h, d_h)) for n in (n_h, groups, 1)] + [("MLA", 1, (d_c, d_r))]
+    if len({kind for kind, *_ in blocks}) < 4:
+        raise ValueError(f"groups: {groups}, expected more than 1 and fewer than n_h = {n_h}")
+    kept = {kind: n * sum(row) for kind, n, row in blocks}
+    figure = Picture(8.8, 4.1)
+    ax = figure.subplots()
+    label, right = 0.2 * n_h, 2 * d_h + max(d_c + d_r - 4 * d_h, d_h / 2)
+    at = {"MHA": (0, 0), "GQA": (right, 0), "MQA": (right, groups + 2 * label),
+          "MLA": (0, n_h + 2 * label)}
+    for kind, n, row in blocks:
+        (x, y), color = at[kind], COLORS[kind]
+        for left, width, share in ((0, row[0], 1.0), (row[0], row[1], 0.6)):
+            ax.add_patch(Rectangle((x + left, y), width, n, lw=0, facecolor=tuple(
+                1 - share * (1 - c) for c in to_rgb(color))))
+        what = (f"a latent of {d_c} and a RoPE key of {d_r}" if kind == "MLA" else
+                f"{n:,} \u00d7 ({d_h} + {d_h})")
+        ax.text(x, y - 0.04 * n_h, f"{kind}   {kept[kind]:,} = {what}", va="bottom", color=color,
+                weight="bold", fontsize=10)
+    for x, what in ((0.5, "keys"), (1.5, "values")):
+        ax.text(x * d_h, n_h / 2, f"{n_h} {what}\nof {d_h} numbers", ha="center", va="center")
+    ax.set(xlim=(-0.01 * right, max(right + 2 * d_h, d_c + d_r)), aspect="equal",
+           ylim=(n_h + 2.2 * label, -label),
+           title=f"Kept per token and layer, drawn to scale: MLA {kept['MLA']:,} numbers, "
+                 f"MHA {kept['MHA']:,}")
+    ax.set_axis_off()
+    return figure
+
+
+@styled
+def benchmark_scores(
+    benchmarks: Sequence[str], models: Mapping[str, Mapping[str, Sequence[float]]]
+) -> Figure:
+    """Scores (percent) on each benchmark, a panel for each set of models that are compared.
+
+    models: panel -> {"MHA": one score per benchmark, "GQA, 8 groups": ..., "MLA": ...}.
+    """
+    below = above = shared = latent = 0
+    figure = Picture(9.6, 3.6)
+    panels = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
+    for ax, (name, scores) in zip(panels, models.items(), strict=True):
+        for kind, values in scores.items():
+            if len(values) != len(benchmarks):
+                raise ValueError(f"{name}, {kind}: {len(values)} scores, expected "
+                                 f"{len(benchmarks)}, one per benchmark")
+            ax.plot(benchmarks, values, "o", ms=9, color=COLORS[kind.split(",")[0]], label=kind)
+            better = sum(v > m for v, m in zip(values, scores["MHA"], strict=True))
+            if kind == "MLA":
+                above, latent = above + better, latent + len(values)
+            elif kind != "MHA":
+                below, shared = below + len(values) - better, shared + len(values)
+        ax.set(xlabel=name, xlim=(-0.5, len(benchmarks) - 0.5))
+        ax.grid(True)
+        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(scores), fontsize=9,
+                  handletextpad=0.0, columnspacing=0.8)
+    panels[0].set(ylabel="score (%)")
+    figure.suptitle(f"GQA and MQA lie below MHA on {below} of {shared} scores, MLA above it on "
+                    f"{above} of {latent}", x=0.01, ha="left", weight="bold", size=12)
     return figure
 
 
