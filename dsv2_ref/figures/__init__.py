@@ -8,6 +8,7 @@
   balance       losses, load, dropping
   cache         what is kept
   experts       where tokens go
+  kinds         MHA, GQA, MQA, MLA compared
   kernels       tiles, rooflines
   parallel_experts  rows between ranks, and what is computed meanwhile
   needle        long contexts: what is found, where it looks, what a length costs
@@ -24,11 +25,8 @@
 from dsv2_ref.figures.absorption import absorption_crossover, absorption_flops, absorption_regions
 from dsv2_ref.figures.architecture import architecture, flops_against_context, parameter_shares
 from dsv2_ref.figures.attention import (
-    benchmark_scores,
     group_slider,
     grouped_heads,
-    groups_like_mla,
-    kept_to_scale,
     matrices,
     mla_flow,
     shared_heads,
@@ -58,6 +56,7 @@ from dsv2_ref.figures.kernels import (
     decode_roofline,
     softmax_in_pieces,
 )
+from dsv2_ref.figures.kinds import benchmark_scores, groups_like_mla, kept_to_scale
 from dsv2_ref.figures.needle import (
     length_costs,
     mistakes_by_factor,
