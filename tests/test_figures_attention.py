@@ -22,6 +22,9 @@ SCORES = torch.tensor([[0.5, -torch.inf, -torch.inf], [-1.25, 3.0, -torch.inf], 
 YARN = dict(theta=1e4, beta_fast=32.0, beta_slow=1.0, original_positions=4096)
 FREQUENCIES = rope_frequencies(64)
 CURVES = {"right": [0.5, 0.4, 0.3], "wrong": [0.5, 0.42, 2.0]}
+TESTS = ("BBH", "MMLU")
+SCORES_OF = {"dense": {"MHA": [37, 45], "GQA, 8 groups": [36, 46], "MQA": [33, 38]},
+             "sparse": {"MHA": [38, 49], "MLA": [39, 50]}}
 DRAW = {
     "matrices": lambda: figures.matrices(
         [("h", torch.ones(3, 2), NAMES), "×", ("W", np.eye(2)), "=", ("a long name", SCORES)],
@@ -32,6 +35,9 @@ DRAW = {
     "shared_heads": lambda: figures.shared_heads(),
     "grouped_heads": lambda: figures.grouped_heads(16, 4, 128, 576),
     "grouped_heads, all": lambda: figures.grouped_heads(16, 16, 128, 576),
+    "kept_to_scale": lambda: figures.kept_to_scale(128, 8, 128, 512, 64),
+    "kept_to_scale, other sizes": lambda: figures.kept_to_scale(16, 4, 64, 96, 32),
+    "benchmark_scores": lambda: figures.benchmark_scores(TESTS, SCORES_OF),
     "groups_like_mla": lambda: figures.groups_like_mla(128, 128, 60, 576),
     "mla_flow": lambda: figures.mla_flow(5120, 128, 128, 64, 128, 512, 1536),
     "mla_flow, plain queries": lambda: figures.mla_flow(2048, 16, 128, 64, 128, 512),
@@ -48,7 +54,7 @@ DRAW = {
 
 
 def title(figure):
-    return figure.axes[0].get_title(loc="left")
+    return figure.axes[0].get_title(loc="left") or figure.get_suptitle()
 
 
 def texts(figure):
@@ -90,6 +96,7 @@ def test_texts_stay_in_the_figure_and_in_their_boxes(name):
 
 @pytest.mark.parametrize("name, labels", [
     ("groups_like_mla", ("keys and values in a layer (groups of heads)", "numbers per token")),
+    ("benchmark_scores", ("dense", "score (%)")),
     ("turned_pair", ("first number of the pair", "second number of the pair")),
     ("pair_clocks", ("pair of numbers", "position")),
     ("losses_by_position", ("position in the text (tokens)", "mean loss (nats per token)")),
@@ -107,6 +114,9 @@ def test_titles_state_the_message_from_the_data():
         "shared_heads": "8 keys and values by MHA, 2 by GQA, 1 by MQA; by MLA one row",
         "grouped_heads": "GQA: 16 query heads on 4 keys and values, 1,024 numbers; MLA keeps 576",
         "grouped_heads, all": "MHA: 16 query heads on 16 keys and values, 4,096 numbers",
+        "kept_to_scale": "drawn to scale: MLA 576 numbers, MHA 32,768",
+        "kept_to_scale, other sizes": "MLA 128 numbers, MHA 2,048",
+        "benchmark_scores": "GQA and MQA lie below MHA on 3 of 4 scores, MLA above it on 2 of 2",
         "groups_like_mla": "MLA keeps as much as GQA with 2.25 groups would",
         "mla_flow": "MLA keeps 576 numbers per token and layer (blue); its expanded keys and "
                     "values would be 40,960",
@@ -166,6 +176,30 @@ def test_each_head_reads_its_group():
     assert np.isclose(ends[0], np.mean(starts[:4]))
 
 
+@pytest.mark.parametrize("sizes", [(128, 8, 128, 512, 64), (16, 4, 64, 96, 32)])
+def test_areas_are_what_is_kept_and_do_not_overlap(sizes):
+    n_h, groups, d_h, d_c, d_r = sizes
+    ax = figures.kept_to_scale(*sizes).axes[0]
+    boxes = [p.get_bbox() for p in ax.patches]
+    areas = [round(abs(b.width * b.height)) for b in boxes]
+    assert [a + b for a, b in zip(areas[::2], areas[1::2])] == [
+        2 * n_h * d_h, 2 * groups * d_h, 2 * d_h, d_c + d_r]
+    assert ax.get_aspect() == 1 and areas[-2:] == [d_c, d_r]
+    for i, one in enumerate(boxes):
+        for other in boxes[i + 1:]:
+            assert (one.x1 <= other.x0 or other.x1 <= one.x0
+                    or one.y1 < other.y0 or other.y1 < one.y0)
+    colors = [matplotlib.colors.to_hex(p.get_facecolor()).upper() for p in ax.patches[::2]]
+    assert colors == [figures.COLORS[kind] for kind in ("MHA", "GQA", "MQA", "MLA")]
+
+
+def test_each_score_is_a_dot_of_its_kind():
+    dense, sparse = DRAW["benchmark_scores"]().axes
+    assert [line.get_ydata().tolist() for line in dense.lines] == [[37, 45], [36, 46], [33, 38]]
+    assert [line.get_color() for line in sparse.lines] == [
+        figures.COLORS["MHA"], figures.COLORS["MLA"]]
+
+
 def test_only_the_cached_row_is_solid_in_the_flow():
     for name, latent in (("mla_flow", "1536"), ("mla_flow, plain queries", "2048")):
         ax = DRAW[name]().axes[0]
@@ -219,6 +253,8 @@ def test_turns_under_yarn():
     (lambda: figures.matrices([("x", np.ones((2, 2)), [], ["a"])], "t"), "names of columns"),
     (lambda: figures.grouped_heads(16, 3, 128, 576), "n_kv: 3, expected a divisor of n_h = 16"),
     (lambda: figures.shared_heads(8, 8), "groups: 8, expected more than 1"),
+    (lambda: figures.kept_to_scale(8, 1, 4, 3, 2), "groups: 1, expected more than 1"),
+    (lambda: figures.benchmark_scores(["BBH"], SCORES_OF), "dense, MHA: 2 scores, expected 1"),
     (lambda: figures.turned_pair((0, 0), 1.0, [0]), r"pair: \(0, 0\)"),
     (lambda: figures.pair_clocks(FREQUENCIES, [0], [32]), r"pairs: \[32\], expected .* to 31"),
     (lambda: figures.losses_by_position([4, 8, 16], CURVES), r"curves: lengths \[3, 3\]"),

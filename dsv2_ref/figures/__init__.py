@@ -8,6 +8,7 @@
   balance       losses, load, dropping
   cache         what is kept
   experts       where tokens go
+  kinds         MHA, GQA, MQA, MLA compared
   kernels       tiles, rooflines
   parallel_experts  rows between ranks, and what is computed meanwhile
   needle        long contexts: what is found, where it looks, what a length costs
@@ -26,7 +27,6 @@ from dsv2_ref.figures.architecture import architecture, flops_against_context, p
 from dsv2_ref.figures.attention import (
     group_slider,
     grouped_heads,
-    groups_like_mla,
     matrices,
     mla_flow,
     shared_heads,
@@ -56,6 +56,7 @@ from dsv2_ref.figures.kernels import (
     decode_roofline,
     softmax_in_pieces,
 )
+from dsv2_ref.figures.kinds import benchmark_scores, groups_like_mla, kept_to_scale
 from dsv2_ref.figures.needle import (
     length_costs,
     mistakes_by_factor,
@@ -119,12 +120,14 @@ __all__ = [
     "COLORS", "GIB", "INK", "LENGTHS", "MORE_COLORS", "Picture", "ablation_cost",
     "absorption_crossover", "absorption_flops", "absorption_regions", "angle_errors",
     "architecture", "attention_tiles", "balance_curves", "batch_bars", "batch_slider",
+    "benchmark_scores",
     "bubble_curves", "bytes_moved", "cache_against_context", "cache_bars", "cache_growth",
     "cache_slider", "code_steps", "decode_floors", "decode_roofline", "device_limit_slider",
     "device_messages", "device_traffic", "dropped_against_capacity", "dropped_over_training",
     "errors_by_position", "expert_lift", "expert_load", "flops_against_context", "gradient_norm",
     "group_slider", "grouped_heads", "groups_like_mla", "hour_ranges", "hours_by_devices",
-    "in_flight_bars", "length_costs", "limit_quality", "live_image", "live_picture",
+    "in_flight_bars", "kept_to_scale",
+    "length_costs", "limit_quality", "live_image", "live_picture",
     "load_animation", "load_over_training", "loss_arrows", "loss_curve", "loss_floor",
     "losses_by_position", "matrices", "memory_bars", "mistakes_by_factor", "mla_flow",
     "needle_attention", "needle_grid", "needle_grids", "overlap_spans", "pair_clocks",

@@ -14,10 +14,11 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 from matplotlib.textpath import TextPath
 from matplotlib.ticker import FuncFormatter
 
+from dsv2_ref.figures.kinds import kind_of
 from dsv2_ref.figures.sliders import slider
 from dsv2_ref.figures.style import COLORS, MORE_COLORS, Picture, png, styled
 
-CELL, GREY = 0.47, "#999999"      # inches a cell; whatever is not the point
+CELL, GREY = 0.47, "#999999"      # inches per cell; whatever is not the point
 POSITIVE, NEGATIVE = MORE_COLORS[1], MORE_COLORS[0]
 
 
@@ -140,20 +141,14 @@ def _heads(ax: Axes, left: float, y: float, kind: str, n_h: int, n_kv: int) -> N
         _box(ax, centre, y + 2.38, 0.42, 0.6, "k\nv", color, fontsize=8)
 
 
-def _kind(n_h: int, n_kv: int) -> str:
-    if n_kv < 1 or n_h % n_kv:
-        raise ValueError(f"n_kv: {n_kv}, expected a divisor of n_h = {n_h}")
-    return "MHA" if n_kv == n_h else "MQA" if n_kv == 1 else "GQA"
-
-
 @styled
 def shared_heads(n_h: int = 8, groups: int = 2) -> Figure:
     """Side by side: what the n_h query heads of MHA, GQA (`groups` groups), MQA and MLA read."""
-    counts = {_kind(n_h, n): n for n in (n_h, groups, 1)} | {"MLA": 0}
+    counts = {kind_of(n_h, n): n for n in (n_h, groups, 1)} | {"MLA": 0}
     if len(counts) < 4:
         raise ValueError(f"groups: {groups}, expected more than 1 and fewer than n_h = {n_h}")
     wide = 0.55 * n_h + 0.7
-    figure, ax = _canvas(4 * wide, 4.2, 0.55, f"Kept of a token (solid): {n_h} keys and values by "
+    figure, ax = _canvas(4 * wide, 4.2, 0.55, f"Kept per token (solid): {n_h} keys and values by "
                          f"MHA, {groups} by GQA, 1 by MQA; by MLA one row that makes all {n_h}")
     for i, (kind, n_kv) in enumerate(counts.items()):
         left, kept = i * wide + 0.3, f"{n_kv} keys, {n_kv} values" if n_kv > 1 else "1 key, 1 value"
@@ -168,7 +163,7 @@ def shared_heads(n_h: int = 8, groups: int = 2) -> Figure:
 @styled
 def grouped_heads(n_h: int, n_kv: int, d_h: int, latent_row: int) -> Figure:
     """n_h query heads on n_kv keys and values, and the numbers they keep beside MLA's row."""
-    kind, numbers = _kind(n_h, n_kv), 2 * n_kv * d_h
+    kind, numbers = kind_of(n_h, n_kv), 2 * n_kv * d_h
     figure = Picture(8.4, 4.3)
     ax, bars = figure.subplots(2, 1, height_ratios=[3, 1.5])
     ax.set(xlim=(-0.2, 0.55 * n_h + 0.3), ylim=(3.7, 0.7), title=(
@@ -193,34 +188,6 @@ def group_slider(n_h: int, d_h: int, latent_row: int) -> Any:
         return png(grouped_heads(n_h, n_kv, d_h, latent_row))
 
     return slider("n_kv", options, n_h, draw, width=840)
-
-
-@styled
-def groups_like_mla(n_h: int, d_h: int, n_layers: int, latent_row: int) -> Figure:
-    """Numbers cached per token by GQA against its groups, and the groups that equal MLA's row."""
-    equal, figure = latent_row / (2 * d_h), Picture(7.2, 3.8)
-    ax = figure.subplots()
-    counts = np.array([n for n in range(1, n_h + 1) if n_h % n == 0])
-    kept = 2 * counts * d_h * n_layers
-    ax.plot(counts, kept, color=GREY, lw=1.2, zorder=1)
-    for n, y in zip(counts, kept, strict=True):
-        ax.plot(n, y, "o", ms=8, color=COLORS[_kind(n_h, n)], label=_kind(n_h, n))
-    for i, ha, offset in ((0, "left", (10, -4)), (-1, "right", (-10, -2))):
-        ax.annotate(_kind(n_h, counts[i]), (counts[i], kept[i]), offset, ha=ha,
-                    textcoords="offset points")
-    mla = latent_row * n_layers
-    ax.axhline(mla, color=COLORS["MLA"])
-    ax.plot([equal, equal], [kept[0] / 2, mla], color=COLORS["MLA"], ls=":")
-    ax.annotate(f"MLA  {mla:,}", (counts[-1], mla), (0, 6), ha="right", color=COLORS["MLA"],
-                textcoords="offset points")
-    ax.set(xscale="log", yscale="log", ylim=(kept[0] / 2, kept[-1] * 2), ylabel="numbers per token",
-           xlabel="keys and values in a layer (groups of heads)",
-           title=f"MLA keeps as much as GQA with {equal:.3g} groups would")
-    ax.set_xticks(counts, [str(n) for n in counts])
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:,.0f}"))
-    ax.minorticks_off()
-    ax.grid(True)
-    return figure
 
 
 # from, to, what happens on the way, how far right of the lower box's middle the arrow ends

@@ -49,7 +49,7 @@ def _clock(ax: Axes, x: float, y: float, angle: float) -> None:
 def pair_clocks(frequencies: Any, positions: Sequence[int], pairs: Sequence[int]) -> Figure:
     """Each chosen pair as the hand of a clock (a column), at several positions (the rows).
 
-    frequencies: radians a position of all pairs.
+    frequencies: radians per position, of all pairs.
     """
     frequencies = np.asarray(frequencies, float)
     if not pairs or min(pairs) < 0 or max(pairs) >= len(frequencies):
@@ -81,7 +81,7 @@ def position_slider(frequencies: Any, pairs: Sequence[int], last: int) -> Any:
 
 def _lines(x: Any, curves: Mapping[str, Any], title: str, xlabel: str, ylabel: str,
            log: bool = False) -> Figure:
-    """One line a curve, named below the axes."""
+    """One line per curve, named below the axes."""
     if not curves or any(len(y) != len(x) for y in curves.values()):
         raise ValueError(f"curves: lengths {[len(y) for y in curves.values()]}, expected at least "
                          f"one curve, each of {len(x)} numbers")
