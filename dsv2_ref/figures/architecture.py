@@ -23,6 +23,7 @@ PARTS = {
 REST = ("embedding", "head", "router", "norms")
 # a form of attention: its colour, and what it is used for
 FORMS = {"expanded": (MORE_COLORS[1], "prompt, training"), "absorbed": (COLORS["MLA"], "decoding")}
+PAIRS = "#444444"
 
 
 class _Drawing:
@@ -205,26 +206,67 @@ def parameter_shares(total: Mapping[str, int], activated: Mapping[str, int]) -> 
                              f"{sorted((*PARTS, *REST))}")
     figure = Picture(8.8, 3.0)
     ax = figure.subplots()
-    routed = []
-    for label, parts in (("all", total), ("for a token", activated)):
+    rows = {f"{label}\n{sum(parts.values()) / 1e9:.4g}B": _summed(parts)
+            for label, parts in (("all", total), ("for a token", activated))}
+    _hundred_per_cent(ax, rows)
+    routed = [100 * parts["routed"] / sum(parts.values()) for parts in rows.values()]
+    ax.set(xlim=(0, 100), xlabel="share of the parameters (%)",
+           title=f"Routed experts are {routed[0]:.0f} % of all parameters, "
+                 f"{routed[1]:.0f} % of a token's")
+    figure.legend(loc="outside right center")
+    return figure
+
+
+def _summed(parts: Mapping[str, float]) -> dict[str, float]:
+    """The named parts, and the small ones as one."""
+    return {part: parts.get(part, 0) for part in PARTS} | {
+        fill(", ".join(name for name in REST if name in parts), 18):
+            sum(parts.get(part, 0) for part in REST)}
+
+
+def _hundred_per_cent(ax: Axes, rows: Mapping[str, Mapping[str, float]]) -> None:
+    """A stacked bar for each row, its parts in per cent of their sum, the first row on top."""
+    for label, parts in rows.items():
         whole, left = sum(parts.values()), 0.0
-        routed.append(parts.get("routed", 0) / whole)
-        summed = {part: parts.get(part, 0) for part in PARTS}
-        summed[fill(", ".join(REST), 18)] = sum(parts.get(part, 0) for part in REST)
-        for part, n in summed.items():
+        for part, n in parts.items():
             share = 100 * n / whole
-            ax.barh(f"{label}\n{whole / 1e9:.4g}B", share, left=left,
-                    color=PARTS.get(part, MORE_COLORS[3]),
-                    height=0.6, label=part if label == "all" else None)
+            color = PAIRS if part.startswith("pairs") else PARTS.get(part, MORE_COLORS[3])
+            ax.barh(label, share, left=left, color=color, height=0.6,
+                    label=part if label == next(iter(rows)) else None)
             if share >= 4:
-                ax.text(left + share / 2, f"{label}\n{whole / 1e9:.4g}B", f"{share:.0f}",
-                        ha="center", va="center", color="white", fontweight="bold")
+                ax.text(left + share / 2, label, f"{share:.0f}", ha="center", va="center",
+                        color="white", fontweight="bold")
             left += share
     ax.invert_yaxis()
     ax.tick_params(axis="y", length=0)
-    ax.set(xlim=(0, 100), xlabel="share of the parameters (%)",
-           title=f"Routed experts are {100 * routed[0]:.0f} % of all parameters, "
-                 f"{100 * routed[1]:.0f} % of a token's")
+
+
+@styled
+def flops_by_part(
+    parts: Mapping[str, float], pair: float, context: Sequence[int], form: str
+) -> Figure:
+    """A bar of 100 % for each context: what a token's FLOPs are spent on.
+
+    parts: part -> FLOPs of its matrices, the names as in `parameter_shares`; pair: FLOPs of a query
+    on one token; context: numbers of tokens attended to, ascending; form: of attention.
+    """
+    if not set(parts) <= {*PARTS, *REST} or sum(parts.values()) <= 0 or form not in FORMS:
+        raise ValueError(f"parts, form: {sorted(parts)}, {form!r}, expected some of "
+                         f"{sorted((*PARTS, *REST))} and one of {sorted(FORMS)}")
+    if pair <= 0 or not context or min(context) < 1:
+        raise ValueError(f"pair, context: {pair}, {list(context)}, expected positive numbers")
+    figure = Picture(8.8, 0.75 * len(context) + 1.3)
+    ax = figure.subplots()
+    rows = {}
+    for n in context:
+        spent = _summed(parts) | {f"pairs, {form}": n * pair}
+        rows[f"{tokens_label(n)} tokens\n{sum(spent.values()) / 1e9:,.0f} GFLOP"] = spent
+    _hundred_per_cent(ax, rows)
+    first, last = (100 * n * pair / (sum(parts.values()) + n * pair)
+                   for n in (context[0], context[-1]))
+    ax.set(xlim=(0, 100), xlabel=f"share of the FLOPs of one token, {FORMS[form][1]} (%)",
+           title=f"Pairs take {first:.0f} % of a token's FLOPs at {tokens_label(context[0])}, "
+                 f"{last:.0f} % at {tokens_label(context[-1])}")
     figure.legend(loc="outside right center")
     return figure
 
