@@ -93,13 +93,13 @@ def test_the_sizes_of_the_config_are_written_in(name):
 
 def test_titles_state_the_message_from_the_data():
     titles = {name: DRAW[name]().axes[0].get_title(loc="left") for name in DRAW}
-    assert titles["architecture, V2"] == ("V2: a cache of 512 + 64 numbers per layer instead of "
-                                          "32,768, and 6 of 160 routed experts a token")
+    assert titles["architecture, V2"] == ("V2: 512 + 64 numbers cached per layer instead of "
+                                          "32,768, and 6 of 160 routed experts per token")
     assert titles["parameter_shares"] == ("Routed experts are 94 % of all parameters, "
                                           "40 % of a token's")
     assert titles["flops_against_context"] == (
         "Pairs cost as much as all matrices at 8,500 (expanded) or 2,500 (absorbed) tokens")
-    assert titles["flops_by_part"] == "Pairs take 29 % of a token's FLOPs at 1K, 98 % at 128K"
+    assert titles["flops_by_part"] == "Of a token's FLOPs pairs take 29 % at 1K, 98 % at 128K"
 
 
 def test_shares_fill_each_bar_and_lines_are_straight():

@@ -74,8 +74,8 @@ def architecture(config: Config, name: str) -> Figure:
     _attention(drawing, c)
     _mixture(drawing, c)
     kept = c.n_h * (c.d_h + c.d_v)
-    ax.set_title(f"{name}: a cache of {c.d_c} + {c.d_r} numbers per layer instead of {kept:,}, and "
-                 f"{c.top_k} of {c.n_routed} routed experts a token")
+    ax.set_title(f"{name}: {c.d_c} + {c.d_r} numbers cached per layer instead of {kept:,}, and "
+                 f"{c.top_k} of {c.n_routed} routed experts per token")
     return figure
 
 
@@ -204,28 +204,26 @@ def parameter_shares(total: Mapping[str, int], activated: Mapping[str, int]) -> 
         if not set(parts) <= {*PARTS, *REST} or sum(parts.values()) <= 0:
             raise ValueError(f"{name}: parts {sorted(parts)}, expected some of "
                              f"{sorted((*PARTS, *REST))}")
-    figure = Picture(8.8, 3.0)
-    ax = figure.subplots()
     rows = {f"{label}\n{sum(parts.values()) / 1e9:.4g}B": _summed(parts)
             for label, parts in (("all", total), ("for a token", activated))}
-    _hundred_per_cent(ax, rows)
     routed = [100 * parts["routed"] / sum(parts.values()) for parts in rows.values()]
-    ax.set(xlim=(0, 100), xlabel="share of the parameters (%)",
-           title=f"Routed experts are {routed[0]:.0f} % of all parameters, "
-                 f"{routed[1]:.0f} % of a token's")
-    figure.legend(loc="outside right center")
-    return figure
+    return _hundred_per_cent(rows, 3.0, "share of the parameters (%)",
+                             f"Routed experts are {routed[0]:.0f} % of all parameters, "
+                             f"{routed[1]:.0f} % of a token's")
 
 
 def _summed(parts: Mapping[str, float]) -> dict[str, float]:
     """The named parts, and the small ones as one."""
+    small = [part for part in REST if part in parts]
     return {part: parts.get(part, 0) for part in PARTS} | {
-        fill(", ".join(name for name in REST if name in parts), 18):
-            sum(parts.get(part, 0) for part in REST)}
+        fill(", ".join(small), 18): sum(parts[part] for part in small)}
 
 
-def _hundred_per_cent(ax: Axes, rows: Mapping[str, Mapping[str, float]]) -> None:
+def _hundred_per_cent(rows: Mapping[str, Mapping[str, float]], height: float, xlabel: str,
+                      title: str) -> Picture:
     """A stacked bar for each row, its parts in per cent of their sum, the first row on top."""
+    figure = Picture(8.8, height)
+    ax = figure.subplots()
     for label, parts in rows.items():
         whole, left = sum(parts.values()), 0.0
         for part, n in parts.items():
@@ -239,6 +237,9 @@ def _hundred_per_cent(ax: Axes, rows: Mapping[str, Mapping[str, float]]) -> None
             left += share
     ax.invert_yaxis()
     ax.tick_params(axis="y", length=0)
+    ax.set(xlim=(0, 100), xlabel=xlabel, title=title)
+    figure.legend(loc="outside right center")
+    return figure
 
 
 @styled
@@ -247,28 +248,22 @@ def flops_by_part(
 ) -> Figure:
     """A bar of 100 % for each context: what a token's FLOPs are spent on.
 
-    parts: part -> FLOPs of its matrices, the names as in `parameter_shares`; pair: FLOPs of a query
-    on one token; context: numbers of tokens attended to, ascending; form: of attention.
+    parts: part -> FLOPs of its matrices, names as in `parameter_shares`; pair: FLOPs of a query on
+    one token; context: tokens attended to, ascending; form: of attention.
     """
-    if not set(parts) <= {*PARTS, *REST} or sum(parts.values()) <= 0 or form not in FORMS:
+    if not set(parts) <= {*PARTS, *REST} or form not in FORMS:
         raise ValueError(f"parts, form: {sorted(parts)}, {form!r}, expected some of "
                          f"{sorted((*PARTS, *REST))} and one of {sorted(FORMS)}")
-    if pair <= 0 or not context or min(context) < 1:
+    if not context or min(pair, sum(parts.values()), *context) <= 0:
         raise ValueError(f"pair, context: {pair}, {list(context)}, expected positive numbers")
-    figure = Picture(8.8, 0.75 * len(context) + 1.3)
-    ax = figure.subplots()
-    rows = {}
-    for n in context:
-        spent = _summed(parts) | {f"pairs, {form}": n * pair}
-        rows[f"{tokens_label(n)} tokens\n{sum(spent.values()) / 1e9:,.0f} GFLOP"] = spent
-    _hundred_per_cent(ax, rows)
-    first, last = (100 * n * pair / (sum(parts.values()) + n * pair)
-                   for n in (context[0], context[-1]))
-    ax.set(xlim=(0, 100), xlabel=f"share of the FLOPs of one token, {FORMS[form][1]} (%)",
-           title=f"Pairs take {first:.0f} % of a token's FLOPs at {tokens_label(context[0])}, "
-                 f"{last:.0f} % at {tokens_label(context[-1])}")
-    figure.legend(loc="outside right center")
-    return figure
+    whole = [sum(parts.values()) + n * pair for n in context]
+    rows = {f"{tokens_label(n)} tokens\n{flops / 1e9:,.0f} GFLOP":
+            _summed(parts) | {f"pairs, {form}": n * pair} for n, flops in zip(context, whole)}
+    told = ", ".join(f"{100 * context[i] * pair / whole[i]:.0f} % at {tokens_label(context[i])}"
+                     for i in (0, -1))
+    return _hundred_per_cent(rows, 0.75 * len(context) + 1.3,
+                             f"share of the FLOPs of one token, {FORMS[form][1]} (%)",
+                             f"Of a token's FLOPs pairs take {told}")
 
 
 @styled
