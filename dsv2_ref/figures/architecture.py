@@ -14,7 +14,7 @@ from dsv2_ref.config import Config
 from dsv2_ref.figures.style import COLORS, INK, MORE_COLORS, Picture, styled, tokens_label
 
 PLAIN, WEIGHT, CACHED = "#FFFFFF", "#E8EEF4", "#FFE2A8"
-SHARED, CHOSEN = "#F2D5E4", "#BFE5D9"
+SHARED, CHOSEN, PAIRS = "#F2D5E4", "#BFE5D9", "#444444"
 # what a parameter is for, by the names of `cost.Parameters`; the rest is one bar
 PARTS = {
     "routed": MORE_COLORS[1], "attention": COLORS["MLA"], "shared": MORE_COLORS[0],
@@ -23,7 +23,6 @@ PARTS = {
 REST = ("embedding", "head", "router", "norms")
 # a form of attention: its colour, and what it is used for
 FORMS = {"expanded": (MORE_COLORS[1], "prompt, training"), "absorbed": (COLORS["MLA"], "decoding")}
-PAIRS = "#444444"
 
 
 class _Drawing:
