@@ -33,6 +33,9 @@ DRAW = {
     "parameter_shares": lambda: figures.parameter_shares(TOTAL, TOKEN),
     "flops_against_context": lambda: figures.flops_against_context(
         CONTEXT, 2 * cost.activated_parameters(V2), pairs()),
+    "flops_by_part": lambda: figures.flops_by_part(
+        {part: 2 * n for part, n in TOKEN.items() if part != "embedding"}, pairs()["absorbed"],
+        [1024, 4096, 131072], "absorbed"),
 }
 
 
@@ -90,12 +93,13 @@ def test_the_sizes_of_the_config_are_written_in(name):
 
 def test_titles_state_the_message_from_the_data():
     titles = {name: DRAW[name]().axes[0].get_title(loc="left") for name in DRAW}
-    assert titles["architecture, V2"] == ("V2: a cache of 512 + 64 numbers per layer, not 32,768, "
-                                          "and 6 of 160 routed experts per token")
+    assert titles["architecture, V2"] == ("V2: 512 + 64 numbers cached per layer instead of "
+                                          "32,768, and 6 of 160 routed experts per token")
     assert titles["parameter_shares"] == ("Routed experts are 94 % of all parameters, "
                                           "40 % of a token's")
     assert titles["flops_against_context"] == (
         "Pairs cost as much as all matrices at 8,500 (expanded) or 2,500 (absorbed) tokens")
+    assert titles["flops_by_part"] == "Of a token's FLOPs pairs take 29 % at 1K, 98 % at 128K"
 
 
 def test_shares_fill_each_bar_and_lines_are_straight():
@@ -110,7 +114,26 @@ def test_shares_fill_each_bar_and_lines_are_straight():
         assert list(line.get_ydata()) == [n * each / 1e9 for n in CONTEXT]
 
 
+def test_flops_fill_each_bar_and_pairs_grow_with_the_context():
+    figure = DRAW["flops_by_part"]()
+    ax, matrices = figure.axes[0], 2 * cost.activated_parameters(V2)
+    assert [label.get_text().split("\n")[1] for label in ax.get_yticklabels()] == [
+        "59 GFLOP", "110 GFLOP", "2,232 GFLOP"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "routed", "attention", "shared", "dense", "head, router,\nnorms", "pairs, absorbed"]
+    for row, n in enumerate((1024, 4096, 131072)):
+        bars = [p for p in ax.patches if abs(p.get_y() + p.get_height() / 2 - row) < 1e-9]
+        spent = n * pairs()["absorbed"]
+        assert len(bars) == 6 and sum(b.get_width() for b in bars) == pytest.approx(100)
+        assert bars[-1].get_width() == pytest.approx(100 * spent / (matrices + spent))
+        assert bars[0].get_width() == pytest.approx(200 * TOKEN["routed"] / (matrices + spent))
+
+
 @pytest.mark.parametrize("call, message", [
+    (lambda: figures.flops_by_part({"heads": 1}, 1, [1], "absorbed"), r"parts, form: \['heads'\]"),
+    (lambda: figures.flops_by_part(TOKEN, 1, [1], "merged"), "parts, form: .*'merged'"),
+    (lambda: figures.flops_by_part(TOKEN, 1, [], "absorbed"), r"pair, context: 1, \[\]"),
+    (lambda: figures.flops_by_part(TOKEN, 0, [1], "absorbed"), "pair, context: 0"),
     (lambda: figures.parameter_shares({"heads": 1}, TOKEN), r"total: parts \['heads'\]"),
     (lambda: figures.parameter_shares(TOTAL, {}), r"activated: parts \[\]"),
     (lambda: figures.flops_against_context(CONTEXT, 0, pairs()), "expected positive"),

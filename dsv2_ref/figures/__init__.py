@@ -23,7 +23,12 @@
 """
 
 from dsv2_ref.figures.absorption import absorption_crossover, absorption_flops, absorption_regions
-from dsv2_ref.figures.architecture import architecture, flops_against_context, parameter_shares
+from dsv2_ref.figures.architecture import (
+    architecture,
+    flops_against_context,
+    flops_by_part,
+    parameter_shares,
+)
 from dsv2_ref.figures.attention import (
     group_slider,
     grouped_heads,
@@ -124,7 +129,8 @@ __all__ = [
     "bubble_curves", "bytes_moved", "cache_against_context", "cache_bars", "cache_growth",
     "cache_slider", "code_steps", "decode_floors", "decode_roofline", "device_limit_slider",
     "device_messages", "device_traffic", "dropped_against_capacity", "dropped_over_training",
-    "errors_by_position", "expert_lift", "expert_load", "flops_against_context", "gradient_norm",
+    "errors_by_position", "expert_lift", "expert_load", "flops_against_context",
+    "flops_by_part", "gradient_norm",
     "group_slider", "grouped_heads", "groups_like_mla", "hour_ranges", "hours_by_devices",
     "in_flight_bars", "kept_to_scale",
     "length_costs", "limit_quality", "live_image", "live_picture",

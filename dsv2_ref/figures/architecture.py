@@ -14,7 +14,7 @@ from dsv2_ref.config import Config
 from dsv2_ref.figures.style import COLORS, INK, MORE_COLORS, Picture, styled, tokens_label
 
 PLAIN, WEIGHT, CACHED = "#FFFFFF", "#E8EEF4", "#FFE2A8"
-SHARED, CHOSEN = "#F2D5E4", "#BFE5D9"
+SHARED, CHOSEN, PAIRS = "#F2D5E4", "#BFE5D9", "#444444"
 # what a parameter is for, by the names of `cost.Parameters`; the rest is one bar
 PARTS = {
     "routed": MORE_COLORS[1], "attention": COLORS["MLA"], "shared": MORE_COLORS[0],
@@ -73,7 +73,7 @@ def architecture(config: Config, name: str) -> Figure:
     _attention(drawing, c)
     _mixture(drawing, c)
     kept = c.n_h * (c.d_h + c.d_v)
-    ax.set_title(f"{name}: a cache of {c.d_c} + {c.d_r} numbers per layer, not {kept:,}, and "
+    ax.set_title(f"{name}: {c.d_c} + {c.d_r} numbers cached per layer instead of {kept:,}, and "
                  f"{c.top_k} of {c.n_routed} routed experts per token")
     return figure
 
@@ -203,30 +203,66 @@ def parameter_shares(total: Mapping[str, int], activated: Mapping[str, int]) -> 
         if not set(parts) <= {*PARTS, *REST} or sum(parts.values()) <= 0:
             raise ValueError(f"{name}: parts {sorted(parts)}, expected some of "
                              f"{sorted((*PARTS, *REST))}")
-    figure = Picture(8.8, 3.0)
+    rows = {f"{label}\n{sum(parts.values()) / 1e9:.4g}B": _summed(parts)
+            for label, parts in (("all", total), ("for a token", activated))}
+    routed = [100 * parts["routed"] / sum(parts.values()) for parts in rows.values()]
+    return _hundred_per_cent(rows, 3.0, "share of the parameters (%)",
+                             f"Routed experts are {routed[0]:.0f} % of all parameters, "
+                             f"{routed[1]:.0f} % of a token's")
+
+
+def _summed(parts: Mapping[str, float]) -> dict[str, float]:
+    """The named parts, and the small ones as one."""
+    small = [part for part in REST if part in parts]
+    return {part: parts.get(part, 0) for part in PARTS} | {
+        fill(", ".join(small), 18): sum(parts[part] for part in small)}
+
+
+def _hundred_per_cent(rows: Mapping[str, Mapping[str, float]], height: float, xlabel: str,
+                      title: str) -> Picture:
+    """A stacked bar for each row, its parts in per cent of their sum, the first row on top."""
+    figure = Picture(8.8, height)
     ax = figure.subplots()
-    routed = []
-    for label, parts in (("all", total), ("for a token", activated)):
+    for label, parts in rows.items():
         whole, left = sum(parts.values()), 0.0
-        routed.append(parts.get("routed", 0) / whole)
-        summed = {part: parts.get(part, 0) for part in PARTS}
-        summed[fill(", ".join(REST), 18)] = sum(parts.get(part, 0) for part in REST)
-        for part, n in summed.items():
+        for part, n in parts.items():
             share = 100 * n / whole
-            ax.barh(f"{label}\n{whole / 1e9:.4g}B", share, left=left,
-                    color=PARTS.get(part, MORE_COLORS[3]),
-                    height=0.6, label=part if label == "all" else None)
+            color = PAIRS if part.startswith("pairs") else PARTS.get(part, MORE_COLORS[3])
+            ax.barh(label, share, left=left, color=color, height=0.6,
+                    label=part if label == next(iter(rows)) else None)
             if share >= 4:
-                ax.text(left + share / 2, f"{label}\n{whole / 1e9:.4g}B", f"{share:.0f}",
-                        ha="center", va="center", color="white", fontweight="bold")
+                ax.text(left + share / 2, label, f"{share:.0f}", ha="center", va="center",
+                        color="white", fontweight="bold")
             left += share
     ax.invert_yaxis()
     ax.tick_params(axis="y", length=0)
-    ax.set(xlim=(0, 100), xlabel="share of the parameters (%)",
-           title=f"Routed experts are {100 * routed[0]:.0f} % of all parameters, "
-                 f"{100 * routed[1]:.0f} % of a token's")
+    ax.set(xlim=(0, 100), xlabel=xlabel, title=title)
     figure.legend(loc="outside right center")
     return figure
+
+
+@styled
+def flops_by_part(
+    parts: Mapping[str, float], pair: float, context: Sequence[int], form: str
+) -> Figure:
+    """A bar of 100 % for each context: what a token's FLOPs are spent on.
+
+    parts: part -> FLOPs of its matrices, names as in `parameter_shares`; pair: FLOPs of a query on
+    one token; context: tokens attended to, ascending; form: of attention.
+    """
+    if not set(parts) <= {*PARTS, *REST} or form not in FORMS:
+        raise ValueError(f"parts, form: {sorted(parts)}, {form!r}, expected some of "
+                         f"{sorted((*PARTS, *REST))} and one of {sorted(FORMS)}")
+    if not context or min(pair, sum(parts.values()), *context) <= 0:
+        raise ValueError(f"pair, context: {pair}, {list(context)}, expected positive numbers")
+    whole = [sum(parts.values()) + n * pair for n in context]
+    rows = {f"{tokens_label(n)} tokens\n{flops / 1e9:,.0f} GFLOP":
+            _summed(parts) | {f"pairs, {form}": n * pair} for n, flops in zip(context, whole)}
+    told = ", ".join(f"{100 * context[i] * pair / whole[i]:.0f} % at {tokens_label(context[i])}"
+                     for i in (0, -1))
+    return _hundred_per_cent(rows, 0.75 * len(context) + 1.3,
+                             f"share of the FLOPs of one token, {FORMS[form][1]} (%)",
+                             f"Of a token's FLOPs pairs take {told}")
 
 
 @styled
