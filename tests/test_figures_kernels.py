@@ -16,6 +16,7 @@ WAYS = {"bf16": [("read", 1152)], "six bits, fused": [("read", 436)],
         "six bits, unpacked first": [("read", 436), ("write", 1152), ("read", 1152)]}
 BYTES = {"bf16": 1152, "six bits": 436}
 DRAW = {
+    "program_grid": lambda: figures.program_grid(10, 4),
     "attention_tiles": lambda: figures.attention_tiles(8, 8, 2, 2),
     "attention_tiles, ragged": lambda: figures.attention_tiles(5, 13, 4, 4),
     "softmax_in_pieces": lambda: figures.softmax_in_pieces(SCORES, 4),
@@ -59,6 +60,7 @@ def test_shares_are_softmaxes_of_what_was_seen():
 
 
 def test_titles_state_the_message_from_the_data():
+    assert title("program_grid") == "3 programs of 4 places; 2 of these do not exist"
     assert title("attention_tiles") == "6 of 16 tiles are never loaded, 4 need a mask"
     assert title("softmax_in_pieces").endswith("by one factor: 0.33")
     assert title("decode_roofline") == "Memory is the limit of 3 of 4: those left of the ridge"
@@ -90,6 +92,7 @@ def test_floors_are_the_slower_of_reading_and_multiplying():
 
 
 def test_refusals():
+    refused(lambda: figures.program_grid(0, 4), "n, block", "positive")
     refused(lambda: figures.attention_tiles(4, 3, 2, 2), "T, S", "expected", "S >= T")
     refused(lambda: figures.softmax_in_pieces([1, 2], 2), "scores", "two tiles")
     refused(lambda: figures.decode_roofline({}, 1, 1, ""), "work", "positive")

@@ -8,8 +8,9 @@
   balance       losses, load, dropping
   cache         what is kept
   experts       where tokens go
+  kernels       programs, tiles, rooflines
   kinds         MHA, GQA, MQA, MLA compared
-  kernels       tiles, rooflines
+  low_bits      six bits and FP8: where bits go, what is lost
   parallel_experts  rows between ranks, and what is computed meanwhile
   needle        long contexts: what is found, where it looks, what a length costs
   pipeline      who works when on several ranks, and what waits
@@ -59,9 +60,21 @@ from dsv2_ref.figures.kernels import (
     bytes_moved,
     decode_floors,
     decode_roofline,
+    program_grid,
     softmax_in_pieces,
 )
 from dsv2_ref.figures.kinds import benchmark_scores, groups_like_mla, kept_to_scale
+from dsv2_ref.figures.low_bits import (
+    bit_budget,
+    curves_by_position,
+    error_by_bits,
+    format_error,
+    harm_bars,
+    outlier_errors,
+    rotated_row,
+    scale_map,
+    word_layout,
+)
 from dsv2_ref.figures.needle import (
     length_costs,
     mistakes_by_factor,
@@ -125,21 +138,20 @@ __all__ = [
     "COLORS", "GIB", "INK", "LENGTHS", "MORE_COLORS", "Picture", "ablation_cost",
     "absorption_crossover", "absorption_flops", "absorption_regions", "angle_errors",
     "architecture", "attention_tiles", "balance_curves", "batch_bars", "batch_slider",
-    "benchmark_scores",
-    "bubble_curves", "bytes_moved", "cache_against_context", "cache_bars", "cache_growth",
-    "cache_slider", "code_steps", "decode_floors", "decode_roofline", "device_limit_slider",
-    "device_messages", "device_traffic", "dropped_against_capacity", "dropped_over_training",
-    "errors_by_position", "expert_lift", "expert_load", "flops_against_context",
-    "flops_by_part", "gradient_norm",
-    "group_slider", "grouped_heads", "groups_like_mla", "hour_ranges", "hours_by_devices",
-    "in_flight_bars", "kept_to_scale",
-    "length_costs", "limit_quality", "live_image", "live_picture",
-    "load_animation", "load_over_training", "loss_arrows", "loss_curve", "loss_floor",
-    "losses_by_position", "matrices", "memory_bars", "mistakes_by_factor", "mla_flow",
-    "needle_attention", "needle_grid", "needle_grids", "overlap_spans", "pair_clocks",
-    "pair_wavelengths", "parameter_shares", "phase_bars", "pipeline_slider", "position_slider",
-    "rank_traffic", "rank_traffic_slider", "rate_curve", "rounding_paths", "router_heat_map",
-    "rows_by_hand", "run_figures", "save", "saving_steps", "schedule_curves", "schedule_gantt",
-    "shared_heads", "slots_by_device", "softmax_in_pieces", "stage_memory", "study_changes",
-    "styled", "token_routing", "turned_pair", "yarn_pairs",
+    "benchmark_scores", "bit_budget", "bubble_curves", "bytes_moved", "cache_against_context",
+    "cache_bars", "cache_growth", "cache_slider", "code_steps", "curves_by_position",
+    "decode_floors", "decode_roofline", "device_limit_slider", "device_messages", "device_traffic",
+    "dropped_against_capacity", "dropped_over_training", "error_by_bits", "errors_by_position",
+    "expert_lift", "expert_load", "flops_against_context", "flops_by_part", "format_error",
+    "gradient_norm", "group_slider", "grouped_heads", "groups_like_mla", "harm_bars",
+    "hour_ranges", "hours_by_devices", "in_flight_bars", "kept_to_scale", "length_costs",
+    "limit_quality", "live_image", "live_picture", "load_animation", "load_over_training",
+    "loss_arrows", "loss_curve", "loss_floor", "losses_by_position", "matrices", "memory_bars",
+    "mistakes_by_factor", "mla_flow", "needle_attention", "needle_grid", "needle_grids",
+    "outlier_errors", "overlap_spans", "pair_clocks", "pair_wavelengths", "parameter_shares",
+    "phase_bars", "pipeline_slider", "position_slider", "program_grid", "rank_traffic",
+    "rank_traffic_slider", "rate_curve", "rotated_row", "rounding_paths", "router_heat_map",
+    "rows_by_hand", "run_figures", "save", "saving_steps", "scale_map", "schedule_curves",
+    "schedule_gantt", "shared_heads", "slots_by_device", "softmax_in_pieces", "stage_memory",
+    "study_changes", "styled", "token_routing", "turned_pair", "word_layout", "yarn_pairs",
 ]

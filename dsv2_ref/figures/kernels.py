@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What kernels do and what limits them: tiles, a softmax in pieces, the roofline of decoding."""
+"""What kernels do and what limits them: programs, tiles, a softmax in pieces, rooflines."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,6 +13,32 @@ from dsv2_ref.figures.style import COLORS, INK, MORE_COLORS, Picture, color_of, 
 
 TILE_COLORS = {"whole": COLORS["MLA"], "masked": COLORS["MQA"], "skipped": "#EEEEEE"}
 PENDING = "GPU numbers pending:\nthe lines are limits, nothing was timed"
+
+
+@styled
+def program_grid(n: int, block: int) -> Figure:
+    """Which program of a kernel owns which of n places, `block` at a time; some do not exist."""
+    if min(n, block) < 1:
+        raise ValueError(f"n, block: {n}, {block}, expected positive numbers")
+    programs = -(-n // block)
+    figure = Picture(8.4, 2.3)
+    ax = figure.subplots()
+    colors = (COLORS["MLA"], COLORS["GQA"], MORE_COLORS[1], COLORS["MQA"])
+    for place in range(programs * block):
+        color = colors[place // block % 4]
+        there = place < n
+        ax.add_patch(Rectangle((place + 0.04, 0), 0.92, 1, facecolor=color if there else "white",
+                               edgecolor=color, ls="-" if there else "--", lw=1.5))
+        ax.annotate(str(place), (place + 0.5, 0.5), ha="center", va="center",
+                    color="white" if there else INK)
+    for i in range(programs):
+        ax.annotate(f"program {i}", ((i + 0.5) * block, 1.15), ha="center", color=colors[i % 4])
+    ax.set(xlim=(0, programs * block), ylim=(-0.1, 1.5), xlabel="place in memory",
+           title=f"{programs} programs of {block} places; {programs * block - n} of these do not "
+                 "exist")
+    ax.set(xticks=[], yticks=[])
+    ax.spines[["left", "bottom"]].set_visible(False)
+    return figure
 
 
 def tile_kinds(T: int, S: int, BM: int, BN: int) -> np.ndarray:
@@ -160,7 +186,8 @@ def bytes_moved(ways: Mapping[str, Sequence[tuple[str, float]]]) -> Figure:
         for i, (what, size) in enumerate(parts):
             ax.barh(way, size, left=left, height=0.62, edgecolor="white", lw=1.5,
                     color=(COLORS["MLA"], COLORS["GQA"], COLORS["MQA"])[i % 3])
-            ax.annotate(what, (left + size / 2, way), ha="center", va="center", fontsize=9)
+            ax.annotate(what, (left + size / 2, way), ha="center", va="center", fontsize=9,
+                        color="white" if i % 3 == 0 else INK)
             left += size
         ax.annotate(f"{left:,.0f}", (left, way), (5, 0), textcoords="offset points", va="center")
     told = [f"{way}: {base / size:.2g} times less" if size < base else

@@ -111,7 +111,7 @@ def experts_padded(
 ) -> Tensor:
     """The same with every expert padded to the fullest one's C tokens; arguments as above."""
     order, counts = sort_slots(indices, len(W_gate), keep)
-    E, K, C = len(W_gate), indices.shape[1], int(counts.max())
+    E, C = len(W_gate), int(counts.max())
     expert = torch.repeat_interleave(torch.arange(E, device=x.device), counts)       # (R,)
     first = counts.cumsum(0) - counts
     place = expert * C + torch.arange(len(order), device=x.device) - first[expert]   # (R,) in E·C
