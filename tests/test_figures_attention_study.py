@@ -9,7 +9,12 @@ import pytest
 from drawn import is_whole
 
 from dsv2_ref import figures
-from dsv2_ref.bench.harness.power import pooled_deviation, seeds_needed, smallest_difference
+from dsv2_ref.bench.harness.power import (
+    pooled_deviation,
+    seeds_needed,
+    smallest_difference,
+    threshold,
+)
 
 RESULTS = Path(__file__).parents[1] / "data" / "results"
 RUNS = [{"setting": kind, "seed": seed, "bits_per_byte": bits + 0.01 * seed, "cached": cached,
@@ -50,16 +55,25 @@ def test_what_the_text_says_of_the_committed_record():
             for row in study["summary"]}
     sigma, freedom = pooled_deviation(bits.values())
     assert round(sigma, 4) == 0.0057 and freedom == 8
-    assert round(smallest_difference(sigma, 3), 3) == 0.017
-    found = {row["setting"]: row["difference"] for row in study["summary"]}
-    assert seeds_needed(found["MLA"], sigma) == 202 and seeds_needed(0.01 * 0.23, sigma) == 97
+    by_chance = sigma * (2 / 3) ** 0.5
+    found = {row["setting"]: row["difference"] for row in study["summary"][1:]}
+    real = {kind: abs(d) > threshold(freedom) * by_chance for kind, d in found.items()}
+    assert real == {"GQA": True, "MQA": False, "MLA": False}
+    assert [round(d, 4) for d in found.values()] == [0.0149, 0.0098, 0.0016]
+    assert round(threshold(freedom) * by_chance, 4) == 0.0107
+    assert round(smallest_difference(sigma, 3, settings=4), 3) == 0.015
+    mha = np.mean(bits["MHA"])
+    assert [seeds_needed(d, sigma, settings=4) for d in (found["MLA"], 0.01 * mha)] == [202, 96]
     assert 2.1 < min(map(np.mean, bits.values())) / floor < 2.2
+    long = json.loads((RESULTS / "stories_floor-2026-11-24.json").read_text())
+    assert long["tokens"][-1] == 20 * record()["training"]["tokens"]
+    assert round(long["bits_per_byte"][-1] - floor, 3) == 0.012
 
 
 @pytest.mark.parametrize("draw", [
     lambda: figures.attention_study(RUNS, 0.1),
     lambda: figures.attention_study(record()["studies"]["attention"]["runs"], record()["floor"]),
-    lambda: figures.seeds_and_differences([2, 3, 200], [0.03, 0.018, 0.0016],
+    lambda: figures.seeds_and_differences([2, 3, 200], [0.02, 0.015, 0.0016],
                                           {"GQA": 0.0149, "MQA": 0.0098, "MLA": 0.0016}, 3),
 ])
 def test_nothing_is_clipped(draw, tmp_path):

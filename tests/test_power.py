@@ -41,6 +41,18 @@ def test_seeds_and_differences_are_each_others_inverse():
         assert power(d, 0.2, n) == pytest.approx(0.8, abs=1e-4) and seeds_needed(d, 0.2) == n
 
 
+def test_more_settings_tell_more_of_the_deviation_and_no_more_of_a_difference():
+    g = np.random.default_rng(1)
+    runs = g.normal(0, 1, (20_000, 4, 3)) + np.array([0, 2.0, 0, 0])[:, None]
+    s = np.sqrt(runs.var(2, ddof=1).mean(1))
+    t = np.abs(runs[:, 1].mean(1) - runs[:, 0].mean(1)) / (s * math.sqrt(2 / 3))
+    share = (t > threshold(8)).mean()
+    assert power(2.0, 1.0, 3, settings=4) == pytest.approx(share, abs=0.012)
+    assert power(2.0, 1.0, 3) < 0.9 * power(2.0, 1.0, 3, settings=4)
+    assert smallest_difference(1.0, 3, 4) < 0.9 * smallest_difference(1.0, 3)
+    assert seeds_needed(0.5, 1.0, 4) in (63, 64)
+
+
 def test_pooled():
     sigma, freedom = pooled_deviation([[1.0, 3.0], [0.0, 0.0, 3.0]])
     assert freedom == 3 and sigma == pytest.approx(math.sqrt((2 + 6) / 3))

@@ -7,7 +7,8 @@ Student's t-test calls a difference real where it is larger than t times that, w
 difference of nothing at all is called real in 5 of 100 studies. Its *power* is the share of studies
 in which a difference that is there is called real; 0.8 is the usual aim.
 
-  t = d / (s √(2/n)),  s² the pooled variance of 2 (n - 1) degrees of freedom
+  t = d / (s √(2/n)),  s² the pooled variance, of k (n - 1) degrees of freedom if a study has k
+                       settings, two of which are compared
 
 Given s, t is a normal variable around d / (σ √(2/n)) divided by s/σ, and s²·freedom/σ² is a chi
 square. So one integral over s gives both the quantile and the power, without scipy.
@@ -58,32 +59,37 @@ def threshold(freedom: int) -> float:
     return high
 
 
-def power(difference: float, deviation: float, seeds: int) -> float:
+def power(difference: float, deviation: float, seeds: int, settings: int = 2) -> float:
     """Share of studies with `seeds` runs of each setting that call the difference real."""
     if seeds < 2 or deviation <= 0:
         raise ValueError(f"seeds: {seeds} with deviation {deviation}, expected two at least, and a "
                          "deviation above 0")
-    freedom = 2 * (seeds - 1)
+    freedom = settings * (seeds - 1)
     return beyond(threshold(freedom), freedom, difference / (deviation * math.sqrt(2 / seeds)))
 
 
-def smallest_difference(deviation: float, seeds: int, wanted: float = 0.8) -> float:
+def smallest_difference(
+    deviation: float, seeds: int, settings: int = 2, wanted: float = 0.8
+) -> float:
     """The difference that is seen with the wanted power."""
     low, high = 0.0, 100 * deviation
     for _ in range(30):
         middle = (low + high) / 2
-        low, high = (low, middle) if power(middle, deviation, seeds) >= wanted else (middle, high)
+        seen = power(middle, deviation, seeds, settings) >= wanted
+        low, high = (low, middle) if seen else (middle, high)
     return high
 
 
-def seeds_needed(difference: float, deviation: float, wanted: float = 0.8) -> int:
+def seeds_needed(
+    difference: float, deviation: float, settings: int = 2, wanted: float = 0.8
+) -> int:
     """The fewest seeds per setting that see the difference with the wanted power."""
     if not difference:
         raise ValueError("difference: 0, expected another number; no study sees nothing")
     rough = 2 * (2.8 * deviation / difference) ** 2                          # for many seeds
     n = max(2, int(rough) - 2)
-    while n > 2 and power(difference, deviation, n - 1) >= wanted:
+    while n > 2 and power(difference, deviation, n - 1, settings) >= wanted:
         n -= 1
-    while power(difference, deviation, n) < wanted:
+    while power(difference, deviation, n, settings) < wanted:
         n += 1
     return n
