@@ -69,7 +69,7 @@ def test_each_seed_is_a_dot_and_the_line_is_their_mean(tmp_path):
     assert np.allclose(np.log2(line.get_xdata() / [512, 4096, 8192]), 0.045)
     assert ax.lines[4].get_xdata()[0] == 512 and ax.lines[4].get_label() == "trained at 512"
     assert [t.get_text() for t in ax.get_xticklabels()] == ["512", "4K", "8K"]
-    assert ax.get_title(loc="left") == "At 4K tokens: plain 5 %, YaRN 95 %"
+    assert ax.get_title(loc="left") == "At 4K tokens: 5 % with plain, 95 % with YaRN"
     figures.save(figure, tmp_path / "found.png")
     assert is_whole(figure)
     with pytest.raises(ValueError, match="runs: expected at least one seed"):

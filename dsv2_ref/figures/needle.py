@@ -113,8 +113,8 @@ def found_by_length(runs: Sequence[Mapping[str, Mapping[str, Any]]], trained: in
     ax.minorticks_off()
     ax.grid(True, axis="y")
     ax.set(ylim=(-0.04, 1.04), xlabel="tokens", ylabel="share of needles found",
-           title=f"At {tokens_label(told)} tokens: {least} {100 * ends[least]:.0f} %, "
-                 f"{most} {100 * ends[most]:.0f} %")
+           title=f"At {tokens_label(told)} tokens: {100 * ends[least]:.0f} % with {least}, "
+                 f"{100 * ends[most]:.0f} % with {most}")
     figure.legend(loc="outside right center")
     return figure
 
