@@ -75,7 +75,7 @@ def seeds_and_differences(
     figure = Picture(7.6, 4.0)
     ax = figure.subplots()
     ax.plot(seeds, smallest, color=INK, label="smallest that is seen 8 times of 10")
-    ax.fill_between(seeds, smallest, 0, color="#EEEEEE", label="below: mostly missed")
+    ax.fill_between(seeds, smallest, 0, color="#EEEEEE", label="below: missed more than 2 of 10")
     for kind, difference in found.items():
         ax.plot(had, abs(difference), "o", ms=8, color=COLORS.get(kind, MORE_COLORS[3]),
                 label=f"{kind}: {difference:+.4f}")
