@@ -4,6 +4,7 @@
 import numpy as np
 import pytest
 import torch
+from drawn import is_whole
 
 from dsv2_ref import figures
 from dsv2_ref.attention.rope import rope_frequencies, yarn_frequencies
@@ -50,6 +51,31 @@ def test_wavelengths_are_tokens_for_one_turn():
                        (before / after).numpy())
     assert [line.get_ydata()[0] for line in ax.lines[2:4]] == [128, 1024]
     assert ax.get_title(loc="left").startswith("5 of 8 pairs never made a whole turn")
+
+
+def seed(plain, yarn):
+    return {"plain": {"lengths": [512, 4096], "grid": [[1.0, 1.0], plain]},
+            "YaRN": {"lengths": [512, 4096, 8192], "grid": [[1.0, 1.0], yarn, [0.5, 0.5]]}}
+
+
+def test_each_seed_is_a_dot_and_the_line_is_their_mean(tmp_path):
+    figure = figures.found_by_length([seed([0.0, 0.2], [1.0, 0.8]), seed([0.0, 0.0], [1.0, 1.0])],
+                                     512)
+    ax = figure.axes[0]
+    dots, line = ax.lines[2:4]
+    assert np.allclose(dots.get_ydata(), [1, 0.9, 0.5, 1, 1, 0.5])
+    assert np.allclose(line.get_ydata(), [1, 0.95, 0.5]) and line.get_label() == "YaRN"
+    assert np.allclose(dots.get_xdata()[:3], line.get_xdata())
+    assert np.allclose(np.log2(line.get_xdata() / [512, 4096, 8192]), 0.045)
+    assert ax.lines[4].get_xdata()[0] == 512 and ax.lines[4].get_label() == "trained at 512"
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["512", "4K", "8K"]
+    assert ax.get_title(loc="left") == "At 4K tokens: 5 % with plain, 95 % with YaRN"
+    figures.save(figure, tmp_path / "found.png")
+    assert is_whole(figure)
+    with pytest.raises(ValueError, match="runs: expected at least one seed"):
+        figures.found_by_length([], 512)
+    with pytest.raises(ValueError, match="the same names in all"):
+        figures.found_by_length([seed([0], [0]), {"plain": seed([0], [0])["plain"]}], 512)
 
 
 def test_mistakes_are_means_over_the_seeds():

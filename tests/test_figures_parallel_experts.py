@@ -17,6 +17,8 @@ FREE = torch.tensor([[40, 30, 20], [30, 50, 10], [20, 30, 40]])
 BEGUN = [("layer", 0.0, 0.05), ("counts", 0.0, 0.01), ("rows", 0.01, 0.02), ("shared", 0.01, 0.03),
          ("rows", 0.03, 0.04), ("shared, backward", 0.04, 0.05)]
 AFTER = [("layer", 0.0, 0.08), *BEGUN[1:]]
+TRACE = [("all_to_all", 0.0, 0.01), ("all_to_all", 0.011, 0.03), ("shared", 0.012, 0.02),
+         ("shared, backward", 0.03, 0.04)]                       # begins where the link has ended
 SCORES = torch.rand(24, 12, generator=torch.Generator().manual_seed(1))
 DRAW = {
     "rows_by_hand": lambda: figures.rows_by_hand(INDICES, HOMES, 2),
@@ -24,11 +26,13 @@ DRAW = {
     "rank_traffic": lambda: figures.rank_traffic({"M = 2": LIMITED, "no limit": FREE}, 30),
     "rank_traffic, one": lambda: figures.rank_traffic({"M = 2": LIMITED}, 30),
     "overlap_spans": lambda: figures.overlap_spans({"after": AFTER, "begun": BEGUN}),
+    "overlap_spans, one": lambda: figures.overlap_spans({"trace": TRACE}),
 }
 TITLES = {
-    "rows_by_hand": "6 rows, each once to a rank; once a slot they would be 8",
+    "rows_by_hand": "6 rows, one per rank; one per slot they would be 8",
     "rank_traffic": "Rows per token: 2.00 against 3.00",
     "overlap_spans": "30 of 80 ms are saved",
+    "overlap_spans, one": "1 of 2 passes of the shared experts while rows are on their way",
 }
 
 

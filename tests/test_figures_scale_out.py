@@ -21,6 +21,9 @@ DRAW = {
                                                {"experts": ("0.55", "0.25")}),
     "hour_ranges, long words": lambda: figures.hour_ranges(
         RANGES, 149e3, 181e3, {name: ("nothing again", "more again") for name in RANGES}),
+    "hour_ranges, long names": lambda: figures.hour_ranges(
+        {f"{name}: share of the peak in products over sorted slots": pair
+         for name, pair in RANGES.items()}, 149e3, 172.8e3),
     "hour_ranges, one": lambda: figures.hour_ranges({"experts": (100e3, 200e3)}, 149e3, 172.8e3),
     "hours_by_devices": lambda: figures.hours_by_devices([128, 2048, 65536], HOURS, 172.8e3),
 }

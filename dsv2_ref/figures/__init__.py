@@ -5,6 +5,7 @@
   absorption    two orders of one attention
   architecture  the whole model
   attention     matrices in numbers, heads
+  attention_study   kinds of attention at equal parameters, and what so many seeds see
   balance       losses, load, dropping
   cache         what is kept
   experts       where tokens go
@@ -37,6 +38,7 @@ from dsv2_ref.figures.attention import (
     mla_flow,
     shared_heads,
 )
+from dsv2_ref.figures.attention_study import attention_study, seeds_and_differences
 from dsv2_ref.figures.balance import (
     dropped_against_capacity,
     dropped_over_training,
@@ -76,6 +78,7 @@ from dsv2_ref.figures.low_bits import (
     word_layout,
 )
 from dsv2_ref.figures.needle import (
+    found_by_length,
     length_costs,
     mistakes_by_factor,
     needle_attention,
@@ -137,21 +140,23 @@ from dsv2_ref.figures.style import COLORS, GIB, INK, LENGTHS, MORE_COLORS, Pictu
 __all__ = [
     "COLORS", "GIB", "INK", "LENGTHS", "MORE_COLORS", "Picture", "ablation_cost",
     "absorption_crossover", "absorption_flops", "absorption_regions", "angle_errors",
-    "architecture", "attention_tiles", "balance_curves", "batch_bars", "batch_slider",
-    "benchmark_scores", "bit_budget", "bubble_curves", "bytes_moved", "cache_against_context",
-    "cache_bars", "cache_growth", "cache_slider", "code_steps", "curves_by_position",
-    "decode_floors", "decode_roofline", "device_limit_slider", "device_messages", "device_traffic",
-    "dropped_against_capacity", "dropped_over_training", "error_by_bits", "errors_by_position",
-    "expert_lift", "expert_load", "flops_against_context", "flops_by_part", "format_error",
-    "gradient_norm", "group_slider", "grouped_heads", "groups_like_mla", "harm_bars",
-    "hour_ranges", "hours_by_devices", "in_flight_bars", "kept_to_scale", "length_costs",
-    "limit_quality", "live_image", "live_picture", "load_animation", "load_over_training",
-    "loss_arrows", "loss_curve", "loss_floor", "losses_by_position", "matrices", "memory_bars",
-    "mistakes_by_factor", "mla_flow", "needle_attention", "needle_grid", "needle_grids",
-    "outlier_errors", "overlap_spans", "pair_clocks", "pair_wavelengths", "parameter_shares",
-    "phase_bars", "pipeline_slider", "position_slider", "program_grid", "rank_traffic",
-    "rank_traffic_slider", "rate_curve", "rotated_row", "rounding_paths", "router_heat_map",
-    "rows_by_hand", "run_figures", "save", "saving_steps", "scale_map", "schedule_curves",
-    "schedule_gantt", "shared_heads", "slots_by_device", "softmax_in_pieces", "stage_memory",
-    "study_changes", "styled", "token_routing", "turned_pair", "word_layout", "yarn_pairs",
+    "architecture", "attention_study", "attention_tiles", "balance_curves", "batch_bars",
+    "batch_slider", "benchmark_scores", "bit_budget", "bubble_curves", "bytes_moved",
+    "cache_against_context", "cache_bars", "cache_growth", "cache_slider", "code_steps",
+    "curves_by_position", "decode_floors", "decode_roofline", "device_limit_slider",
+    "device_messages", "device_traffic", "dropped_against_capacity", "dropped_over_training",
+    "error_by_bits", "errors_by_position", "expert_lift", "expert_load", "flops_against_context",
+    "flops_by_part", "format_error", "found_by_length", "gradient_norm", "group_slider",
+    "grouped_heads", "groups_like_mla", "harm_bars", "hour_ranges", "hours_by_devices",
+    "in_flight_bars", "kept_to_scale", "length_costs", "limit_quality", "live_image",
+    "live_picture", "load_animation", "load_over_training", "loss_arrows", "loss_curve",
+    "loss_floor", "losses_by_position", "matrices", "memory_bars", "mistakes_by_factor",
+    "mla_flow", "needle_attention", "needle_grid", "needle_grids", "outlier_errors",
+    "overlap_spans", "pair_clocks", "pair_wavelengths", "parameter_shares", "phase_bars",
+    "pipeline_slider", "position_slider", "program_grid", "rank_traffic", "rank_traffic_slider",
+    "rate_curve", "rotated_row", "rounding_paths", "router_heat_map", "rows_by_hand",
+    "run_figures", "save", "saving_steps", "scale_map", "schedule_curves", "schedule_gantt",
+    "seeds_and_differences", "shared_heads", "slots_by_device", "softmax_in_pieces",
+    "stage_memory", "study_changes", "styled", "token_routing", "turned_pair", "word_layout",
+    "yarn_pairs",
 ]

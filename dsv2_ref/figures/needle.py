@@ -81,6 +81,45 @@ def pair_wavelengths(frequencies: Any, stretched: Any, trained: int, factor: flo
 
 
 @styled
+def found_by_length(runs: Sequence[Mapping[str, Mapping[str, Any]]], trained: int) -> Figure:
+    """Share of the needles found against the length: a dot for each seed, a line for their mean.
+
+    runs: of each seed, name -> a result of `inference.needle.run`; `trained`: the length that the
+    models were trained at. The title is about the longest length that all were read at.
+    """
+    if not runs or any(list(seed) != list(runs[0]) for seed in runs):
+        raise ValueError("runs: expected at least one seed, and the same names in all")
+    figure = Picture(8.6, 4.0)
+    ax = figure.subplots()
+    colors = (MORE_COLORS[3], COLORS["MLA"], COLORS["GQA"], MORE_COLORS[1], MORE_COLORS[0])
+    means: dict[str, dict[int, float]] = {}
+    for i, name in enumerate(runs[0]):
+        lengths = list(runs[0][name]["lengths"])
+        found = np.array([[np.mean(row) for row in seed[name]["grid"]] for seed in runs])
+        beside = 2 ** (0.09 * (i - (len(runs[0]) - 1) / 2))      # lines that would hide each other
+        x = beside * np.array(lengths, float)
+        color = colors[i % len(colors)]
+        ax.plot(np.tile(x, len(runs)), found.ravel(), "o", ms=4, color=color, alpha=0.55)
+        ax.plot(x, found.mean(0), color=color, marker="_", ms=12, mew=2, label=name)
+        means[name] = dict(zip(lengths, found.mean(0), strict=True))
+    ticks = sorted({n for of in means.values() for n in of})
+    common = [n for n in ticks if all(n in of for of in means.values())]
+    told = max(common or ticks)
+    ends = {name: of[told] for name, of in means.items() if told in of}
+    most, least = max(ends, key=ends.get), min(ends, key=ends.get)
+    ax.axvline(trained, color=INK, lw=1, ls=":", label=f"trained at {tokens_label(trained)}")
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(ticks, [tokens_label(n) for n in ticks])
+    ax.minorticks_off()
+    ax.grid(True, axis="y")
+    ax.set(ylim=(-0.04, 1.04), xlabel="tokens", ylabel="share of needles found",
+           title=f"At {tokens_label(told)} tokens: {100 * ends[least]:.0f} % with {least}, "
+                 f"{100 * ends[most]:.0f} % with {most}")
+    figure.legend(loc="outside right center")
+    return figure
+
+
+@styled
 def mistakes_by_factor(
     by_factor: Sequence[Mapping[str, Mapping[str, float]]], trained: int
 ) -> Figure:

@@ -54,7 +54,7 @@ def rows_by_hand(indices: Any, homes: Sequence[int], held: int) -> Figure:
         if len(own):
             ax.text(own.mean(), 1.33, f"live on rank {rank}", ha="center", color="#666666")
     ax.set(xlim=(-0.7, width - 0.3), ylim=(-0.2, 1.42), xticks=[], yticks=[],
-           title=f"{rows} rows, each once to a rank; once a slot they would be {ranks.size}")
+           title=f"{rows} rows, one per rank; one per slot they would be {ranks.size}")
     for side in ax.spines.values():
         side.set_visible(False)
     handles = [ax.plot([], [], color=color, lw=width, label=name)[0] for name, color, width in (
@@ -141,7 +141,8 @@ def _lanes(ax: Axes, spans: Sequence[tuple[str, float, float]], end: float) -> N
 def overlap_spans(runs: Mapping[str, Sequence[tuple[str, float, float]]]) -> Figure:
     """What the link and one rank did, over time: a layer forward and backward.
 
-    runs: name -> spans (what, from, to) in seconds, as `parallel.demo_expert.overlap` gives them.
+    runs: name -> spans (what, from, to) in seconds, as `parallel.demo_expert.overlap` and `trace`
+    give them. The title of several says what the fastest saves, of one what overlaps.
     """
     ends = {}
     for name, spans in runs.items():
@@ -156,10 +157,17 @@ def overlap_spans(runs: Mapping[str, Sequence[tuple[str, float, float]]]) -> Fig
         _lanes(ax, sorted(spans, key=lambda span: span[0] != "layer"), 1.02 * slow)
         ax.set_title(f"{name}: {1e3 * ends[name]:.0f} ms", size=10.5, weight="normal")
     axes[-1].set_xlabel("time (ms)")
+    whole = any(what == "layer" for spans in runs.values() for what, _, _ in spans)
     figure.legend(handles=[Patch(color=LINK, label="rows on their way"),
                            Patch(color=SHARED, label="shared experts"),
-                           Patch(color=LAYER, label="the layer, all in all")],
+                           *[Patch(color=LAYER, label="the layer, all in all")] * whole],
                   loc="outside right center")
-    figure.suptitle(f"{1e3 * (slow - fast):.0f} of {1e3 * slow:.0f} ms are saved", x=0.01,
-                    ha="left", weight="bold", size=12)
+    title = f"{1e3 * (slow - fast):.0f} of {1e3 * slow:.0f} ms are saved"
+    if len(runs) == 1:
+        spans = next(iter(runs.values()))
+        shared = [(a, b) for what, a, b in spans if what.startswith("shared")]
+        links = [(a, b) for what, a, b in spans if LANES[what]]
+        met = sum(any(a < end and start < b for a, b in links) for start, end in shared)
+        title = f"{met} of {len(shared)} passes of the shared experts while rows are on their way"
+    figure.suptitle(title, x=0.01, ha="left", weight="bold", size=12)
     return figure

@@ -58,12 +58,14 @@ def hour_ranges(
 ) -> Figure:
     """What each assumption alone does to the GPU-hours per trillion tokens.
 
-    ranges: assumption -> (hours at its best, at its worst), drawn in this order; middle: hours with
-    all in the middle; published: the paper's; values: assumption -> its best and worst, in words.
+    ranges: assumption -> (hours at its best, at its worst), drawn in this order; a name may be
+    "name: explanation". middle: hours with all in the middle; published: the paper's; values:
+    assumption -> its best and worst, in words.
     """
     if not ranges or any(best > worst for best, worst in ranges.values()):
         raise ValueError("ranges: expected at least one, the best hours first")
-    figure = Picture(9.0, 0.36 * len(ranges) + 2.0)
+    words = max(map(len, ranges))                        # long names take room of their own
+    figure = Picture(9.0 + 0.05 * max(words - 16, 0), 0.36 * len(ranges) + 2.0)
     ax = figure.subplots()
     for i, (name, (best, worst)) in enumerate(ranges.items()):
         ax.barh(i, (middle - best) / 1e3, left=best / 1e3, color=COLORS["MLA"], height=0.66)
@@ -84,7 +86,7 @@ def hour_ranges(
     ax.grid(True, axis="x")
     ax.set(xlabel="GPU-hours per trillion tokens (thousands)",
            xlim=(min(ends) - room, max(ends) + room),
-           title=f"Least certain: {widest}, {low:.0f}K to {high:.0f}K")
+           title=f"Least certain: {widest.split(':')[0]}, {low:.0f}K to {high:.0f}K")
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 

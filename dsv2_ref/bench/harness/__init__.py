@@ -5,5 +5,6 @@
   gpu       kernels on one GPU, beside what the card does at most
   one_card  training steps of a model that fills a card
   peer      transformers on our weights
+  power     how large a difference so many seeds notice
   study     a model trained and judged, several seeds
 """
