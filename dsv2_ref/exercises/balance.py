@@ -58,7 +58,7 @@ exercises = Exercises({
     1: Value(worst, "Take them one after the other. What is f of a chosen expert, if T tokens "
              "choose it and an equal share is 6 T / 160 slots? What is the mean f of its device, "
              "over 20 experts? What is f'' of a device that hears from all tokens?",
-             known=[([6.0, 8.0, 8 / 3], "f of a chosen expert is measured against an equal share of all 160"),
+             known=[([6.0, 8.0, 8 / 3], "f measures an expert against an equal share of all 160"),
                     ([160 / 6, 160 / 6, 8 / 3], "f' is the mean of f over all experts of a device"),
                     ([160 / 6, 8.0, 8.0], "in (30) an equal share is M T / D tokens, not T / D"),
                     ([160 / 6, 160.0, 8 / 3], "f' is a mean, not a sum")]),
