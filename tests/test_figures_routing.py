@@ -40,7 +40,7 @@ DRAW = {
 }
 LABELS = {
     "expert_shares": [("routed expert", "kind of token"), ("routed expert", ""),
-                      ("", "of a kind's tokens (%)")],
+                      ("", "share of each expert (%)")],
     "information_dots": [("bits", ""), ("bits", "")],
     "ablation_cost": [("routed expert", "kind of token"), ("", "more loss (nats per token)")],
     "device_messages": [("limit M (devices a token may reach)", "devices reached (mean)")],
@@ -50,7 +50,7 @@ LABELS = {
                       ("limit M (devices a token may reach)", "against no limit, same seed (%)")],
 }
 TITLES = {
-    "expert_shares": "Before: 25 to 25 % on one expert",
+    "expert_shares": "Before: at most 25 %",
     "information_dots": "A kind: 3.0 times untrained, by gate",
     "ablation_cost": "Without expert 1 a token after “punctuation” costs 0.90 nats more",
     "device_messages": "M = 2: 2.00 messages per token; without a limit 2.75",
@@ -86,7 +86,7 @@ def test_tables_show_each_value_in_its_cell():
     before, after, bar = DRAW["expert_shares"]().axes
     assert np.allclose(after.images[0].get_array(), 100 * SHARES)
     assert texts(after) == [f"{100 * v:.0f}" for v in SHARES.flatten()]
-    assert after.get_title(loc="left") == "After: 2 to 90 % on one expert"
+    assert after.get_title(loc="left") == "After: at most 90 %"
     assert before.images[0].get_clim() == after.images[0].get_clim() == (0, 100)
     assert tuple(bar.get_ylim()) == (0, 100)
     assert len(DRAW["expert_shares, three"]().axes) == 4           # no empty panel, and a bar

@@ -62,12 +62,12 @@ def expert_shares(shares: Mapping[str, Any], kinds: Sequence[str]) -> Figure:
         ax.set_xticks(range(table.shape[1]))
         ax.set_yticks(range(len(kinds)), kinds)
         ax.tick_params(length=0)
-        ax.set_title(f"{name}: {percent.min():.0f} to {percent.max():.0f} % on one expert")
+        ax.set_title(f"{name}: at most {percent.max():.0f} %")
     for ax in axes[-1]:
         ax.set_xlabel("routed expert")
     for ax in axes[:, 0]:
         ax.set_ylabel("kind of token")
-    figure.colorbar(image, ax=axes, label="of a kind's tokens (%)", pad=0.02)
+    figure.colorbar(image, ax=axes, label="share of each expert (%)", pad=0.02)
     return figure
 
 
