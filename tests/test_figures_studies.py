@@ -73,7 +73,7 @@ def test_balance_is_shown_run_by_run_from_none_to_all(tmp_path):
     assert np.allclose([line.get_ydata() for line in fullest.lines], [[4, 1.5], [3.5, 1.75]])
     assert np.allclose([line.get_ydata() for line in bits.lines], [[0.21, 0.2], [0.294, 0.3]])
     assert [ax.get_title(loc="left") for ax in figure.axes] == [
-        "Dead: up to 25 % → 0 %", "Fullest: up to 4.0 → 1.8", "Bits without: -2.0 to +5.0 %"]
+        "Dead: up to 25 % → 0 %", "Fullest: up to 4.0 → 1.8", "Cost: -4.8 to +2.0 % bits"]
     assert all([t.get_text() for t in ax.get_xticklabels()] == ["none", "all three"]
                and ax.get_xlabel() == "balance losses in training" for ax in figure.axes)
     assert figures.save(figure, tmp_path / "balance.png").stat().st_size > 5000

@@ -54,7 +54,7 @@ def balance_cost(runs: Sequence[Mapping[str, Any]]) -> Figure:
     runs: records with `setting`, `seed`, `dead` (share of the experts), `fullest` (fair shares) and
     `bits_per_byte`, every seed with every setting; the first setting has all the losses.
     """
-    kinds, changes = _changes("balance", runs)
+    kinds, _ = _changes("balance", runs)
     kinds, seeds = kinds[::-1], list(dict.fromkeys(run["seed"] for run in runs))
     table = {(run["seed"], run["setting"]): run for run in runs}
     figure = Picture(11.0, 3.9)
@@ -75,9 +75,9 @@ def balance_cost(runs: Sequence[Mapping[str, Any]]) -> Figure:
                 title=f"Dead: up to {dead[:, 0].max():.3g} % → {dead[:, -1].max():.3g} %")
     axes[1].set(ylabel="fullest expert (fair shares)", ylim=(0, None),
                 title=f"Fullest: up to {fullest[:, 0].max():.1f} → {fullest[:, -1].max():.1f}")
-    without = changes[:, -1]
+    cost = 100 * (values["bits_per_byte"][:, -1] / values["bits_per_byte"][:, 0] - 1)
     axes[2].set(ylabel="bits per byte",
-                title=f"Bits without: {without.min():+.1f} to {without.max():+.1f} %")
+                title=f"Cost: {cost.min():+.1f} to {cost.max():+.1f} % bits")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center")
     return figure
