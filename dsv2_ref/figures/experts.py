@@ -23,7 +23,8 @@ def load_colors(shares: np.ndarray) -> dict[str, Any]:
 def load_bar(shares: np.ndarray) -> dict[str, Any]:
     """The label and the marks of their colour bar, which has half its length for less than 1."""
     high = max(2.0, float(shares.max()))
-    above = (tick for tick in MaxNLocator(4).tick_values(1, high) if 1 < tick <= high)
+    marks = MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(1, high)
+    above = (tick for tick in marks if 1 < tick <= high)
     return {"label": "load (fair share = 1)", "ticks": [0, 0.5, 1, *above], "format": "%g"}
 
 
