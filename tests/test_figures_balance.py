@@ -108,6 +108,18 @@ def test_heat_map_shows_shares_over_steps():
     assert tuple(axes[0].images[0].get_extent()) == (0.5, 40.5, 7.5, -0.5)
 
 
+def test_the_colour_bar_reaches_the_fullest_expert():
+    axes = figures.load_over_training({"run": DEAD}, 4).axes
+    fullest = (DEAD / DEAD.mean(-1, keepdims=True)).max()
+    norm = axes[0].images[0].norm
+    assert fullest > 2 and norm.vmax == axes[1].images[0].norm.vmax == pytest.approx(fullest)
+    assert (norm.vmin, norm.vcenter) == (0, 1) and axes[-1].get_ylim() == (0, norm.vmax)
+    even = figures.load_over_training({"run": EVEN}, 4).axes[-1]
+    assert even.get_ylim() == (0, 2)
+    one_full = figures.expert_load([[0, 0, 0, 8]], 2).axes
+    assert one_full[0].images[0].norm.vmax == 4
+
+
 def test_idle_counts_the_last_tenth_of_the_steps():
     recovered = DEAD.copy()
     recovered[-4:] = 50

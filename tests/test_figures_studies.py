@@ -60,6 +60,26 @@ def test_the_committed_records_are_one_figure():
     assert " of 9 changes " in axes[0].get_title(loc="left")
 
 
+BALANCE = [{"setting": kind, "seed": seed, "dead": dead, "fullest": fullest, "bits_per_byte": bits}
+           for kind, seed, dead, fullest, bits in (
+               ("all three", 0, 0.0, 1.5, 0.20), ("none", 0, 0.25, 4.0, 0.21),
+               ("all three", 1, 0.0, 1.75, 0.30), ("none", 1, 0.125, 3.5, 0.294))]
+
+
+def test_balance_is_shown_run_by_run_from_none_to_all(tmp_path):
+    figure = figures.balance_cost(BALANCE)
+    dead, fullest, bits = figure.axes
+    assert np.allclose([line.get_ydata() for line in dead.lines], [[25, 0], [12.5, 0]])
+    assert np.allclose([line.get_ydata() for line in fullest.lines], [[4, 1.5], [3.5, 1.75]])
+    assert np.allclose([line.get_ydata() for line in bits.lines], [[0.21, 0.2], [0.294, 0.3]])
+    assert [ax.get_title(loc="left") for ax in figure.axes] == [
+        "Dead: up to 25 % → 0 %", "Fullest: up to 4.0 → 1.8", "Cost: -4.8 to +2.0 % bits"]
+    assert all([t.get_text() for t in ax.get_xticklabels()] == ["none", "all three"]
+               and ax.get_xlabel() == "balance losses in training" for ax in figure.axes)
+    assert figures.save(figure, tmp_path / "balance.png").stat().st_size > 5000
+    assert is_whole(figure)
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_nothing_is_clipped_and_no_empty_axes_are_left(n, tmp_path):
     chosen = dict(list((STUDIES | {"dropping": STUDIES["experts"]}).items())[:n])
@@ -77,3 +97,8 @@ def test_nothing_is_clipped_and_no_empty_axes_are_left(n, tmp_path):
 def test_bad_input_is_refused_in_one_line(studies, message):
     with pytest.raises(ValueError, match=message):
         figures.study_changes(studies)
+
+
+def test_each_seed_needs_each_balance():
+    with pytest.raises(ValueError, match="balance: 3 runs of 2 settings and 2 seeds"):
+        figures.balance_cost(BALANCE[1:])

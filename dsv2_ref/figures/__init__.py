@@ -120,7 +120,8 @@ from dsv2_ref.figures.routing import (
     device_limit_slider,
     device_messages,
     device_traffic,
-    expert_lift,
+    expert_shares,
+    information_dots,
     limit_quality,
     token_routing,
 )
@@ -134,29 +135,29 @@ from dsv2_ref.figures.run import (
 )
 from dsv2_ref.figures.scale_out import hour_ranges, hours_by_devices, stage_memory
 from dsv2_ref.figures.sliders import live_image
-from dsv2_ref.figures.studies import study_changes
+from dsv2_ref.figures.studies import balance_cost, study_changes
 from dsv2_ref.figures.style import COLORS, GIB, INK, LENGTHS, MORE_COLORS, Picture, save, styled
 
 __all__ = [
     "COLORS", "GIB", "INK", "LENGTHS", "MORE_COLORS", "Picture", "ablation_cost",
     "absorption_crossover", "absorption_flops", "absorption_regions", "angle_errors",
-    "architecture", "attention_study", "attention_tiles", "balance_curves", "batch_bars",
-    "batch_slider", "benchmark_scores", "bit_budget", "bubble_curves", "bytes_moved",
+    "architecture", "attention_study", "attention_tiles", "balance_cost", "balance_curves",
+    "batch_bars", "batch_slider", "benchmark_scores", "bit_budget", "bubble_curves", "bytes_moved",
     "cache_against_context", "cache_bars", "cache_growth", "cache_slider", "code_steps",
     "curves_by_position", "decode_floors", "decode_roofline", "device_limit_slider",
     "device_messages", "device_traffic", "dropped_against_capacity", "dropped_over_training",
-    "error_by_bits", "errors_by_position", "expert_lift", "expert_load", "flops_against_context",
+    "error_by_bits", "errors_by_position", "expert_load", "expert_shares", "flops_against_context",
     "flops_by_part", "format_error", "found_by_length", "gradient_norm", "group_slider",
     "grouped_heads", "groups_like_mla", "harm_bars", "hour_ranges", "hours_by_devices",
-    "in_flight_bars", "kept_to_scale", "length_costs", "limit_quality", "live_image",
-    "live_picture", "load_animation", "load_over_training", "loss_arrows", "loss_curve",
-    "loss_floor", "losses_by_position", "matrices", "memory_bars", "mistakes_by_factor",
-    "mla_flow", "needle_attention", "needle_grid", "needle_grids", "outlier_errors",
-    "overlap_spans", "pair_clocks", "pair_wavelengths", "parameter_shares", "phase_bars",
-    "pipeline_slider", "position_slider", "program_grid", "rank_traffic", "rank_traffic_slider",
-    "rate_curve", "rotated_row", "rounding_paths", "router_heat_map", "rows_by_hand",
-    "run_figures", "save", "saving_steps", "scale_map", "schedule_curves", "schedule_gantt",
-    "seeds_and_differences", "shared_heads", "slots_by_device", "softmax_in_pieces",
-    "stage_memory", "study_changes", "styled", "token_routing", "turned_pair", "word_layout",
-    "yarn_pairs",
+    "in_flight_bars", "information_dots", "kept_to_scale", "length_costs", "limit_quality",
+    "live_image", "live_picture", "load_animation", "load_over_training", "loss_arrows",
+    "loss_curve", "loss_floor", "losses_by_position", "matrices", "memory_bars",
+    "mistakes_by_factor", "mla_flow", "needle_attention", "needle_grid", "needle_grids",
+    "outlier_errors", "overlap_spans", "pair_clocks", "pair_wavelengths", "parameter_shares",
+    "phase_bars", "pipeline_slider", "position_slider", "program_grid", "rank_traffic",
+    "rank_traffic_slider", "rate_curve", "rotated_row", "rounding_paths", "router_heat_map",
+    "rows_by_hand", "run_figures", "save", "saving_steps", "scale_map", "schedule_curves",
+    "schedule_gantt", "seeds_and_differences", "shared_heads", "slots_by_device",
+    "softmax_in_pieces", "stage_memory", "study_changes", "styled", "token_routing", "turned_pair",
+    "word_layout", "yarn_pairs",
 ]

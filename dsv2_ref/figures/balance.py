@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+from dsv2_ref.figures.experts import load_bar, load_colors
 from dsv2_ref.figures.style import COLORS, INK, MORE_COLORS, Picture, styled
 from dsv2_ref.training.watching import fair_shares
 
@@ -95,19 +96,21 @@ def load_over_training(loads: Mapping[str, Any], n_devices: int = 1,
     """
     shares = _shares(loads, n_devices)
     n_steps, n_layers, E = next(iter(shares.values())).shape
+    everything = np.stack(list(shares.values()))
+    colors, bar = load_colors(everything), load_bar(everything)
     figure = Picture(10.0, 2.1 * n_layers + 1.0)
     axes = figure.subplots(n_layers, len(shares), sharex=True, sharey=True, squeeze=False)
     for column, (name, share) in zip(axes.T, shares.items(), strict=True):
         for layer, ax in enumerate(column):
-            image = ax.imshow(share[:, layer].T, aspect="auto", interpolation="none", cmap="PuOr_r",
-                              vmin=0, vmax=2, extent=(0.5, n_steps + 0.5, E - 0.5, -0.5))
+            image = ax.imshow(share[:, layer].T, aspect="auto", interpolation="none",
+                              extent=(0.5, n_steps + 0.5, E - 0.5, -0.5), **colors)
             _device_borders(ax, E, n_devices, "axhline")
             ax.yaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
         column[0].set_title(f"{name}: {_idle(share)}")
         column[-1].set_xlabel("training step")
     for layer, ax in enumerate(axes[:, 0]):
         ax.set_ylabel(f"expert, layer {first_layer + layer}")
-    figure.colorbar(image, ax=axes, label="load (fair share = 1)", pad=0.02, extend="max")
+    figure.colorbar(image, ax=axes, pad=0.02, **bar)
     return figure
 
 

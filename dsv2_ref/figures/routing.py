@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What experts are for, and what a limit on devices changes: tables, bars, a slider.
+"""What experts are for, and what a limit on devices changes: tables, dots, bars, a slider.
 
 Colours: an expert that was chosen is green, one in reach light green, one out of reach grey.
 """
@@ -12,6 +12,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from dsv2_ref.figures.sliders import slider
@@ -19,6 +20,7 @@ from dsv2_ref.figures.style import INK, MORE_COLORS, Picture, png, styled
 from dsv2_ref.moe.routing import select_device_limited
 
 CHOSEN, IN_REACH, OUT_OF_REACH = MORE_COLORS[1], "#A6DCCB", "#CCCCCC"
+SEED_COLORS = (MORE_COLORS[1], MORE_COLORS[0], INK, MORE_COLORS[3])
 GREENS = LinearSegmentedColormap.from_list("greens", ["white", IN_REACH, CHOSEN])
 
 
@@ -40,33 +42,67 @@ def _write_cells(ax: Axes, values: np.ndarray, texts: Sequence[Sequence[str]], l
                 color="white" if dark else INK)
 
 
-def _table(values: np.ndarray, rows: Sequence[str], form: str, label: str, title: str, low: float,
-           high: float, cmap: str) -> Picture:
-    """Kinds of tokens × experts, coloured and written out."""
-    figure = Picture(9.0, 0.42 * len(rows) + 1.7)
-    ax = figure.subplots()
-    image = ax.imshow(values, aspect="auto", cmap=cmap, vmin=low, vmax=high)
-    figure.colorbar(image, ax=ax, label=label, pad=0.02,
-                    extend="max" if values.max() > high else "neither")
-    _write_cells(ax, values, [[format(v, form) for v in row] for row in values], low, high)
-    ax.set_xticks(range(values.shape[1]))
-    ax.set_yticks(range(len(rows)), rows)
-    ax.tick_params(length=0)
-    ax.set(xlabel="routed expert", ylabel="kind of token", title=title)
+@styled
+def expert_shares(shares: Mapping[str, Any], kinds: Sequence[str]) -> Figure:
+    """How each kind of token spreads over the experts: panels in two columns, if they fill them.
+
+    shares[name] (kinds, experts): each row sums to 1.
+    """
+    tables = {name: _matrix(name, table, len(kinds)) for name, table in shares.items()}
+    if not tables or any(not np.allclose(table.sum(1), 1) for table in tables.values()):
+        raise ValueError(f"shares: {len(tables)} tables, expected at least one, whose rows sum to "
+                         "1")
+    n_rows = len(tables) // 2 if len(tables) % 2 == 0 else len(tables)
+    figure = Picture(11.0, n_rows * (0.4 * len(kinds) + 0.9) + 0.4)
+    axes = figure.subplots(n_rows, len(tables) // n_rows, sharex=True, sharey=True, squeeze=False)
+    for ax, (name, table) in zip(axes.flat, tables.items(), strict=True):
+        percent = 100 * table
+        image = ax.imshow(percent, aspect="auto", cmap=GREENS, vmin=0, vmax=100)
+        _write_cells(ax, percent, [[f"{v:.0f}" for v in row] for row in percent], 0, 100)
+        ax.set_xticks(range(table.shape[1]))
+        ax.set_yticks(range(len(kinds)), kinds)
+        ax.tick_params(length=0)
+        ax.set_title(f"{name}: at most {percent.max():.0f} %")
+    for ax in axes[-1]:
+        ax.set_xlabel("routed expert")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("kind of token")
+    figure.colorbar(image, ax=axes, label="share of each expert (%)", pad=0.02)
     return figure
 
 
 @styled
-def expert_lift(lift: Any, kinds: Sequence[str]) -> Figure:
-    """What weight an expert has for tokens of a kind, relative to all tokens.
+def information_dots(panels: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Figure:
+    """What a label tells of a token's expert: trained, beside several untrained and chance.
 
-    lift (kinds, experts): the expert's share of a kind's gates, over its share of all gates.
+    panels[name][row]: `trained` and `shuffled`, a number of bits each, and `untrained`, several.
+    At the right of a row: trained over the best untrained.
     """
-    lift = _matrix("lift", lift, len(kinds))
-    kind, expert = np.unravel_index(lift.argmax(), lift.shape)
-    return _table(lift, kinds, ".1f", "share of the gates (all tokens = 1)",
-                  f"“{kinds[kind]}”: expert {expert} gets {lift.max():.1f} times its usual share "
-                  "of the gates", 0, 2, "PuOr_r")
+    if not panels or len({tuple(rows) for rows in panels.values()}) != 1:
+        raise ValueError("panels: expected at least one, and the same rows in each")
+    n_rows = len(next(iter(panels.values())))
+    figure = Picture(11.0, 0.42 * n_rows + 1.7)
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for ax, (name, rows) in zip(axes, panels.items(), strict=True):
+        times = {row: told["trained"] / max(told["untrained"]) for row, told in rows.items()}
+        for y, (row, told) in enumerate(rows.items()):
+            random = list(told["untrained"])
+            ax.plot(told["shuffled"], y, "x", color=INK, ms=7, mew=1.6)
+            ax.plot(random, [y] * len(random), "o", mfc="none", mec="#777777", ms=8, mew=1.4)
+            ax.plot(told["trained"], y, "o", color=CHOSEN, ms=9)
+            ax.text(1.02, y, f"{times[row]:.1f} times", va="center",
+                    transform=ax.get_yaxis_transform())
+        best = max(times, key=times.__getitem__)
+        ax.set(xlabel="bits", title=f"{name}: {times[best]:.1f} times untrained, {best}")
+        ax.set_xlim(left=-0.03 * ax.get_xlim()[1])
+        ax.grid(True)
+    axes[0].set_yticks(range(n_rows), rows)
+    axes[0].set_ylim(n_rows - 0.5, -0.5)
+    marks = [Line2D([], [], ls="", marker="o", ms=9, color=CHOSEN, label="trained"),
+             Line2D([], [], ls="", marker="o", ms=8, mfc="none", mec="#777777", label="untrained"),
+             Line2D([], [], ls="", marker="x", ms=7, mew=1.6, color=INK, label="shuffled")]
+    figure.legend(handles=marks, loc="outside lower center", ncols=3)
+    return figure
 
 
 @styled
@@ -77,10 +113,19 @@ def ablation_cost(cost: Any, kinds: Sequence[str]) -> Figure:
     """
     cost = _matrix("cost", cost, len(kinds))
     kind, expert = np.unravel_index(cost.argmax(), cost.shape)
-    return _table(np.where(np.abs(cost) < 0.005, 0.0, cost), kinds, ".2f",
-                  "more loss (nats per token)",
-                  f"Without expert {expert} a token after “{kinds[kind]}” costs "
-                  f"{cost.max():.2f} nats more", 0, max(cost.max(), 1e-9), "YlOrBr")
+    shown, high = np.where(np.abs(cost) < 0.005, 0.0, cost), max(cost.max(), 1e-9)
+    figure = Picture(9.0, 0.42 * len(kinds) + 1.7)
+    ax = figure.subplots()
+    image = ax.imshow(shown, aspect="auto", cmap="YlOrBr", vmin=0, vmax=high)
+    figure.colorbar(image, ax=ax, label="more loss (nats per token)", pad=0.02)
+    _write_cells(ax, shown, [[f"{v:.2f}" for v in row] for row in shown], 0, high)
+    ax.set_xticks(range(shown.shape[1]))
+    ax.set_yticks(range(len(kinds)), kinds)
+    ax.tick_params(length=0)
+    ax.set(xlabel="routed expert", ylabel="kind of token",
+           title=f"Without expert {expert} a token after “{kinds[kind]}” costs "
+                 f"{cost.max():.2f} nats more")
+    return figure
 
 
 @styled
@@ -182,7 +227,7 @@ def device_limit_slider(scores: Any, top_k: int, n_devices: int) -> Any:
 
 @styled
 def limit_quality(runs: Sequence[Mapping[str, float]]) -> Figure:
-    """What each limit M changes against the largest, which is none, within each seed.
+    """What each limit M changes against the largest, which is none: all runs, then within a seed.
 
     runs: records with `max_devices`, `seed` and `bits_per_byte`, every seed with every M.
     """
@@ -193,20 +238,23 @@ def limit_quality(runs: Sequence[Mapping[str, float]]) -> Figure:
         raise ValueError(f"runs: {len(table)} for {len(limits)} limits and {len(seeds)} seeds, "
                          "expected each seed with each of at least two limits")
     bits = np.array([[table[m, seed] for m in limits] for seed in seeds])        # (seeds, limits)
-    change = 100 * (bits[:, :-1] / bits[:, -1:] - 1)
-    figure = Picture(7.6, 4.0)
-    ax = figure.subplots()
-    ax.axhline(0, color=INK, lw=1.0, label="no limit")
-    for marker, seed, row, aside in zip("o^sDv", seeds, change, np.arange(len(seeds)) / 12):
-        ax.plot(np.add(limits[:-1], aside - (len(seeds) - 1) / 24), row, marker, color="#777777",
-                ms=6, label=f"seed {seed}")
-    ax.plot(limits[:-1], change.mean(0), "_", color=CHOSEN, ms=16, mew=2.5, label="mean")
-    ax.set_xticks(limits[:-1])
-    ax.margins(x=0.2, y=0.15)
-    ax.grid(True, axis="y")
-    ax.set(xlabel="limit M (devices a token may reach)",
-           ylabel="bits per byte against no limit (%)",
-           title=f"Within one seed a limit changes bits per byte by {change.min():+.1f} to "
-                 f"{change.max():+.1f} %")
-    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    change = 100 * (bits / bits[:, -1:] - 1)
+    between = 100 * (bits.max(0) / bits.min(0) - 1)
+    figure = Picture(11.0, 4.0)
+    axes = figure.subplots(1, 2)
+    for ax, rows in zip(axes, (bits, change), strict=True):
+        for marker, color, seed, row in zip("o^sD", SEED_COLORS, seeds, rows):
+            ax.plot(limits, row, marker=marker, color=color, ms=8, lw=1.2, label=f"seed {seed}")
+        ax.set_xticks(limits, [*map(str, limits[:-1]), "none"])
+        ax.margins(x=0.12, y=0.15)
+        ax.grid(True, axis="y")
+        ax.set_xlabel("limit M (devices a token may reach)")
+    axes[0].set(ylabel="bits per byte",
+                title=f"Another seed changes {between.min():.1f} to {between.max():.1f} %")
+    axes[1].axhline(0, color=INK, lw=1.0)
+    axes[1].set(ylabel="against no limit, same seed (%)",
+                title=f"Same seed, a limit: {change[:, :-1].min():+.1f} to "
+                      f"{change[:, :-1].max():+.1f} %")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center")
     return figure

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from dsv2_ref.figures.routing import SEED_COLORS
 from dsv2_ref.figures.style import COLORS, INK, MORE_COLORS, Picture, styled
 
 
@@ -43,6 +44,42 @@ def study_changes(studies: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
         ax.remove()
     verb = "exceeds" if found == 1 else "exceed"
     axes[0].set_title(f"{found} of {n_changes} changes {verb} two deviations of the seeds")
+    return figure
+
+
+@styled
+def balance_cost(runs: Sequence[Mapping[str, Any]]) -> Figure:
+    """What the balance losses cure, and what they cost: each run a point, each seed a line.
+
+    runs: records with `setting`, `seed`, `dead` (share of the experts), `fullest` (fair shares) and
+    `bits_per_byte`, every seed with every setting; the first setting has all the losses.
+    """
+    kinds, _ = _changes("balance", runs)
+    kinds, seeds = kinds[::-1], list(dict.fromkeys(run["seed"] for run in runs))
+    table = {(run["seed"], run["setting"]): run for run in runs}
+    figure = Picture(11.0, 3.9)
+    axes = figure.subplots(1, 3)
+    values = {name: np.array([[table[seed, kind][name] for kind in kinds] for seed in seeds])
+              for name in ("dead", "fullest", "bits_per_byte")}
+    for ax, (name, rows) in zip(axes, values.items(), strict=True):
+        rows = 100 * rows if name == "dead" else rows
+        for n, (marker, color, seed, row) in enumerate(zip("o^sD", SEED_COLORS, seeds, rows)):
+            places = np.arange(len(kinds)) + 0.07 * (n - (len(seeds) - 1) / 2)   # side by side
+            ax.plot(places, row, marker=marker, color=color, ms=8, lw=1.0, label=f"seed {seed}")
+        ax.set_xticks(range(len(kinds)), kinds)
+        ax.margins(x=0.15, y=0.15)
+        ax.grid(True, axis="y")
+        ax.set_xlabel("balance losses in training")
+    dead, fullest = 100 * values["dead"], values["fullest"]
+    axes[0].set(ylabel="experts that are dead (%)", ylim=(-0.06 * dead.max() - 0.01, None),
+                title=f"Dead: up to {dead[:, 0].max():.3g} % → {dead[:, -1].max():.3g} %")
+    axes[1].set(ylabel="fullest expert (fair shares)", ylim=(0, None),
+                title=f"Fullest: up to {fullest[:, 0].max():.1f} → {fullest[:, -1].max():.1f}")
+    cost = 100 * (values["bits_per_byte"][:, -1] / values["bits_per_byte"][:, 0] - 1)
+    axes[2].set(ylabel="bits per byte",
+                title=f"Cost: {cost.min():+.1f} to {cost.max():+.1f} % bits")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center")
     return figure
 
 
