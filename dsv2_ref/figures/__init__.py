@@ -90,6 +90,9 @@ from dsv2_ref.figures.pretraining import (
     code_steps,
     live_picture,
     memory_bars,
+    memory_over_step,
+    optimizer_paths,
+    packed_windows,
     rounding_paths,
     schedule_curves,
 )
@@ -108,7 +111,10 @@ from dsv2_ref.figures.run import (
     loss_curve,
     loss_floor,
     rate_curve,
+    resume_gaps,
     run_figures,
+    run_lives,
+    saving_cost,
 )
 from dsv2_ref.figures.scale_out import hour_ranges, hours_by_devices, stage_memory
 from dsv2_ref.figures.sliders import live_image
@@ -126,11 +132,12 @@ __all__ = [
     "group_slider", "grouped_heads", "groups_like_mla", "hour_ranges", "hours_by_devices",
     "in_flight_bars", "length_costs", "limit_quality", "live_image", "live_picture",
     "load_animation", "load_over_training", "loss_arrows", "loss_curve", "loss_floor",
-    "losses_by_position", "matrices", "memory_bars", "mistakes_by_factor", "mla_flow",
-    "needle_attention", "needle_grid", "needle_grids", "overlap_spans", "pair_clocks",
-    "pair_wavelengths", "parameter_shares", "phase_bars", "pipeline_slider", "position_slider",
-    "rank_traffic", "rank_traffic_slider", "rate_curve", "rounding_paths", "router_heat_map",
-    "rows_by_hand", "run_figures", "save", "saving_steps", "schedule_curves", "schedule_gantt",
+    "losses_by_position", "matrices", "memory_bars", "memory_over_step", "mistakes_by_factor",
+    "mla_flow", "needle_attention", "needle_grid", "needle_grids", "optimizer_paths",
+    "overlap_spans", "packed_windows", "pair_clocks", "pair_wavelengths", "parameter_shares",
+    "phase_bars", "pipeline_slider", "position_slider", "rank_traffic", "rank_traffic_slider",
+    "rate_curve", "resume_gaps", "rounding_paths", "router_heat_map", "rows_by_hand", "run_figures",
+    "run_lives", "save", "saving_cost", "saving_steps", "schedule_curves", "schedule_gantt",
     "shared_heads", "slots_by_device", "softmax_in_pieces", "stage_memory", "study_changes",
     "styled", "token_routing", "turned_pair", "yarn_pairs",
 ]
