@@ -140,8 +140,8 @@ def live_picture(log: Sequence[Mapping[str, Any]], steps: int) -> Figure:
 
 
 @styled
-def rounding_paths(paths: Mapping[str, Sequence[float]]) -> Figure:
-    """One weight, update by update, in several ways of keeping it: name -> its values."""
+def rounding_paths(paths: Mapping[str, Sequence[float]], what: str = "weight") -> Figure:
+    """A number, update by update, in several ways of keeping it: name -> its values."""
     if not paths or min(len(values) for values in paths.values()) < 2:
         raise ValueError("paths: expected at least one way, of two values or more")
     figure = Picture(7.6, 4.0)
@@ -150,7 +150,7 @@ def rounding_paths(paths: Mapping[str, Sequence[float]]) -> Figure:
         ax.plot(values, color=_LINES[i], ls="-" if i else "--", lw=1.6, label=name)
     n = max(len(values) for values in paths.values()) - 1
     moved = ", ".join(f"{name} {values[-1] - values[0]:+.3f}" for name, values in paths.items())
-    ax.set(xlabel="update", ylabel="weight", title=f"{n:,} updates: {moved}")
+    ax.set(xlabel="update", ylabel=what, title=f"{n:,} updates: {moved}")
     ax.grid(True, axis="y")
     ax.legend(loc="best")
     return figure

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from dsv2_ref.figures.experts import expert_load
 from dsv2_ref.figures.style import COLORS, INK, MORE_COLORS, Picture, styled
@@ -133,7 +133,7 @@ def gradient_norm(log: Log) -> Figure:
     if skipped.any():                # what is no number stands at the top
         ax.plot(steps[skipped], np.where(finite, norms, top)[skipped], "x", color=COLORS["MHA"],
                 ms=8, mew=2, label="skipped", clip_on=False)
-        ax.legend(loc="best")
+        figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center")
     left = f"{skipped.sum()} of {len(log)} steps skipped" if skipped.any() else "no step skipped"
     ax.set(xlabel="step", ylabel="gradient norm before clipping", yscale="log",
            ylim=(norms[finite].min() / 1.5, top * 1.5),
@@ -247,12 +247,14 @@ def resume_gaps(steps: Sequence[float], gaps: Mapping[str, Sequence[float]]) -> 
     figure = Picture(8.6, 4.0)
     ax = figure.subplots()
     told = []
-    for (name, values), color in zip(gaps.items(), cycle((*COLORS.values(), *MORE_COLORS))):
+    for (name, values), color in zip(gaps.items(), cycle((COLORS["MLA"], COLORS["MHA"],
+                                                             COLORS["GQA"], *MORE_COLORS))):
         y = np.asarray(values, float)
         told.append(f"{name} {np.abs(y).max():.2g}")
         ax.plot(steps, y, "o-", ms=3, lw=1.6, color=color, label=name)
     ax.set(xlabel="step", ylabel="loss less the unbroken run's (nats)",
            title=f"At most: {', '.join(told)} nats")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.grid(True, axis="y")
     ax.legend(loc="best")
     return figure
