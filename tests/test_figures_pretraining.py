@@ -33,6 +33,8 @@ DRAW = {
     "packed_windows": lambda: figures.packed_windows(ROW, [6, 2], 4, begin=0),
     "optimizer_paths": lambda: figures.optimizer_paths(
         torch.tensor([1.0, -300]), [1, 0.5], [1, 2], [1.25, -0.5]),
+    "kept_by_width": lambda: figures.kept_by_width(
+        {"dense layer": {128: 1e4, 256: 2e4}, "MoE layer": {128: 2e4, 256: 3e4, 512: 5e4}}, 1024),
     "memory_over_step": lambda: figures.memory_over_step([1e6, 3e6, 2e6], 2.5e6, 1e6),
 }
 TITLES = {
@@ -45,6 +47,7 @@ TITLES = {
     "memory_bars, no limit": ["From 3 to 3 MB"],
     "packed_windows": ["3 documents, 2 windows, 2 with more than one document", ""],
     "optimizer_paths": ["Gradients of up to 300", "Steps of up to 1.2 rates"],
+    "kept_by_width": ["At width 1,024: dense layer 80 KB, MoE layer 90 KB per token"],
     "memory_over_step": ["Peak: 3 MB measured, 2.5 MB planned"],
 }
 LABELS = {
@@ -56,6 +59,7 @@ LABELS = {
     "memory_bars": [("memory (GB)", "")],
     "memory_bars, no limit": [("memory (MB)", "")],
     "optimizer_paths": [("step", "size"), ("step", "step (rate = 1)")],
+    "kept_by_width": [("width of the stream", "kept per token (KB)")],
     "memory_over_step": [("allocations of the step, in order", "memory in use (MB)")],
 }
 
@@ -133,3 +137,4 @@ def test_bad_input_is_refused_in_one_line():
     refused(lambda: figures.packed_windows([0, 1], [1], 2, 0), "windows of 2 within 2 tokens")
     refused(lambda: figures.optimizer_paths([1], [1], [], [1]), "root_v: 0", "as many of each")
     refused(lambda: figures.memory_over_step([], 1, 1), "in_use: 0 values")
+    refused(lambda: figures.kept_by_width({"a": {1: 1}}, 9), "two widths or more")

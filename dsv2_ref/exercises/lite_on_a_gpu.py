@@ -13,7 +13,7 @@ STREAM, BLOCK = 4096, 268_000             # bytes per token: a block's input, wh
 
 def fitting(card: float) -> int:
     """Sequences of 4,096 tokens, all blocks recomputed, as the backward pass begins."""
-    per_token = (LITE.n_layers - 1) * STREAM + 3 * BLOCK
+    per_token = (LITE.n_layers - 1) * STREAM + 2 * BLOCK
     return int((card - STANDING) / (4096 * per_token))
 
 
@@ -40,7 +40,7 @@ exercises = Exercises({
                     (MATRICES / 3, "that is a forward pass alone"),
                     (100 * mfu(12_000), "a share is asked for, as 0.1")]),
     3: Value(fitting(141e9), "What is left beside the 94.7 GB? A token takes 26 inputs of blocks, "
-             "and the block at work: what it keeps, and as much again in fp32.",
+             "and the block at work: what it keeps, and as many bytes of gradients.",
              known=[(int((141e9 - STANDING) / (4096 * (26 * STREAM + BLOCK))),
                      "the gradients in flight of the block at work are missing"),
                     (fitting(141e9) + 1, "that is a little more than 141 GB")]),

@@ -243,3 +243,30 @@ def memory_over_step(in_use: Sequence[float], planned: float, standing: float) -
     ax.grid(True, axis="y")
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
+
+
+@styled
+def kept_by_width(counted: Mapping[str, Mapping[int, float]], full: int) -> Figure:
+    """Bytes kept per token at narrow widths, and the line through the two narrowest to `full`.
+
+    counted: kind of layer -> width -> bytes; two widths each at least.
+    """
+    if not counted or min(len(points) for points in counted.values()) < 2:
+        raise ValueError("counted: expected at least one kind of layer, at two widths or more")
+    figure = Picture(7.6, 4.0)
+    ax = figure.subplots()
+    told = []
+    for i, (name, points) in enumerate(counted.items()):
+        (x0, y0), (x1, y1) = sorted(points.items())[:2]
+        at_full = y0 + (y1 - y0) / (x1 - x0) * (full - x0)
+        told.append(f"{name} {at_full / 1e3:.0f} KB")
+        ax.plot([x0, full], [y0 / 1e3, at_full / 1e3], color=_LINES[i], ls="--", lw=1.4)
+        ax.plot(list(points), [y / 1e3 for y in points.values()], "o", color=_LINES[i], ms=7,
+                label=f"{name}, counted")
+        ax.plot([full], [at_full / 1e3], "o", color=_LINES[i], ms=7, mfc="white",
+                label=f"{name}, by the line")
+    ax.set(xlabel="width of the stream", ylabel="kept per token (KB)", xlim=(0, None),
+           ylim=(0, None), title=f"At width {full:,}: {', '.join(told)} per token")
+    ax.grid(True, axis="y")
+    ax.legend(loc="best")
+    return figure
