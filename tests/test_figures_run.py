@@ -46,7 +46,8 @@ DRAW = {
     "run_lives, one": lambda: figures.run_lives(LIVES[:1], 20),
     "resume_gaps": lambda: figures.resume_gaps(
         [6, 7, 8], {"whole state": [0, 0, 0], "without moments": torch.tensor([0, 0.1, -0.2])}),
-    "saving_cost": lambda: figures.saving_cost([1, 10, 100], [0.3, 0.05, 0.2], {10: 0.06, 100: 0.2}),
+    "saving_cost": lambda: figures.saving_cost(
+        [1, 10, 100], [0.3, 0.05, 0.2], {10: 0.06, 100: 0.2}),
 }
 TITLES = {
     "gradient_norm": ["Gradient norm: 2.5 in the median, no step skipped"],

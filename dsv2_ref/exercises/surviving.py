@@ -22,7 +22,8 @@ def usable(norm: float, recent: list[float], left_out: int) -> bool:
 def cases() -> list[tuple]:
     calm = [0.9, 1.1] * 31 + [1.0, 5.0]
     return [(1.0, calm, 0), (10.5, calm, 0), (9.9, calm, 0), (500.0, calm, 2), (500.0, calm, 3),
-            (math.nan, calm, 0), (math.inf, calm[:5], 0), (math.nan, calm, 3), (500.0, calm[:63], 0)]
+            (math.nan, calm, 0), (math.inf, calm[:5], 0), (math.nan, calm, 3),
+            (500.0, calm[:63], 0)]
 
 
 exercises = Exercises({

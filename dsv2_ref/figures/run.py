@@ -190,9 +190,11 @@ def balance_curves(log: Log, first_layer: int = 0) -> Figure:
         for ax, values in zip(axes, (fullest, emptiest)):
             ax.plot(steps, values[:, i], "o-", ms=3, color=colors[i % len(colors)], label=label)
     axes[0].set(ylabel="fullest expert (fair share = 1)", ylim=(0, None),
-                title=f"Fullest: up to {fullest.max():.1f} shares, {fullest[-1].max():.1f} at the end")
+                title=f"Fullest: up to {fullest.max():.1f} shares, "
+                      f"{fullest[-1].max():.1f} at the end")
     axes[1].set(ylabel="emptiest expert (fair share = 1)", ylim=(-0.02, 1.05),
-                title=f"Emptiest: {emptiest.min():.1f} shares, {emptiest[-1].min():.1f} at the end")
+                title=f"Emptiest: {emptiest.min():.1f} shares, "
+                      f"{emptiest[-1].min():.1f} at the end")
     for ax in axes:
         ax.axhline(1, color=INK, lw=1.2, ls="--")
         ax.set_xlabel("step")
