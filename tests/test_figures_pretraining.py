@@ -15,6 +15,7 @@ LOG[10] |= {"expert_load": [[9, 9, 9], [6, 2, 1]]}
 SIZES = np.logspace(-6, 0, 50)
 PARTS = {"plain": {"weights": 60e9, "gradients": 60e9, "moments": 120e9},
          "small": {"weights": 30e9, "gradients": 30e9, "moments": 30e9}}
+ROW = [0, 5, 6, 7, 1, 0, 8, 1, 0, 9, 1]               # three documents
 DRAW = {
     "schedule_curves": lambda: figures.schedule_curves(
         [0, 0.5, 1], {"V2": [0, 1, 0.1], "ours": torch.tensor([0, 1, 0.02])}),
@@ -29,6 +30,12 @@ DRAW = {
     "memory_bars": lambda: figures.memory_bars(PARTS, 141e9),
     "memory_bars, none fits": lambda: figures.memory_bars(PARTS, 80e9),
     "memory_bars, no limit": lambda: figures.memory_bars({"a": {"kept": 3e6}}, unit="MB"),
+    "packed_windows": lambda: figures.packed_windows(ROW, [6, 2], 4, begin=0),
+    "optimizer_paths": lambda: figures.optimizer_paths(
+        torch.tensor([1.0, -300]), [1, 0.5], [1, 2], [1.25, -0.5]),
+    "kept_by_width": lambda: figures.kept_by_width(
+        {"dense layer": {128: 1e4, 256: 2e4}, "MoE layer": {128: 2e4, 256: 3e4, 512: 5e4}}, 1024),
+    "memory_over_step": lambda: figures.memory_over_step([1e6, 3e6, 2e6], 2.5e6, 1e6),
 }
 TITLES = {
     "schedule_curves": ["Rates end at: V2 10 %, ours 2 %"],
@@ -38,6 +45,10 @@ TITLES = {
     "memory_bars": ["In 141 GB fits: small"],
     "memory_bars, none fits": ["In 80 GB fit 0 of these 2"],
     "memory_bars, no limit": ["From 3 to 3 MB"],
+    "packed_windows": ["3 documents, 2 windows, 2 with more than one document", ""],
+    "optimizer_paths": ["Gradients of up to 300", "Steps of up to 1.2 rates"],
+    "kept_by_width": ["At width 1,024: dense layer 80 KB, MoE layer 90 KB per token"],
+    "memory_over_step": ["Peak: 3 MB measured, 2.5 MB planned"],
 }
 LABELS = {
     "schedule_curves": [("done (% of the run)", "rate (peak = 1)")],
@@ -47,6 +58,9 @@ LABELS = {
     "code_steps": [("size (largest of the block = 1)", "size after coding")],
     "memory_bars": [("memory (GB)", "")],
     "memory_bars, no limit": [("memory (MB)", "")],
+    "optimizer_paths": [("step", "size"), ("step", "step (rate = 1)")],
+    "kept_by_width": [("width of the stream", "kept per token (KB)")],
+    "memory_over_step": [("allocations of the step, in order", "memory in use (MB)")],
 }
 
 
@@ -93,6 +107,25 @@ def test_bars_stack_to_their_totals_beside_the_limit():
     assert not DRAW["memory_bars, no limit"]().axes[0].lines
 
 
+def test_windows_have_the_colours_of_their_documents():
+    above, below = DRAW["packed_windows"]().axes
+    colors = [bar.get_facecolor() for bar in above.patches]
+    assert len(set(colors)) == 3 and [colors.index(color) for color in colors] == [
+        0, 0, 0, 0, 0, 5, 5, 5, 8, 8, 8]
+    assert [bar.get_facecolor() for bar in below.patches] == colors[6:10] + colors[2:6]
+    assert [line.get_xdata()[0] for line in above.lines] == [2, 6, 10]
+    assert [text.get_text() for text in below.get_yticklabels()] == ["window 1", "window 2"]
+
+
+def test_paths_are_sizes_and_memory_is_in_megabytes():
+    left, right = DRAW["optimizer_paths"]().axes
+    assert [list(line.get_ydata()) for line in left.lines] == [[1, 300], [1, 0.5], [1, 2]]
+    assert list(right.lines[0].get_ydata()) == [1.25, 0.5]
+    ax = DRAW["memory_over_step"]().axes[0]
+    assert [line.get_ydata()[0] for line in ax.lines] == [2.5, 1]
+    assert ax.collections[0].get_datalim(ax.transData).y1 == 3
+
+
 def test_bad_input_is_refused_in_one_line():
     refused(lambda: figures.schedule_curves([0, 1], {"a": [1]}), "shares: [1] values", "2 each")
     refused(lambda: figures.live_picture([{"step": 1}], 3), "no entry has 'expert_load'")
@@ -101,3 +134,7 @@ def test_bad_input_is_refused_in_one_line():
     refused(lambda: figures.memory_bars({}), "one at least")
     refused(lambda: figures.memory_bars({"a": {"x": 1}, "b": {"y": 1}}), "the same parts")
     refused(lambda: figures.memory_bars(PARTS, unit="GiB"), "unit: 'GiB'")
+    refused(lambda: figures.packed_windows([0, 1], [1], 2, 0), "windows of 2 within 2 tokens")
+    refused(lambda: figures.optimizer_paths([1], [1], [], [1]), "root_v: 0", "as many of each")
+    refused(lambda: figures.memory_over_step([], 1, 1), "in_use: 0 values")
+    refused(lambda: figures.kept_by_width({"a": {1: 1}}, 9), "two widths or more")

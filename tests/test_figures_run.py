@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from drawn import is_whole
 from refusals import refused
 
@@ -31,6 +32,8 @@ def log(n=60, skipped=(), batch_from=4, layers=2):
     return entries
 
 
+LIVES = [{"first": 1, "last": 9, "states": [4, 8]}, {"first": 9, "last": 14, "states": [12]},
+         {"first": 13, "last": 20, "states": [16, 20]}]
 DRAW = {
     "gradient_norm": lambda: figures.gradient_norm(log()),
     "gradient_norm, skipped": lambda: figures.gradient_norm(log(skipped=(5, 30))),
@@ -39,6 +42,12 @@ DRAW = {
     "rate_curve, one batch": lambda: figures.rate_curve(log(batch_from=99)),
     "balance_curves": lambda: figures.balance_curves(log(), first_layer=1),
     "balance_curves, many layers": lambda: figures.balance_curves(log(layers=26)),
+    "run_lives": lambda: figures.run_lives(LIVES, 20),
+    "run_lives, one": lambda: figures.run_lives(LIVES[:1], 20),
+    "resume_gaps": lambda: figures.resume_gaps(
+        [6, 7, 8], {"whole state": [0, 0, 0], "without moments": torch.tensor([0, 0.1, -0.2])}),
+    "saving_cost": lambda: figures.saving_cost(
+        [1, 10, 100], [0.3, 0.05, 0.2], {10: 0.06, 100: 0.2}),
 }
 TITLES = {
     "gradient_norm": ["Gradient norm: 2.5 in the median, no step skipped"],
@@ -46,13 +55,20 @@ TITLES = {
     "rate_curve": ["Rate: 0.001 at step 1, 1.7e-05 at the end", "Batch: 4 to 59 sequences"],
     "rate_curve, one batch": ["Rate: 0.001 at step 1, 1.7e-05 at the end"],
     "balance_curves": ["Fullest: up to 3.7 shares, 3.7 at the end",
-                       "Entropy: 0.80 of at most 1.39 nats"],
+                       "Emptiest: 0.1 shares, 0.1 at the end"],
+    "run_lives": ["2 kills: 3 of 20 steps are done again"],
+    "run_lives, one": ["0 kills: 0 of 20 steps are done again"],
+    "resume_gaps": ["At most: whole state 0, without moments 0.2 nats"],
+    "saving_cost": ["Least is lost at a state every 10 minutes: 5.0 %"],
 }
 LABELS = {
     "gradient_norm": [("step", "gradient norm before clipping")],
     "rate_curve": [("step", "rate"), ("step", "sequences per step")],
     "balance_curves": [("step", "fullest expert (fair share = 1)"),
-                       ("step", "entropy of affinities (nats)")],
+                       ("step", "emptiest expert (fair share = 1)")],
+    "run_lives": [("step", "")],
+    "resume_gaps": [("step", "loss less the unbroken run's (nats)")],
+    "saving_cost": [("minutes between two states", "time lost (%)")],
 }
 
 
@@ -81,15 +97,30 @@ def test_skipped_steps_are_marked_where_they_were():
     assert len(DRAW["gradient_norm"]().axes[0].lines) == 1
 
 
-def test_load_is_relative_to_a_fair_share_and_entropy_to_its_most():
-    shares, entropy = DRAW["balance_curves"]().axes
-    assert [list(line.get_ydata()) for line in shares.lines[:2]] == [
+def test_load_is_relative_to_a_fair_share():
+    fullest, emptiest = DRAW["balance_curves"]().axes
+    assert [list(line.get_ydata()) for line in fullest.lines[:2]] == [
         [2, 2, 2], pytest.approx([2, 23 * 4 / 26, 43 * 4 / 46])]
-    assert list(entropy.lines[1].get_ydata()) == pytest.approx([0.8, 0.6, 0.4])
-    assert entropy.lines[2].get_ydata()[0] == pytest.approx(math.log(4))
-    names = [text.get_text() for text in shares.get_legend().get_texts()]
+    assert list(emptiest.lines[1].get_ydata()) == pytest.approx([4 / 6, 4 / 26, 4 / 46])
+    assert fullest.lines[2].get_ydata()[0] == emptiest.lines[2].get_ydata()[0] == 1
+    names = [text.get_text() for text in fullest.get_legend().get_texts()]
     assert names == ["layer 1", "layer 2"]
     assert DRAW["balance_curves, many layers"]().axes[0].get_legend() is None
+
+
+def test_lives_are_what_is_kept_and_what_is_done_again():
+    ax = DRAW["run_lives"]().axes[0]
+    assert [(b.get_x(), b.get_width()) for b in ax.patches] == [
+        (0.5, 8), (8.5, 1), (8.5, 4), (12.5, 2), (12.5, 8), (20.5, 0)]
+    assert [list(line.get_xdata()) for line in ax.lines] == [[4.5, 8.5], [12.5], [16.5, 20.5]]
+
+
+def test_gaps_and_costs_are_what_was_given():
+    assert list(DRAW["resume_gaps"]().axes[0].lines[1].get_ydata()) == pytest.approx([0, 0.1, -0.2])
+    formula, simulated = DRAW["saving_cost"]().axes[0].lines
+    assert list(formula.get_ydata()) == pytest.approx([30, 5, 20])
+    assert list(simulated.get_xdata()) == [10, 100]
+    assert list(simulated.get_ydata()) == pytest.approx([6, 20])
 
 
 def test_the_load_drawn_is_the_last_one_of_the_log():
@@ -160,3 +191,6 @@ def test_bad_logs_are_refused_in_one_line():
     refused(lambda: figures.rate_curve([{"step": 1, "lr": 1}]), "no 'batch'")
     refused(lambda: figures.balance_curves([{"step": 1}]), "no entry has 'expert_load'")
     refused(lambda: figures.loss_curve([{"tokens": 1, "language": math.nan}]), "no loss")
+    refused(lambda: figures.run_lives([], 9), "lives: none")
+    refused(lambda: figures.resume_gaps([1, 2], {"a": [1]}), "gaps: [1] values", "2 each")
+    refused(lambda: figures.saving_cost([1, 2], [1], {}), "predicted: 1 values", "expected 2")

@@ -3,7 +3,7 @@
 
   tour.py  attention.py  mla.py  rope.py  absorption.py  cache.py  moe.py  routing.py  balance.py
   dropping.py  model.py  six_bits.py  fp8_weights.py  kernels.py  pretraining.py
-  lite_on_a_gpu.py  expert_parallel.py  pipelines.py  yarn_and_needles.py
+  lite_on_a_gpu.py  expert_parallel.py  pipelines.py  yarn_and_needles.py  surviving.py  memory.py
 
 A file is named as its notebook and holds `exercises = Exercises({1: …, 2: …})`, each a `Value` or
 a `Function`. The notebook asks, and calls `exercises.check(1, answer)`.

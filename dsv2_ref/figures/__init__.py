@@ -110,8 +110,12 @@ from dsv2_ref.figures.positions import (
 )
 from dsv2_ref.figures.pretraining import (
     code_steps,
+    kept_by_width,
     live_picture,
     memory_bars,
+    memory_over_step,
+    optimizer_paths,
+    packed_windows,
     rounding_paths,
     schedule_curves,
 )
@@ -131,7 +135,10 @@ from dsv2_ref.figures.run import (
     loss_curve,
     loss_floor,
     rate_curve,
+    resume_gaps,
     run_figures,
+    run_lives,
+    saving_cost,
 )
 from dsv2_ref.figures.scale_out import hour_ranges, hours_by_devices, stage_memory
 from dsv2_ref.figures.sliders import live_image
@@ -149,15 +156,16 @@ __all__ = [
     "error_by_bits", "errors_by_position", "expert_load", "expert_shares", "flops_against_context",
     "flops_by_part", "format_error", "found_by_length", "gradient_norm", "group_slider",
     "grouped_heads", "groups_like_mla", "harm_bars", "hour_ranges", "hours_by_devices",
-    "in_flight_bars", "information_dots", "kept_to_scale", "length_costs", "limit_quality",
-    "live_image", "live_picture", "load_animation", "load_over_training", "loss_arrows",
-    "loss_curve", "loss_floor", "losses_by_position", "matrices", "memory_bars",
-    "mistakes_by_factor", "mla_flow", "needle_attention", "needle_grid", "needle_grids",
-    "outlier_errors", "overlap_spans", "pair_clocks", "pair_wavelengths", "parameter_shares",
-    "phase_bars", "pipeline_slider", "position_slider", "program_grid", "rank_traffic",
-    "rank_traffic_slider", "rate_curve", "rotated_row", "rounding_paths", "router_heat_map",
-    "rows_by_hand", "run_figures", "save", "saving_steps", "scale_map", "schedule_curves",
-    "schedule_gantt", "seeds_and_differences", "shared_heads", "slots_by_device",
-    "softmax_in_pieces", "stage_memory", "study_changes", "styled", "token_routing", "turned_pair",
-    "word_layout", "yarn_pairs",
+    "in_flight_bars", "information_dots", "kept_by_width", "kept_to_scale", "length_costs",
+    "limit_quality", "live_image", "live_picture", "load_animation", "load_over_training",
+    "loss_arrows", "loss_curve", "loss_floor", "losses_by_position", "matrices", "memory_bars",
+    "memory_over_step", "mistakes_by_factor", "mla_flow", "needle_attention", "needle_grid",
+    "needle_grids", "optimizer_paths", "outlier_errors", "overlap_spans", "packed_windows",
+    "pair_clocks", "pair_wavelengths", "parameter_shares", "phase_bars", "pipeline_slider",
+    "position_slider", "program_grid", "rank_traffic", "rank_traffic_slider", "rate_curve",
+    "resume_gaps", "rotated_row", "rounding_paths", "router_heat_map", "rows_by_hand",
+    "run_figures", "run_lives", "save", "saving_cost", "saving_steps", "scale_map",
+    "schedule_curves", "schedule_gantt", "seeds_and_differences", "shared_heads",
+    "slots_by_device", "softmax_in_pieces", "stage_memory", "study_changes", "styled",
+    "token_routing", "turned_pair", "word_layout", "yarn_pairs",
 ]

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""How pretraining works: schedules, a live run, rounding, codes of moments, memory."""
+"""How pretraining works: windows, steps, schedules, a live run, rounding, codes, memory."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -13,6 +14,84 @@ from dsv2_ref.training.watching import fair_shares
 
 _LINES = (COLORS["MLA"], COLORS["MHA"], COLORS["GQA"], *MORE_COLORS)
 _DASHES = ("-", "--", "-.", ":")
+
+
+@styled
+def packed_windows(
+    tokens: Sequence[int], starts: Sequence[int], sequence: int, begin: int
+) -> Figure:
+    """Documents in one row of tokens, and the windows that are cut from it, in reading order.
+
+    tokens: ids, each document opened by the id `begin`; starts: where each window of `sequence`
+    tokens begins. A document has one colour in both panels.
+    """
+    ids = np.asarray(tokens)
+    if sequence < 1 or not len(starts) or min(starts) < 0 or max(starts) + sequence > len(ids):
+        raise ValueError(f"starts: {list(starts)}, expected windows of {sequence} within "
+                         f"{len(ids)} tokens, one at least")
+    document = np.cumsum(ids == begin)                                      # (tokens,) from 1
+    colors = (COLORS["MLA"], COLORS["GQA"], MORE_COLORS[1], MORE_COLORS[0], COLORS["MQA"])
+    figure = Picture(9.0, 0.42 * len(starts) + 2.3)
+    above, below = figure.subplots(2, 1, height_ratios=[1.0, len(starts)], sharex=False)
+
+    def cells(ax: Axes, row: int, first: int, n: int, at: int) -> None:
+        for i in range(n):
+            ax.barh(row, 1, left=at + i, height=0.8, color=colors[document[first + i] % 5],
+                    edgecolor="white", lw=0.8)
+            if ids[first + i] == begin:
+                ax.annotate("b", (at + i + 0.5, row), ha="center", va="center", color="white",
+                            fontsize=9)
+
+    cells(above, 0, 0, len(ids), 0)
+    mixed = 0
+    for row, first in enumerate(starts):
+        cells(below, row, first, sequence, 0)
+        mixed += document[first] != document[first + sequence - 1]
+    for ax, rows, width in ((above, [0], len(ids)), (below, range(len(starts)), sequence)):
+        ax.set(xlim=(0, width), yticks=list(rows))
+        ax.invert_yaxis()
+        ax.tick_params(axis="y", length=0)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for cut in sorted({*starts, max(starts) + sequence}):
+        above.axvline(cut, color=INK, lw=2.4)
+    above.set(yticklabels=["all tokens"],
+              title=f"{document[-1]} documents, {len(starts)} windows, {mixed} with more than one "
+                    "document")
+    below.set(yticklabels=[f"window {n + 1}" for n in range(len(starts))],
+              xlabel="place in the window (a colour per document; b: its begin mark; black: a cut)")
+    return figure
+
+
+@styled
+def optimizer_paths(
+    gradients: Sequence[float], m: Sequence[float], root_v: Sequence[float],
+    steps: Sequence[float],
+) -> Figure:
+    """AdamW on one weight: its gradients, their two running means, and the steps that follow.
+
+    All by step; root_v: the root of the second mean; steps: in units of the rate.
+    """
+    if not len(gradients) or {len(gradients)} != {len(m), len(root_v), len(steps)}:
+        raise ValueError(f"gradients: {len(gradients)}, m: {len(m)}, root_v: {len(root_v)}, steps: "
+                         f"{len(steps)}, expected as many of each, one at least")
+    x = np.arange(1, len(gradients) + 1)
+    sizes, moved = np.abs(np.asarray(gradients, float)), np.abs(np.asarray(steps, float))
+    figure = Picture(10.0, 3.8)
+    left, right = figure.subplots(1, 2)
+    left.plot(x, sizes, ".", color="#999999", label="|gradient|")
+    left.plot(x, np.abs(np.asarray(m, float)), color=COLORS["MLA"], label="|m|, 10 steps")
+    left.plot(x, root_v, color=COLORS["MHA"], ls="--", label="root of v, 20 steps")
+    left.set(yscale="log", ylabel="size",
+             title=f"Gradients of up to {sizes.max():,.3g}")
+    left.legend(loc="best")
+    right.plot(x, moved, color=COLORS["GQA"])
+    right.axhline(1, color=INK, lw=1.2, ls="--")
+    right.set(ylabel="step (rate = 1)", ylim=(0, None),
+              title=f"Steps of up to {moved.max():.1f} rates")
+    for ax in (left, right):
+        ax.set_xlabel("step")
+        ax.grid(True, axis="y")
+    return figure
 
 
 @styled
@@ -61,8 +140,8 @@ def live_picture(log: Sequence[Mapping[str, Any]], steps: int) -> Figure:
 
 
 @styled
-def rounding_paths(paths: Mapping[str, Sequence[float]]) -> Figure:
-    """One weight, update by update, in several ways of keeping it: name -> its values."""
+def rounding_paths(paths: Mapping[str, Sequence[float]], what: str = "weight") -> Figure:
+    """A number, update by update, in several ways of keeping it: name -> its values."""
     if not paths or min(len(values) for values in paths.values()) < 2:
         raise ValueError("paths: expected at least one way, of two values or more")
     figure = Picture(7.6, 4.0)
@@ -71,7 +150,7 @@ def rounding_paths(paths: Mapping[str, Sequence[float]]) -> Figure:
         ax.plot(values, color=_LINES[i], ls="-" if i else "--", lw=1.6, label=name)
     n = max(len(values) for values in paths.values()) - 1
     moved = ", ".join(f"{name} {values[-1] - values[0]:+.3f}" for name, values in paths.items())
-    ax.set(xlabel="update", ylabel="weight", title=f"{n:,} updates: {moved}")
+    ax.set(xlabel="update", ylabel=what, title=f"{n:,} updates: {moved}")
     ax.grid(True, axis="y")
     ax.legend(loc="best")
     return figure
@@ -139,4 +218,58 @@ def memory_bars(
     ax.set(xlabel=f"memory ({unit})", title=title,
            xlim=(0, max(most, (limit or 0) / scale) * 1.12))
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=len(names))
+    return figure
+
+
+@styled
+def memory_over_step(in_use: Sequence[float], planned: float, standing: float) -> Figure:
+    """Bytes in use after each allocation of one training step, beside the peak that was planned.
+
+    standing: weights and moments, which are there before and after.
+    """
+    y = np.asarray(in_use, float) / 1e6
+    if not len(y) or not planned > 0:
+        raise ValueError(f"in_use: {len(y)} values, planned: {planned}, expected some, and a "
+                         "positive plan")
+    figure = Picture(8.6, 4.0)
+    ax = figure.subplots()
+    parts = np.array_split(y, min(len(y), 500))      # each by its most: no spike is missed
+    x = np.cumsum([0, *(len(part) for part in parts)])
+    most = [part.max() for part in parts]
+    ax.fill_between(x, [*most, most[-1]], color=COLORS["MQA"], lw=0, step="post",
+                    label="measured")
+    ax.axhline(planned / 1e6, color=INK, lw=1.4, ls="--", label="planned peak")
+    ax.axhline(standing / 1e6, color=COLORS["MHA"], lw=1.4, ls=":", label="weights and moments")
+    ax.set(xlabel="allocations of the step, in order", ylabel="memory in use (MB)",
+           xlim=(0, len(y)), ylim=(0, max(y.max(), planned / 1e6) * 1.05),
+           title=f"Peak: {y.max():,.3g} MB measured, {planned / 1e6:,.3g} MB planned")
+    ax.grid(True, axis="y")
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
+@styled
+def kept_by_width(counted: Mapping[str, Mapping[int, float]], full: int) -> Figure:
+    """Bytes kept per token at narrow widths, and the line through the two narrowest to `full`.
+
+    counted: kind of layer -> width -> bytes; two widths each at least.
+    """
+    if not counted or min(len(points) for points in counted.values()) < 2:
+        raise ValueError("counted: expected at least one kind of layer, at two widths or more")
+    figure = Picture(7.6, 4.0)
+    ax = figure.subplots()
+    told = []
+    for i, (name, points) in enumerate(counted.items()):
+        (x0, y0), (x1, y1) = sorted(points.items())[:2]
+        at_full = y0 + (y1 - y0) / (x1 - x0) * (full - x0)
+        told.append(f"{name} {at_full / 1e3:.0f} KB")
+        ax.plot([x0, full], [y0 / 1e3, at_full / 1e3], color=_LINES[i], ls="--", lw=1.4)
+        ax.plot(list(points), [y / 1e3 for y in points.values()], "o", color=_LINES[i], ms=7,
+                label=f"{name}, counted")
+        ax.plot([full], [at_full / 1e3], "o", color=_LINES[i], ms=7, mfc="white",
+                label=f"{name}, by the line")
+    ax.set(xlabel="width of the stream", ylabel="kept per token (KB)", xlim=(0, None),
+           ylim=(0, None), title=f"At width {full:,}: {', '.join(told)} per token")
+    ax.grid(True, axis="y")
+    ax.legend(loc="best")
     return figure

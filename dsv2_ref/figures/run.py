@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: MIT
 """How a training run went, from its log: loss, gradient norm, rate and batch, load; `run_figures`
-draws all there is."""
+draws all there is. And what became of a run that was stopped and went on."""
 
-import math
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from dsv2_ref.figures.experts import expert_load
 from dsv2_ref.figures.style import COLORS, INK, MORE_COLORS, Picture, styled
@@ -134,7 +133,7 @@ def gradient_norm(log: Log) -> Figure:
     if skipped.any():                # what is no number stands at the top
         ax.plot(steps[skipped], np.where(finite, norms, top)[skipped], "x", color=COLORS["MHA"],
                 ms=8, mew=2, label="skipped", clip_on=False)
-        ax.legend(loc="best")
+        figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center")
     left = f"{skipped.sum()} of {len(log)} steps skipped" if skipped.any() else "no step skipped"
     ax.set(xlabel="step", ylabel="gradient norm before clipping", yscale="log",
            ylim=(norms[finite].min() / 1.5, top * 1.5),
@@ -172,33 +171,118 @@ def rate_curve(log: Log) -> Figure:
 
 @styled
 def balance_curves(log: Log, first_layer: int = 0) -> Figure:
-    """By step, a line per layer: the fullest expert against its fair share, and the gates' entropy.
+    """By step, a line per layer: the fullest and the emptiest expert, against their fair share.
 
-    log: entries, some with `expert_load` (layers, experts) and `gate_entropy` (layers).
+    log: entries, some with `expert_load` (layers, experts).
     """
     loads = [entry for entry in log if "expert_load" in entry]
     if not loads:
         raise ValueError("log: no entry has 'expert_load', expected one at least")
-    steps, load, entropy = _columns(loads, "step", "expert_load", "gate_entropy")
-    fullest = fair_shares(load).max(2)                                      # (records, layers)
-    most = math.log(load.shape[2])
+    steps, load = _columns(loads, "step", "expert_load")
+    shares = fair_shares(load)                                              # (records, layers, E)
+    fullest, emptiest = shares.max(2), shares.min(2)                        # (records, layers)
     figure = Picture(10.0, 4.0)
     axes = figure.subplots(1, 2)
     n_layers = load.shape[1]
     colors = (COLORS["MLA"], COLORS["GQA"], COLORS["MHA"], *MORE_COLORS)
     for i in range(n_layers):
         label = f"layer {first_layer + i}" if n_layers <= len(colors) else None
-        for ax, values in zip(axes, (fullest, entropy)):
+        for ax, values in zip(axes, (fullest, emptiest)):
             ax.plot(steps, values[:, i], "o-", ms=3, color=colors[i % len(colors)], label=label)
-    axes[0].axhline(1, color=INK, lw=1.2, ls="--")
-    title = f"Fullest: up to {fullest.max():.1f} shares, {fullest[-1].max():.1f} at the end"
-    axes[0].set(ylabel="fullest expert (fair share = 1)", ylim=(0, None), title=title)
-    axes[1].axhline(most, color=INK, lw=1.2, ls="--")
-    axes[1].set(ylabel="entropy of affinities (nats)", ylim=(0, most * 1.1),
-                title=f"Entropy: {entropy[-1].mean():.2f} of at most {most:.2f} nats")
+    axes[0].set(ylabel="fullest expert (fair share = 1)", ylim=(0, None),
+                title=f"Fullest: up to {fullest.max():.1f} shares, "
+                      f"{fullest[-1].max():.1f} at the end")
+    axes[1].set(ylabel="emptiest expert (fair share = 1)", ylim=(-0.02, 1.05),
+                title=f"Emptiest: {emptiest.min():.1f} shares, "
+                      f"{emptiest[-1].min():.1f} at the end")
     for ax in axes:
+        ax.axhline(1, color=INK, lw=1.2, ls="--")
         ax.set_xlabel("step")
         ax.grid(True, axis="y")
         if n_layers <= len(colors):
             ax.legend(loc="best")
+    return figure
+
+
+@styled
+def run_lives(lives: Sequence[Mapping[str, Any]], steps: int) -> Figure:
+    """A run of `steps` steps that was killed and went on: a bar per life, over its steps.
+
+    lives: each with `first`, the step it began with, `last`, the last one in its log when it ended,
+    and `states`, the steps that it saved a state after.
+    """
+    if not lives:
+        raise ValueError("lives: none, expected one at least")
+    again = sum(max(0, before["last"] - after["first"] + 1)
+                for before, after in zip(lives, lives[1:]))
+    figure = Picture(9.0, 0.5 * len(lives) + 2.0)
+    ax = figure.subplots()
+    for row, life in enumerate(lives):
+        twice = 0
+        if row + 1 < len(lives):
+            twice = max(0, life["last"] - lives[row + 1]["first"] + 1)
+        first, last = life["first"] - 0.5, life["last"] + 0.5
+        ax.barh(row, last - twice - first, left=first, height=0.55, color=COLORS["MLA"],
+                label="kept" if row == 0 else None)
+        ax.barh(row, twice, left=last - twice, height=0.55, color=COLORS["MHA"],
+                label="lost with the kill, done again" if row == 0 else None)
+        ax.plot([step + 0.5 for step in life["states"]], [row] * len(life["states"]), "|",
+                color=INK, ms=18, mew=1.6, label="a state is saved" if row == 0 else None)
+    ax.set(xlim=(0.5, steps + 0.5), yticks=range(len(lives)), xlabel="step",
+           yticklabels=[f"life {row + 1}" for row in range(len(lives))],
+           title=f"{len(lives) - 1} kills: {again} of {steps} steps are done again")
+    ax.invert_yaxis()
+    ax.tick_params(axis="y", length=0)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
+@styled
+def resume_gaps(steps: Sequence[float], gaps: Mapping[str, Sequence[float]]) -> Figure:
+    """How far resumed runs are from the one that was not stopped, by what their state held.
+
+    gaps: name -> differences of the loss, one per step.
+    """
+    if not gaps or any(len(values) != len(steps) or not len(values) for values in gaps.values()):
+        raise ValueError(f"gaps: {[len(v) for v in gaps.values()]} values, expected {len(steps)} "
+                         "each, one at least")
+    figure = Picture(8.6, 4.0)
+    ax = figure.subplots()
+    told = []
+    for (name, values), color in zip(gaps.items(), cycle((COLORS["MLA"], COLORS["MHA"],
+                                                             COLORS["GQA"], *MORE_COLORS))):
+        y = np.asarray(values, float)
+        told.append(f"{name} {np.abs(y).max():.2g}")
+        ax.plot(steps, y, "o-", ms=3, lw=1.6, color=color, label=name)
+    ax.set(xlabel="step", ylabel="loss less the unbroken run's (nats)",
+           title=f"At most: {', '.join(told)} nats")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.grid(True, axis="y")
+    ax.legend(loc="best")
+    return figure
+
+
+@styled
+def saving_cost(
+    minutes: Sequence[float], predicted: Sequence[float], simulated: Mapping[float, float]
+) -> Figure:
+    """Share of the time that is lost, to saving and to kills, by the minutes between two states.
+
+    simulated: minutes -> share.
+    """
+    x, y = np.asarray(minutes, float), np.asarray(predicted, float)
+    if x.shape != y.shape or not len(x):
+        raise ValueError(f"predicted: {len(y)} values, expected {len(x)}, one at least")
+    figure = Picture(7.6, 4.0)
+    ax = figure.subplots()
+    ax.plot(x, 100 * y, color=COLORS["MLA"], label="formula")
+    ax.plot(list(simulated), [100 * share for share in simulated.values()], "o",
+            color=COLORS["MHA"], ms=6, label="simulated")
+    ax.set(xscale="log", xlabel="minutes between two states", ylabel="time lost (%)",
+           ylim=(0, None), title=f"Least is lost at a state every {x[y.argmin()]:.0f} minutes: "
+                                 f"{100 * y.min():.1f} %")
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:g}"))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.grid(True, axis="y")
+    ax.legend(loc="best")
     return figure
