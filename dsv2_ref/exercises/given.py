@@ -18,7 +18,7 @@ from dsv2_ref.model import DeepSeekV2
 # small, and no two sizes equal: a wrong axis is seen; a factor as V2's, not the 1 of data/model
 C = TINY.with_(vocab=23, d=12, n_layers=3, n_h=3, d_h=6, d_r=8, d_v=7, d_c=10, d_cq=11,
                dense_width=17, expert_width=13, n_routed=8, top_k=3, n_devices=4, max_devices=2,
-               routed_scaling_factor=2.5, norm_eps=1e-3)
+               routed_scaling_factor=2.5)
 T, S = 5, 9
 
 

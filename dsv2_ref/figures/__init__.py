@@ -6,6 +6,7 @@
   architecture  the whole model
   attention     matrices in numbers, heads
   balance       losses, load, dropping
+  building      the parts of a model in the order in which one builds them
   cache         what is kept
   experts       where tokens go
   kernels       tiles, rooflines
@@ -39,6 +40,7 @@ from dsv2_ref.figures.balance import (
     loss_arrows,
     slots_by_device,
 )
+from dsv2_ref.figures.building import building_order
 from dsv2_ref.figures.cache import (
     batch_bars,
     batch_slider,
@@ -119,6 +121,7 @@ __all__ = [
     "COLORS", "GIB", "INK", "LENGTHS", "MORE_COLORS", "Picture", "ablation_cost",
     "absorption_crossover", "absorption_flops", "absorption_regions", "angle_errors",
     "architecture", "attention_tiles", "balance_curves", "batch_bars", "batch_slider",
+    "building_order",
     "bubble_curves", "bytes_moved", "cache_against_context", "cache_bars", "cache_growth",
     "cache_slider", "code_steps", "decode_floors", "decode_roofline", "device_limit_slider",
     "device_messages", "device_traffic", "dropped_against_capacity", "dropped_over_training",
