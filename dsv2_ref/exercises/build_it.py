@@ -165,8 +165,7 @@ exercises = Exercises({
             sum="a device counts as the sum of its experts; it counts as its best one",
             two="a device counts as the sum of its two best, as in V3; here as its best one",
             worst="the worst devices are chosen, not the best",
-            strided="experts are dealt out to devices in turn; a device holds neighbours",
-            zero="experts of other devices are set to 0, and affinities can be 0, too: use -inf")),
+            strided="experts are dealt out to devices in turn; a device holds neighbours")),
     11: Stub(
         parts.mixture, given.mixture_cases,
         "(20): the stream u itself, plus the shared experts of x, plus for each slot its gate "

@@ -191,7 +191,7 @@ def route(x: Tensor, centroids: Tensor, top_k: int, n_devices: int, max_devices:
         allowed = allowed[:, None].expand(-1, groups.shape[-1], -1).flatten(1)
     else:
         allowed = allowed[..., None].expand_as(groups).flatten(1)
-    masked = s if wrong == "greedy" else s.masked_fill(~allowed, 0 if wrong == "zero" else -1e9)
+    masked = s if wrong == "greedy" else s.masked_fill(~allowed, -torch.inf)
     indices = masked.topk(top_k, -1).indices
     gates = s.gather(-1, indices)
     if wrong.startswith("renormalised"):
@@ -207,9 +207,8 @@ def mixture(u: Tensor, x: Tensor, w: Any, indices: Tensor, gates: Tensor,
     gates = {"no gates": torch.ones_like(gates), "reversed": gates.flip(-1),
              "squared": gates**2}.get(wrong, gates)
     K = {"first": 1, "last missing": gates.shape[1] - 1}.get(wrong, gates.shape[1])
-    routed = torch.stack([
-        sum(gates[n, k] * feed_forward(x[n], *w.experts[int(indices[n, k])]) for k in range(K))
-        for n in range(len(x))])
+    routed = sum((gates * (indices == e))[:, :K].sum(1, keepdim=True) * feed_forward(x, *expert)
+                 for e, expert in enumerate(w.experts))
     shared = feed_forward(x, *w.shared)
     shared = shared * {"no shared": 0, "shared gated": gates.sum(-1, keepdim=True)}.get(wrong, 1)
     stream = {"no stream": 0, "norm added": x, "stream twice": 2 * u}.get(wrong, u)

@@ -67,5 +67,5 @@ def building_order(
                 transform=ax.transAxes, fontsize=9,
                 bbox={"fc": colour, "ec": INK, "lw": 0.6, "boxstyle": "round,pad=0.2"})
     first = sum(not calls.get(n) for n in names)
-    ax.set_title(f"{len(names)} parts; {first} of them call no other, and each can be begun at once")
+    ax.set_title(f"{len(names)} parts; {first} of them call no other: begin with any of these")
     return figure
