@@ -68,7 +68,7 @@ NUMBERS = torch.arange(1, 25, dtype=torch.float64).view(2, 3, 4)
     (lambda x: x[:1], "o has shape (1, 3, 4), expected (2, 3, 4): (sequence, token, number)"),
     (lambda x: x.float(), "o is float32, expected float64"), (lambda x: "x", "o is 'x', expected"),
     (lambda x: 3 * x, "o is 3 times what it should be, everywhere"),
-    (lambda x: x * (1 + 1e-7 * torch.rand(x.shape)), "computed in fp32?"),
+    (lambda x: x * (1 + 1e-7 * torch.rand(x.shape)), "is computed in fp32"),
     (lambda x: x.index_fill(1, torch.tensor([2]), 0.0), "o is off only at token 2 (first: "),
     (lambda x: x.masked_fill(x == 6, 0.0),
      "only at sequence 0 and token 1 and number 1 (first: sequence 0, token 1, number 1)"),
@@ -80,11 +80,18 @@ def test_where_a_tensor_differs(change, words):
     assert tensor_differs("o: sequence token number", NUMBERS + 1e-13, NUMBERS, 1e-9) is None
 
 
+def test_whole_numbers_are_wanted():
+    assert tensor_differs("i: slot", torch.ones(2), torch.tensor([1, 1]), 0) == (
+        "i is float32, expected whole numbers")
+
+
 def test_other_faults_of_a_part():
     item = Stub(lambda x: (x, -x), [(NUMBERS,)], "", gives=["a: i j k", "b: i j k"])
-    for answer, words in ((3, "3 is not a function"), (lambda x: None, "is the return missing?"),
+    for answer, words in ((3, "3 is not a function"),
+                          (lambda x: None, "gives None, as if a return were missing"),
                           (lambda x: x, "gives 1 tensor(s), expected 2: a, b"),
-                          (lambda: 0, "called with x (2, 3, 4) it raises TypeError"),
+                          (lambda: 0, "it raises TypeError: "),
+                          (lambda x: x[9], "(called with x (2, 3, 4))"),
                           (lambda x: (x, x), "b is -1 times")):
         assert words in item.fault(answer)
     assert item.fault(lambda x: [x.clone(), x.neg_()]) is None           # its own copy

@@ -97,7 +97,8 @@ exercises = Exercises({
     5: Stub(
         parts.latents, given.stream_cases,
         "(41): c_kv = norm(W_DKV h) with w.norm_kv. (43): k_r = RoPE(W_KR h), made from h, one key "
-        "for all heads, not normed. See notebook 02.",
+        "for all heads, not normed. rotate wants an axis for heads: lend the key one. See notebook "
+        "02.",
         gives=ROWS,
         known=known(
             parts.latents, no_norm="the norm of the latent c_kv is missing",
@@ -109,8 +110,8 @@ exercises = Exercises({
     6: Stub(
         parts.attend, given.expanded_cases,
         "Scores are (q_c k_c + q_r k_r) / sqrt(d_h + d_r); token t sees tokens 0 to t, and what it "
-        "does not see is -inf before the softmax over keys. See notebook 01 for the mask, 02 for "
-        "(42)-(46).",
+        "does not see is -inf before the softmax over keys. k_r has no axis for heads: all share "
+        "it. See notebook 01 for the mask, 02 for (42)-(46).",
         gives=ATTEND, known=known(parts.attend, **ATTENDING)),
     7: Stub(
         parts.attend, given.absorbed_cases,
@@ -133,6 +134,8 @@ exercises = Exercises({
             interleaved="heads are mixed up before W_O: first all of head 0, then head 1",
             alone="the cache is not used: only new rows are attended to and returned",
             ignored="the cache is not attended to: only new rows are",
+            old="the new rows are not attended to: a token sees itself, too",
+            old_kept="new rows are neither attended to nor joined to the cache",
             new_alone="only the new rows are returned; old ones are lost for the next call",
             in_front="new rows stand before the cached ones")),
     9: Stub(
@@ -164,6 +167,7 @@ exercises = Exercises({
             over_tokens="the softmax runs over tokens, not over experts",
             sum="a device counts as the sum of its experts; it counts as its best one",
             two="a device counts as the sum of its two best, as in V3; here as its best one",
+            swapped="experts and gates are swapped: experts come first",
             worst="the worst devices are chosen, not the best",
             strided="experts are dealt out to devices in turn; a device holds neighbours")),
     11: Stub(
@@ -176,6 +180,7 @@ exercises = Exercises({
             parts.mixture, no_stream="the stream u is not added",
             norm_added="the norm x is added in place of the stream u",
             stream_twice="the stream u is added twice", not_normed="the experts read u, not x",
+            routed_not_normed="the routed experts read u, not x",
             no_gates="gates are missing: chosen experts count fully",
             reversed="gates and experts are in different orders",
             squared="gates are applied twice", first="only the first slot of each token counts",

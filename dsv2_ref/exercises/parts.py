@@ -157,11 +157,12 @@ def attention(h: Tensor, w: Any, cos: Tensor, sin: Tensor, cache: Rows | None = 
     order = (new, cache) if wrong == "in front" else (cache, new)
     rows = new if cache is None else tuple(torch.cat(pair, 1) for pair in zip(*order))
     used = new if wrong in ("ignored", "alone") else rows
+    used = cache if cache is not None and wrong.startswith("old") else used
     o = attend(*queries(h, w, cos, sin), *used, w.W_UK, w.W_UV)
     o = o.transpose(2, 3) if wrong == "interleaved" else o
     u = o.flatten(2) if wrong == "bare" else o.flatten(2) @ w.W_O.T
     u = h + u if wrong == "residual" else u
-    return u, (new if wrong in ("new alone", "alone") else rows)
+    return u, (new if wrong in ("new alone", "alone", "old kept") else rows)
 
 
 def feed_forward(x: Tensor, W_gate: Tensor, W_up: Tensor, W_down: Tensor,
@@ -197,7 +198,8 @@ def route(x: Tensor, centroids: Tensor, top_k: int, n_devices: int, max_devices:
     if wrong.startswith("renormalised"):
         gates = gates / gates.sum(-1, keepdim=True)
     factors = {"no factor": 1.0, "twice": factor**2, "renormalised alone": 1.0}
-    return indices, gates * factors.get(wrong, factor)
+    gates = gates * factors.get(wrong, factor)
+    return (gates, indices) if wrong == "swapped" else (indices, gates)
 
 
 def mixture(u: Tensor, x: Tensor, w: Any, indices: Tensor, gates: Tensor,
@@ -207,7 +209,8 @@ def mixture(u: Tensor, x: Tensor, w: Any, indices: Tensor, gates: Tensor,
     gates = {"no gates": torch.ones_like(gates), "reversed": gates.flip(-1),
              "squared": gates**2}.get(wrong, gates)
     K = {"first": 1, "last missing": gates.shape[1] - 1}.get(wrong, gates.shape[1])
-    routed = sum((gates * (indices == e))[:, :K].sum(1, keepdim=True) * feed_forward(x, *expert)
+    routed = sum((gates * (indices == e))[:, :K].sum(1, keepdim=True) * feed_forward(
+                     u if wrong == "routed not normed" else x, *expert)
                  for e, expert in enumerate(w.experts))
     shared = feed_forward(x, *w.shared)
     shared = shared * {"no shared": 0, "shared gated": gates.sum(-1, keepdim=True)}.get(wrong, 1)

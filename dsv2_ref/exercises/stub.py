@@ -36,19 +36,19 @@ class Stub(Function):
         if not callable(answer):
             return f"{_short(answer)} is not a function"
         for case in self.cases() if callable(self.cases) else self.cases:
-            called = f"called with {self._arguments(case)}"
+            called = f"(called with {self._arguments(case)})"
             try:
                 told = answer(*copy.deepcopy(case))
             except Exception as error:
-                words = " ".join(str(error).split())
-                return f"{called} it raises {type(error).__name__}: {words}"
+                words = " ".join(str(error).split()).rstrip(".")
+                return f"it raises {type(error).__name__}: {words} {called}"
             if told is ...:
                 return ...
             if told is None:
-                return f"{called} it gives None; is the return missing?"
+                return f"it gives None, as if a return were missing {called}"
             right = self._flat(self.right(*copy.deepcopy(case)))
             if found := self._differs(self._flat(told), right):
-                return f"{called}: {self._named(told, case) or found}"
+                return f"{self._named(told, case) or found} {called}"
         return self.besides(answer)
 
     def _arguments(self, case: tuple) -> str:
@@ -102,6 +102,8 @@ def tensor_differs(line: str, told: Any, right: Tensor, tolerance: float) -> str
     if told.shape != right.shape:
         return (f"{name} has shape {tuple(told.shape)}, expected {tuple(right.shape)}: "
                 f"({', '.join(axes)})")
+    if told.is_floating_point() and not right.is_floating_point():
+        return f"{name} is {str(told.dtype)[6:]}, expected whole numbers"
     if right.is_floating_point() and told.dtype != right.dtype:
         return f"{name} is {str(told.dtype)[6:]}, expected {str(right.dtype)[6:]}"
     if right.dtype == torch.float32:
@@ -114,8 +116,8 @@ def tensor_differs(line: str, told: Any, right: Tensor, tolerance: float) -> str
     if told.isnan().any():
         return f"{name} is NaN {_where(told.isnan(), axes)}"
     if (error <= 1e-5 * size.amax()).all():
-        return (f"{name} is right to {(error.max() / size.amax()).item():.0e} only; is something "
-                "computed in fp32?")
+        return (f"{name} is right to {(error.max() / size.amax()).item():.0e} only: something "
+                "is computed in fp32")
     large = size > 1e-3 * size.amax()
     ratio = told[large] / right[large]
     if (ratio - ratio[0]).abs().max() < 1e-6 * ratio[0].abs() and not ratio[0].abs() < 1e-9:

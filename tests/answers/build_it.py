@@ -405,6 +405,10 @@ CHANGED = {
         ("not used", ("is not None", "== 0")),
         ("not attended to", ("o = attend(q_c, q_r, c_kv, k_r,",
                              "o = attend(q_c, q_r, *latents(h, w, cos, sin),")),
+        ("new rows are neither", ("c_kv, k_r = torch.cat((cache[0], c_kv), 1), "
+                                  "torch.cat((cache[1], k_r), 1)\n        attend = attend_absorbed",
+                                  "o = attend_absorbed(q_c, q_r, *cache, w.W_UK, w.W_UV)\n        "
+                                  "return o.flatten(2) @ w.W_O.T, (c_kv, k_r)")),
         ("only the new rows are returned", (".T, (c_kv, k_r)", ".T, latents(h, w, cos, sin)"))],
     9: [("on W_up x", ("F.silu(x @ W_gate.T) * (x @ W_up.T)",
                        "F.silu(x @ W_up.T) * (x @ W_gate.T)")),
@@ -419,6 +423,8 @@ CHANGED = {
          ("renormalised and the factor is missing", (
              "factor * s.gather(1, experts)", "F.normalize(s.gather(1, experts), 1)")),
          ("factor on the gates is missing", ("factor * ", "")),
+         ("experts come first", ("return experts, factor * s.gather(1, experts)",
+                                 "return factor * s.gather(1, experts), experts")),
          ("scaled twice", ("factor * ", "factor ** 2 * ")),
          ("device limit is missing", ("within.topk", "s.topk")),
          ("a sigmoid", ("softmax(-1)", "sigmoid()")),
@@ -433,6 +439,7 @@ CHANGED = {
     11: [("stream u is not added", ("u + feed", "feed")),
          ("norm x is added", ("u + feed", "x + feed")),
          ("read u, not x", ("feed_forward(x, ", "feed_forward(u, "), ("(x[token]", "(u[token]")),
+         ("the routed experts read u", ("(x[token]", "(u[token]")),
          ("gates are missing", ("gates[token, slot, None] * ", "")),
          ("applied twice", ("gates[token, slot, None] *", "gates[token, slot, None] ** 2 *")),
          ("different orders", ("gates[token, slot", "gates.flip(1)[token, slot")),
