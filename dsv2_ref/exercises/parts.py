@@ -25,9 +25,7 @@ def rope_tables(positions: Tensor, d_r: int, theta: float, wrong: str = "") -> R
     """positions (T,) -> cos and sin (T, d_r/2) in fp64."""
     dtype = torch.float32 if wrong == "fp32" else torch.float64
     exponent = torch.arange(0, d_r, 2, dtype=dtype) / d_r
-    exponent = exponent * {"up": -1.0, "half": 0.5, "twice": 2.0}.get(wrong, 1.0)
-    if wrong == "none":
-        exponent = exponent * 0
+    exponent = exponent * {"up": -1.0, "half": 0.5, "twice": 2.0, "none": 0.0}.get(wrong, 1.0)
     if wrong == "from 0":
         positions = torch.arange(len(positions))
     angles = (positions + (wrong == "from 1"))[:, None].to(dtype) * theta**-exponent

@@ -44,7 +44,8 @@ def building_order(
         for n in (n for n in names if level[n] == column):
             called = [rows[p] for p in calls.get(n, ())]
             rows[n] = max(free, sum(called) / len(called)) if called else free
-            free = rows[n] + 1
+            beside = sum(n in calls.get(q, ()) and level[q] == column + 1 for q in names)
+            free = rows[n] + max(1, beside)                # room for those that need it alone
     figure = Picture(11.0, 0.62 * (max(rows.values()) + 1) + 1.2)
     ax = figure.subplots()
     last = max(level.values())
