@@ -26,6 +26,10 @@ notebooks: ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --nbval --nbval-cell-timeout 120 \
 		-n 2 --dist loadscope notebooks
 
+# a copy of all notebooks without their answers, in a new or empty folder: make student DIR=...
+student: ready
+	@$(BIN)/python -m dsv2_ref.exercises.student "$(DIR)"
+
 # slower: unit tests and notebooks as other CPUs would run them, and on two threads (an hour)
 matrix: ready
 	@$(BIN)/python tests/matrix.py
@@ -91,5 +95,5 @@ ready:
 clean:
 	rm -rf build .venv
 
-.PHONY: matrix ready run lab test lint unit notebooks browser kill parallel nodes bench audit mutants site map \
-	glossary execute model clean
+.PHONY: matrix ready run lab test lint unit notebooks student browser \
+	kill parallel nodes bench audit mutants site map glossary execute model clean

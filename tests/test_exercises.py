@@ -55,7 +55,7 @@ def test_a_wrong_answer_is_told_what_is_off_and_then_why(answer, right, word):
 def test_a_mistake_often_made_is_told_by_its_name():
     exercises = Exercises({1: Value(3, "", known=[(4, "the row itself was counted")])})
     with pytest.raises(WrongAnswer, match="1: 4: the row itself was counted"):
-        exercises.check(1, 4.0)
+        exercises.check(1, 4)
 
 
 def test_functions_are_compared_case_by_case(capsys):

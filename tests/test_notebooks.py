@@ -18,6 +18,7 @@ FILES = sorted(FOLDER.glob("*.ipynb"))
 HEAD = ("**What you will see.**", "**How long.**", "**What is tested.**")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 STATE = "application/vnd.jupyter.widget-state+json"
+CAPSTONE = "30"        # its reader builds a model: it has solutions in cells, and rules of its own
 MACHINE = re.compile(
     r"(?<![\w.])/(?:home|root|tmp|usr|work|mnt|opt|var|Users)/|[A-Z]:\\\\|/simple/")
 
@@ -35,11 +36,13 @@ def faults(notebook: dict[str, Any], size: int) -> list[str]:
     cells = notebook["cells"]
     code = [c for c in cells if c["cell_type"] == "code"]
     run = [c for c in code if "gpu" not in tags(c)]
+    capstone = text(cells[0]).startswith(f"# {CAPSTONE} ")
     found = []
     if size >= 1_000_000:
         found.append(f"{size:,} bytes, expected less than a million")
-    if not 25 <= len(cells) <= 45:
-        found.append(f"{len(cells)} cells, expected 25 to 45")
+    most = 60 if capstone else 45
+    if not 25 <= len(cells) <= most:
+        found.append(f"{len(cells)} cells, expected 25 to {most}")
     if any(not text(c).strip() for c in cells):
         found.append("an empty cell")
     counts = [c["execution_count"] for c in run if text(c).strip()]
@@ -66,13 +69,9 @@ def faults(notebook: dict[str, Any], size: int) -> list[str]:
     first = "".join("".join(output.get("text", "")) for output in code[0]["outputs"])
     if not all(name in first for name in ("Python", "torch", "dsv2_ref")):
         found.append("the first code cell does not print the versions")
-    if re.search(r"^\s*class \w+\(.*Module\)|^\s*[!%]pip|^\s*!(?!=)", source, re.M):
-        found.append("defines a module or calls the shell; a notebook imports the truth")
-    open_ends = [re.findall(r"^\w+ = \.\.\.$|^    return \.\.\.$", text(c), re.M) for c in code]
-    if not 3 <= (n := sum(map(len, open_ends))) <= 5:
-        found.append(f"{n} exercises, expected 3 to 5")
-    if "<summary>Solutions</summary>" not in source:
-        found.append("no solutions")
+    if re.search(r"^\s*[!%]pip|^\s*!(?!=)", source, re.M):
+        found.append("calls the shell")
+    found += solved(code) if capstone else open_ends(code, source)
     if re.search(r"def check_|check_refuses", source):
         found.append("a check shows its answer; expected it in dsv2_ref/exercises")
     if text(code[-1]) != "exercises.report()":
@@ -83,6 +82,42 @@ def faults(notebook: dict[str, Any], size: int) -> list[str]:
         found.append("names ipywidgets, expected figures alone: it may be missing")
     if any("execution" in c["metadata"] for c in cells):
         found.append("timing metadata, which changes at every run")
+    return found
+
+
+def open_ends(code: list[dict[str, Any]], source: str) -> list[str]:
+    """Faults of exercises that are left open, with folded solutions."""
+    found = []
+    if re.search(r"^\s*class \w+\(.*Module\)", source, re.M):
+        found.append("defines a module; a notebook imports the truth")
+    opened = [re.findall(r"^\w+ = \.\.\.$|^    return \.\.\.$", text(c), re.M) for c in code]
+    if not 3 <= (n := sum(map(len, opened))) <= 5:
+        found.append(f"{n} exercises, expected 3 to 5")
+    if "<summary>Solutions</summary>" not in source:
+        found.append("no solutions")
+    if any("solution" in tags(c) for c in code):
+        found.append("a cell tagged `solution`, expected them folded at the end")
+    return found
+
+
+def solved(code: list[dict[str, Any]]) -> list[str]:
+    """Faults of the parts of the capstone: a cell holds its signature, solution and check."""
+    found = []
+    shape = re.compile(r'def (\w+)\(.*\):\n    """.*?"""\n    # >>> solution\n(?:    .*\n)+'
+                       r"    # <<< solution\n\n\nexercises\.check\((\d+), (\w+)\)", re.S)
+    parts = [(c, shape.fullmatch(text(c))) for c in code
+             if "solution" in tags(c) or "solution\n" in text(c)]
+    for cell, match in parts:
+        if "solution" not in tags(cell) or match is None or match[1] != match[3]:
+            found.append(f"not a part with its docstring, marks and check: {text(cell)[:40]!r}")
+            continue
+        printed = "".join("".join(o.get("text", "")) for o in cell["outputs"])
+        if printed != f"{match[2]}: right\n":
+            found.append(f"the solution of {match[2]} is not stored as right")
+    if not 10 <= len(parts) <= 20:
+        found.append(f"{len(parts)} parts, expected 10 to 20")
+    if "exercises.ready(" not in "".join(map(text, code)):
+        found.append("no cell asks whether the parts are there")
     return found
 
 
@@ -98,7 +133,8 @@ def test_nothing_is_wrong_with_it(file):
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
 def test_what_is_checked_strictly_is_asserted_too(file):
     """A figure's title or a printed number is only worth something if an assert stands beside."""
-    code = [text(c) for c in load(file)["cells"] if c["cell_type"] == "code"]
+    code = [c for c in load(file)["cells"] if c["cell_type"] == "code"]
+    code = [text(c) for c in code if "solution" not in tags(c)]          # their check asserts
     assert sum("assert" in source for source in code) >= len(code) / 3
 
 
@@ -107,8 +143,8 @@ def test_numbers_and_names_are_unique():
     assert len({f.stem[:2] for f in FILES}) == len({f.stem[3:] for f in FILES}) == len(FILES)
 
 
-def broken(change) -> list[str]:
-    notebook = copy.deepcopy(load(FOLDER / "00_tour.ipynb"))
+def broken(change, name: str = "00_tour") -> list[str]:
+    notebook = copy.deepcopy(load(FOLDER / f"{name}.ipynb"))
     change(notebook)
     return faults(notebook, 1000)
 
@@ -134,7 +170,7 @@ def _cell(notebook: dict[str, Any], has: str) -> dict[str, Any]:
     (lambda n: n["cells"].pop(0), "what one will see"),
     (lambda n: _cell(n, "platform").update(outputs=[]), "versions"),
     (lambda n: n["cells"][3].update(source="class MLA(nn.Module):\n    pass"), "truth"),
-    (lambda n: n["cells"][3].update(source="!pip install x"), "truth"),
+    (lambda n: n["cells"][3].update(source="!pip install x"), "calls the shell"),
     (lambda n: _cell(n, "lite_bytes = ...").update(source="lite_bytes = 3"), "2 exercises"),
     (lambda n: _cell(n, "lite_bytes = ...").update(source="def check_bytes(answer): ..."),
      "expected it in dsv2_ref/exercises"),
@@ -146,6 +182,30 @@ def _cell(notebook: dict[str, Any], has: str) -> dict[str, Any]:
 ], ids=lambda v: v if isinstance(v, str) else "")
 def test_faults_are_seen(change, told):
     assert any(told in fault for fault in broken(change)), broken(change)
+
+
+@pytest.mark.parametrize("change, told", [
+    (lambda n: _cell(n, "(2, rotate)")["metadata"].update(tags=[]), "not a part"),
+    (lambda n: _cell(n, "(2, rotate)").update(source="exercises.check(2, ...)"), "not a part"),
+    (lambda n: _cell(n, "(2, rotate)").update(
+        source=text(_cell(n, "(2, rotate)")).replace("    # <<< solution\n", "")), "not a part"),
+    (lambda n: _cell(n, "(2, rotate)").update(
+        source=text(_cell(n, "(2, rotate)")).replace("(2, rotate)", "(2, rope)")), "not a part"),
+    (lambda n: _cell(n, "(2, rotate)").update(outputs=[]), "2 is not stored as right"),
+    (lambda n: [c.update(source="x = 1", metadata={}) for c in n["cells"]
+                if "solution" in tags(c)], "0 parts, expected 10 to 20"),
+    (lambda n: [c.update(source=text(c).replace("exercises.ready(", "bool("))
+                for c in n["cells"]], "no cell asks"),
+    (lambda n: n["cells"].extend(n["cells"][:20]), "cells, expected 25 to 60"),
+    (lambda n: _cell(n, "rms_norm").update(source="!pip install x"), "calls the shell"),
+], ids=lambda v: v if isinstance(v, str) else "")
+def test_faults_of_the_capstone_are_seen(change, told):
+    assert any(told in fault for fault in broken(change, "30_build_it"))
+
+
+def test_cells_tagged_as_solutions_are_the_capstones_alone():
+    told = broken(lambda n: _cell(n, "assert")["metadata"].update(tags=["solution"]))
+    assert any("tagged `solution`" in fault for fault in told)
 
 
 def test_a_large_one_is_seen():

@@ -1,9 +1,32 @@
 # SPDX-License-Identifier: MIT
 """Exercises of the notebooks, "predict, then run", and what checks them.
 
-  tour.py  attention.py  mla.py  rope.py  absorption.py  cache.py  moe.py  routing.py  balance.py
-  dropping.py  model.py  six_bits.py  fp8_weights.py  kernels.py  pretraining.py
-  lite_on_a_gpu.py  expert_parallel.py  pipelines.py  yarn_and_needles.py  surviving.py  memory.py
+  tour              of notebook 00
+  attention         of notebook 01
+  mla               of notebook 02
+  rope              of notebook 03
+  absorption        of notebook 04
+  cache             of notebook 05
+  moe               of notebook 06
+  routing           of notebook 07
+  balance           of notebook 08
+  dropping          of notebook 09
+  model             of notebook 10
+  six_bits          of notebook 11
+  fp8_weights       of notebook 12
+  kernels           of notebook 13
+  pretraining       of notebook 14
+  surviving         of notebook 23
+  memory            of notebook 24
+  lite_on_a_gpu     of notebook 15
+  expert_parallel   of notebook 16
+  pipelines         of notebook 17
+  yarn_and_needles  of notebook 18
+  build_it          of notebook 30, the capstone: parts of a model, from stubs
+  stub              a part that is built: which token is off, which mistake that looks like
+  given             what is given to the parts when they are checked
+  parts             the parts, each also with mistakes that are often made
+  student           the notebooks copied without their answers
 
 A file is named as its notebook and holds `exercises = Exercises({1: …, 2: …})`, each a `Value` or
 a `Function`. The notebook asks, and calls `exercises.check(1, answer)`.
@@ -86,10 +109,14 @@ class Function:
 
 
 class Exercises:
-    """The exercises of one notebook, by number, and how each stands."""
+    """The exercises of one notebook, by number, and how each stands.
 
-    def __init__(self, items: Mapping[int, Value | Function]) -> None:
-        self.items = dict(items)
+    needs: number -> the exercises that its answer calls; it is looked at when these are right.
+    """
+
+    def __init__(self, items: Mapping[int, Value | Function],
+                 needs: Mapping[int, Sequence[int]] | None = None) -> None:
+        self.items, self.needs = dict(items), dict(needs or {})
         self._wrong = dict.fromkeys(self.items, 0)
         self._last = dict.fromkeys(self.items, "not attempted")
 
@@ -97,6 +124,10 @@ class Exercises:
         """Print "not attempted" or "right", or raise WrongAnswer: what is off, later also why."""
         if number not in self.items:
             raise ValueError(f"{number}: no such exercise, expected one of {list(self.items)}")
+        if missing := self._missing(self.needs.get(number, ())):
+            self._last[number] = "not attempted"
+            print(f"{number}: not attempted, it needs {missing} first")
+            return
         item = self.items[number]
         found = ... if answer is ... else item.fault(answer)
         if found is ... or found is None:
@@ -107,6 +138,18 @@ class Exercises:
         self._wrong[number] += 1
         more = item.why if self._wrong[number] > 1 else "Think again; the next try tells more."
         raise WrongAnswer(f"{number}: {found}. {more}")
+
+    def ready(self, *numbers: int) -> bool:
+        """Whether these exercises are right; if not, "not attempted" is printed.
+
+        For a cell that uses what they built, so that it does not stop a run without them.
+        """
+        if missing := self._missing(numbers):
+            print(f"not attempted, it needs {missing} first")
+        return not missing
+
+    def _missing(self, numbers: Sequence[int]) -> str:
+        return ", ".join(str(n) for n in numbers if self._last[n] != "right")
 
     def report(self) -> None:
         """Print how each exercise stands after its last check."""

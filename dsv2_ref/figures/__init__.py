@@ -7,6 +7,7 @@
   attention     matrices in numbers, heads
   attention_study   kinds of attention at equal parameters, and what so many seeds see
   balance       losses, load, dropping
+  building      the parts of a model in the order in which one builds them
   cache         what is kept
   experts       where tokens go
   kernels       programs, tiles, rooflines
@@ -47,6 +48,7 @@ from dsv2_ref.figures.balance import (
     loss_arrows,
     slots_by_device,
 )
+from dsv2_ref.figures.building import building_order
 from dsv2_ref.figures.cache import (
     batch_bars,
     batch_slider,
@@ -149,23 +151,23 @@ __all__ = [
     "COLORS", "GIB", "INK", "LENGTHS", "MORE_COLORS", "Picture", "ablation_cost",
     "absorption_crossover", "absorption_flops", "absorption_regions", "angle_errors",
     "architecture", "attention_study", "attention_tiles", "balance_cost", "balance_curves",
-    "batch_bars", "batch_slider", "benchmark_scores", "bit_budget", "bubble_curves", "bytes_moved",
-    "cache_against_context", "cache_bars", "cache_growth", "cache_slider", "code_steps",
-    "curves_by_position", "decode_floors", "decode_roofline", "device_limit_slider",
-    "device_messages", "device_traffic", "dropped_against_capacity", "dropped_over_training",
-    "error_by_bits", "errors_by_position", "expert_load", "expert_shares", "flops_against_context",
-    "flops_by_part", "format_error", "found_by_length", "gradient_norm", "group_slider",
-    "grouped_heads", "groups_like_mla", "harm_bars", "hour_ranges", "hours_by_devices",
-    "in_flight_bars", "information_dots", "kept_by_width", "kept_to_scale", "length_costs",
-    "limit_quality", "live_image", "live_picture", "load_animation", "load_over_training",
-    "loss_arrows", "loss_curve", "loss_floor", "losses_by_position", "matrices", "memory_bars",
-    "memory_over_step", "mistakes_by_factor", "mla_flow", "needle_attention", "needle_grid",
-    "needle_grids", "optimizer_paths", "outlier_errors", "overlap_spans", "packed_windows",
-    "pair_clocks", "pair_wavelengths", "parameter_shares", "phase_bars", "pipeline_slider",
-    "position_slider", "program_grid", "rank_traffic", "rank_traffic_slider", "rate_curve",
-    "resume_gaps", "rotated_row", "rounding_paths", "router_heat_map", "rows_by_hand",
-    "run_figures", "run_lives", "save", "saving_cost", "saving_steps", "scale_map",
-    "schedule_curves", "schedule_gantt", "seeds_and_differences", "shared_heads",
-    "slots_by_device", "softmax_in_pieces", "stage_memory", "study_changes", "styled",
-    "token_routing", "turned_pair", "word_layout", "yarn_pairs",
+    "batch_bars", "batch_slider", "benchmark_scores", "bit_budget", "bubble_curves",
+    "building_order", "bytes_moved", "cache_against_context", "cache_bars", "cache_growth",
+    "cache_slider", "code_steps", "curves_by_position", "decode_floors", "decode_roofline",
+    "device_limit_slider", "device_messages", "device_traffic", "dropped_against_capacity",
+    "dropped_over_training", "error_by_bits", "errors_by_position", "expert_load", "expert_shares",
+    "flops_against_context", "flops_by_part", "format_error", "found_by_length", "gradient_norm",
+    "group_slider", "grouped_heads", "groups_like_mla", "harm_bars", "hour_ranges",
+    "hours_by_devices", "in_flight_bars", "information_dots", "kept_by_width", "kept_to_scale",
+    "length_costs", "limit_quality", "live_image", "live_picture", "load_animation",
+    "load_over_training", "loss_arrows", "loss_curve", "loss_floor", "losses_by_position",
+    "matrices", "memory_bars", "memory_over_step", "mistakes_by_factor", "mla_flow",
+    "needle_attention", "needle_grid", "needle_grids", "optimizer_paths", "outlier_errors",
+    "overlap_spans", "packed_windows", "pair_clocks", "pair_wavelengths", "parameter_shares",
+    "phase_bars", "pipeline_slider", "position_slider", "program_grid", "rank_traffic",
+    "rank_traffic_slider", "rate_curve", "resume_gaps", "rotated_row", "rounding_paths",
+    "router_heat_map", "rows_by_hand", "run_figures", "run_lives", "save", "saving_cost",
+    "saving_steps", "scale_map", "schedule_curves", "schedule_gantt", "seeds_and_differences",
+    "shared_heads", "slots_by_device", "softmax_in_pieces", "stage_memory", "study_changes",
+    "styled", "token_routing", "turned_pair", "word_layout", "yarn_pairs",
 ]
