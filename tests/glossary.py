@@ -136,7 +136,7 @@ GROUPS = {
         Symbol(r"\theta", "rope_theta", "base of RoPE's speeds"),
         Symbol(r"\omega_i", "rope_frequencies", "speed of pair i: radians per position", "d_r//2",
                spelt=r"\\omega(_\w)?"),
-        Symbol("s", "yarn_factor", "by how much YaRN stretches", since="03", spelt="s = 40"),
+        Symbol("s", "yarn_factor", "by how much YaRN stretches", since="03", spelt=r"\\ln s"),
         Symbol(r"\beta", "yarn_beta_fast", "YaRN keeps pairs with more turns over the trained "
                "length", since="03"),
         Symbol(r"\alpha", "yarn_beta_slow", "YaRN stretches pairs with fewer turns in full",
