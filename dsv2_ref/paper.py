@@ -89,9 +89,9 @@ def _cache_tables(v2: Config, lite: Config) -> list[Row]:
     row = v2.d_c + v2.d_r
     result = [
         Row("MLA's cache in GQA groups", "2.1.4", "2.25", f"{groups:.2f}", groups,
-            groups == 2.25, f"{row} numbers, a group {2 * v2.d_h}", "cache", "01"),
+            groups == 2.25, f"{row} numbers, a group {2 * v2.d_h}", "cache", "02"),
         Row("MLA's cache in head sizes", "2.1.4", "9/2", f"{units:.2f}", units, units == 4.5,
-            f"{row} numbers, a head {v2.d_h}", "cache", "01"),
+            f"{row} numbers, a head {v2.d_h}", "cache", "02"),
     ]
     # the paper does not print the large MHA model's heads: 56 is the count that gives its cache
     large_mha = v2.with_(n_h=56)

@@ -40,7 +40,7 @@ def faults(notebook: dict[str, Any], size: int) -> list[str]:
     found = []
     if size >= 1_000_000:
         found.append(f"{size:,} bytes, expected less than a million")
-    most = 60 if capstone else 45
+    most = 60 if capstone else 48
     if not 25 <= len(cells) <= most:
         found.append(f"{len(cells)} cells, expected 25 to {most}")
     if any(not text(c).strip() for c in cells):
@@ -177,7 +177,7 @@ def _cell(notebook: dict[str, Any], has: str) -> dict[str, Any]:
     (lambda n: _cell(n, "exercises.report").update(source="print('1: right')"), "exercises.report"),
     (lambda n: n["cells"].append({"cell_type": "markdown", "metadata": {}, "source": ""}),
      "empty cell"),
-    (lambda n: n["cells"].extend(n["cells"][:10]), "cells, expected 25 to 45"),
+    (lambda n: n["cells"].extend(n["cells"][:10]), "cells, expected 25 to 48"),
     (lambda n: n["cells"][3]["metadata"].update(execution={"iopub": "2026"}), "timing"),
 ], ids=lambda v: v if isinstance(v, str) else "")
 def test_faults_are_seen(change, told):
