@@ -116,7 +116,7 @@ def _cache_bytes(v2: Config) -> list[Row]:
             live == 69_120, "live cache, 2 bytes per number", "cache", "05"),
         Row("bytes, all keys and values", "2.1.4", "(4,915,200)", f"{expanded:,}", expanded,
             expanded == 4_915_200, f"{expanded / live:.0f} times as many", "cache",
-            "05"),
+            "02"),
     ]
 
 
@@ -132,7 +132,7 @@ def _cache_saving(v2: Config) -> list[Row]:
         Row("cache saved, V2 at 6 bits", "3.2.3", "93.3%", f"{six:.1f}%", six,
             _rounded(six, 1, 93.3), "the same; 67B's stay at 16 bits", "bits", "05"),
         Row("bits per cached number", "3.2.3", "6", f"{bits:.2f}", bits, bits == 6.0,
-            "latent 4.75, RoPE key 16", "bits", "05"),
+            "latent 4.75, RoPE key 16", "bits", "11"),
     ]
 
 

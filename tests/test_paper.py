@@ -118,7 +118,7 @@ SPELT = {"activated, V2": "20,851,512,320", "activated, V2-Lite": "2,451,435,008
          "MLA's cache in head sizes": "4.5 * V2.d_h", "cells with needle found": "140 of 144",
          "training GPU-hours saved": "42.5", "with nothing recomputed": "nothing computed again",
          "fullest card, planned": "stage_memory", "bits per cached number": "6 bits on average",
-         "bits per packed number": "6.06", "sequences in 80 GB": "746 ",
+         "bits per packed number": "6.06", "sequences in 80 GB": "746",
          "share of the peak, V2": "20.3 %", "share of the peak, 67B": "37.6 %"}
 
 
