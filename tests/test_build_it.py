@@ -94,5 +94,19 @@ def test_other_faults_of_a_part():
                           (lambda x: x[9], "(called with x (2, 3, 4))"),
                           (lambda x: (x, x), "b is -1 times")):
         assert words in item.fault(answer)
-    assert item.fault(lambda x: [x.clone(), x.neg_()]) is None           # its own copy
+    assert item.fault(lambda x: [x, -x]) is None
+    assert "writes into x" in item.fault(lambda x: [x.clone(), x.neg_()])
     assert flat((1, [2, (3,)])) == [1, 2, 3]
+
+
+def test_a_part_that_writes_into_what_it_is_given_is_refused():
+    def rotate(x, cos, sin):
+        x.copy_(RIGHT[2][0](x.clone(), cos, sin))
+        return x
+
+    assert "it writes into x; give a new tensor instead" in exercises.items[2].fault(rotate)
+
+
+def test_the_first_call_of_a_model_has_caches_too():
+    assert "missing 1 required positional argument: 'caches'" in exercises.items[14].fault(
+        lambda model, tokens, n: model(tokens))

@@ -141,7 +141,7 @@ class Remembering:
     def __init__(self) -> None:
         self.fed: list[int] = []
 
-    def __call__(self, tokens: Tensor, caches: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def __call__(self, tokens: Tensor, caches: Tensor | None) -> tuple[Tensor, Tensor]:
         self.fed.append(tokens.shape[1])
         read = tokens if caches is None else torch.cat((caches, tokens), 1)
         sums = (read * torch.arange(3, 3 + read.shape[1])).cumsum(1)[:, -tokens.shape[1]:]
@@ -172,5 +172,6 @@ def makes_no_keys(function: Callable[..., Tensor]) -> str | None:
                  made(n_h, d, 24), made(n_h, d, 24))
     if multiplied.largest >= s * n_h * d:
         return (f"right numbers, but on the way a tensor of {multiplied.largest:,} is made, as "
-                "many as the keys of all heads: W_UK has to meet the query, W_UV the output")
+                "many as the keys of all heads: W_UK has to meet the query and W_UV the output, "
+                "and no latent is copied for each head")
     return None

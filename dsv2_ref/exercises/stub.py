@@ -37,8 +37,9 @@ class Stub(Function):
             return f"{_short(answer)} is not a function"
         for case in self.cases() if callable(self.cases) else self.cases:
             called = f"(called with {self._arguments(case)})"
+            given = copy.deepcopy(case)
             try:
-                told = answer(*copy.deepcopy(case))
+                told = answer(*given)
             except Exception as error:
                 words = " ".join(str(error).split()).rstrip(".")
                 return f"it raises {type(error).__name__}: {words} {called}"
@@ -46,6 +47,11 @@ class Stub(Function):
                 return ...
             if told is None:
                 return f"it gives None, as if a return were missing {called}"
+            names = inspect.signature(self.right).parameters
+            changed = [name for name, value, before in zip(names, given, case)
+                       if isinstance(value, Tensor) and not torch.equal(value, before)]
+            if changed:
+                return f"it writes into {changed[0]}; give a new tensor instead {called}"
             right = self._flat(self.right(*copy.deepcopy(case)))
             if found := self._differs(self._flat(told), right):
                 return f"{self._named(told, case) or found} {called}"
