@@ -75,7 +75,7 @@ audit: ready
 
 # break every kernel on purpose; the test named for each mistake must fail
 mutants: ready
-	$(BIN)/python -m pytest -q -n 2 -m mutants tests/test_kernel_mutants.py
+	$(BIN)/python -m pytest -q -n 2 -m mutants tests/test_kernel_mutants.py tests/test_mutants.py
 
 # run every notebook afresh and store its outputs
 execute: ready

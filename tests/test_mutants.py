@@ -97,6 +97,7 @@ def test_the_mutant_is_caught(mutant):
     assert code == 1, f"{mutant.node} did not fail:\n{output}"
 
 
+@pytest.mark.mutants
 def test_the_same_tests_pass_without_mutants():
     """After all the mutants of this process, too: what was swapped has been put back."""
     code, output = run(sorted({m.node for m in MUTANTS}))
