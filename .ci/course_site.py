@@ -51,6 +51,8 @@ CSS = """
 .bd-main .bd-content .bd-article-container { max-width: 70rem; }
 div.cell pre, div.highlight pre { font-size: 0.78rem; }
 div.cell_output img { max-width: 100%; }
+div.math { display: block; }
+.MathJax_Display { text-align: center !important; }
 """
 
 
