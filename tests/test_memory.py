@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from dsv2_ref import cost
+from dsv2_ref import cost, forms
 from dsv2_ref.config import LITE, TINY
 from dsv2_ref.model import DeepSeekV2
 from dsv2_ref.training.memory import plan, state_bytes
@@ -29,6 +29,11 @@ def measured_peak(trainer):
     return most
 
 
+def in_turn(s, top_k, n_devices, max_devices):
+    N, E = s.shape
+    return torch.arange(N * top_k, device=s.device).view(N, top_k) % E
+
+
 def standing(trainer):
     weights = sum(p.nbytes for p in trainer.model.parameters())
     return weights + sum(t.nbytes for o in trainer.optimizers for state in o.state.values()
@@ -41,7 +46,9 @@ def standing(trainer):
     {"optimizer": "adamw8", "weights": "bf16", "recompute": 0.5},
     {"optimizer": "adamw8", "weights": "bf16", "recompute": 1.0, "micro_batch": 2},
 ], ids=lambda c: " ".join(str(v) for v in c.values()))
-def test_the_peak_is_within_a_tenth_of_the_plan(changes):
+def test_the_peak_is_within_a_tenth_of_the_plan(changes, monkeypatch):
+    """With experts in turn: how full the fullest is no plan can know, and it differs by CPU."""
+    monkeypatch.setattr(forms, "select_device_limited", in_turn)
     recipe = Recipe(steps=9, batch=4, sequence=256, precision="fp32", protected=0.0, **changes)
     torch.manual_seed(0)
     trainer = Trainer(DeepSeekV2(CONFIG), recipe, torch.randint(512, (9000,)).numpy())

@@ -7,6 +7,9 @@ autograd kept shrink; the peak lies somewhere between, and `plan` walks through 
 it. How many bytes a block keeps per token depends on which of the equal algorithms runs, so it is
 asked, not derived: the model is run forward on a few tokens, and what autograd saves is counted.
 
+Experts are taken to be as full as a new router makes them for random tokens. Where rows are padded
+to the fullest expert (`experts_padded`), a router that prefers some needs more than is planned.
+
 Left out are what a kernel library keeps for itself and the allocator's fragments: a per cent or
 two at the sizes that matter, more on tiny models.
 """
