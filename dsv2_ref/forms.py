@@ -116,6 +116,8 @@ def experts_form(c: Config, x: Tensor, n_tokens: int, W_gate: object | None) -> 
     autocast = torch.is_autocast_enabled(x.device.type)
     if kernels_serve(x) and (W_gate is None or isinstance(W_gate, Tensor)):
         return experts_fused_autocast if autocast else kernel(experts_loop)
+    if torch.compiler.is_exporting():
+        return experts_padded                # shapes that do not depend on who chose whom
     if n_tokens * c.top_k < 2 * c.n_routed:
         return experts_loop                  # few slots: read the chosen experts only
     # grouped_mm wants rows of whole 16 bytes and does not obey autocast

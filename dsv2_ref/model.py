@@ -199,7 +199,9 @@ class DeepSeekV2(nn.Module):
         if end > c.max_positions:
             raise ValueError(f"tokens: position {end - 1}, expected below max_positions = "
                              f"{c.max_positions}")
-        cos, sin = rope_tables(positions, *_rope(c, device))             # (B or 1, T, d_r/2)
+        # not kept while torch exports: its tensors stand for others and hold no numbers
+        rope = _rope.__wrapped__ if torch.compiler.is_exporting() else _rope
+        cos, sin = rope_tables(positions, *rope(c, device))              # (B or 1, T, d_r/2)
         forms = self._forms(B, T, S, None if cache is None else cache.kind)
         if self.across is not None:
             forms = self.across(forms)

@@ -6,12 +6,14 @@ import torch
 from oracles import loops
 from torch import Tensor, nn
 
+from dsv2_ref import model
 from dsv2_ref.attention.cache_quant import attend_packed, dequantise, pack, quantise, unpack
 from dsv2_ref.attention.kv_cache import LatentCache
 from dsv2_ref.attention.latent_basis import even_pairs, hadamard, rotate_latent
 from dsv2_ref.attention.mha import MultiHeadAttention
 from dsv2_ref.attention.mla import MultiHeadLatentAttention, attend_absorbed, attend_expanded
 from dsv2_ref.attention.rope import rope_frequencies, rope_tables, rotate
+from dsv2_ref.config import TINY
 from dsv2_ref.kernels.fp8 import quantise as quantise_fp8
 from dsv2_ref.moe.balance import (
     communication_balance_loss,
@@ -114,3 +116,15 @@ def test_both_attentions_compile_without_a_break():
         one = torch.compile(attend, backend="aot_eager", fullgraph=True)(*inputs, 0.3)
         torch.testing.assert_close(one, attend(*inputs, 0.3), atol=1e-10, rtol=0)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("length", [(), {"tokens": {1: torch.export.Dim("T", min=2, max=64)}}])
+def test_a_new_model_is_exported_before_it_ever_ran(length):
+    """Nothing of the export is left in the model, and one graph serves every length asked for."""
+    model._rope.cache_clear()
+    m = loops.randomize(model.DeepSeekV2(TINY), 30).float().eval()
+    x = torch.randint(2, TINY.vocab, (2, 20), generator=torch.Generator().manual_seed(31))
+    exported = torch.export.export(m, (x,), dynamic_shapes=length or None).module()
+    for n in (2, 7, 20) if length else (20,):
+        expected = m(x[:, :n])
+        assert (exported(x[:, :n]) - expected).abs().max() <= 1e-5 * expected.abs().max()

@@ -57,7 +57,8 @@ def attend(
         visible = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)  # (T, S)
     o = F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=visible,
-        is_causal=visible is None and T == S, scale=scale, enable_gqa=q.shape[2] != k.shape[2],
+        is_causal=visible is None and bool(T == S), scale=scale,
+        enable_gqa=q.shape[2] != k.shape[2],
     )
     return o.transpose(1, 2)                                     # (B, T, n_h, d_v)
 

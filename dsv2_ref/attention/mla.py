@@ -85,7 +85,7 @@ def attend_expanded(
     k = torch.cat((k_c, k_r[:, :, None].expand(-1, -1, n_h, -1)), -1)        # (B, S, n_h, ·)   (44)
     wider = max(q.shape[-1] - v_c.shape[-1], 0)
     v = F.pad(v_c, (0, wider))                             # one width lets SDPA take its fast path
-    causal = positions is None and T == S                  # known to SDPA, which then skips half
+    causal = positions is None and bool(T == S)            # known to SDPA, which then skips half
     o = F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=causal, scale=scale,
         attn_mask=None if causal else visible_keys(T, S, positions, q.device),

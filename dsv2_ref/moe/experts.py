@@ -111,10 +111,12 @@ def experts_padded(
 ) -> Tensor:
     """The same with every expert padded to the fullest one's C tokens; arguments as above."""
     order, counts = sort_slots(indices, len(W_gate), keep)
-    E, C = len(W_gate), int(counts.max())
-    expert = torch.repeat_interleave(torch.arange(E, device=x.device), counts)       # (R,)
-    first = counts.cumsum(0) - counts
-    place = expert * C + torch.arange(len(order), device=x.device) - first[expert]   # (R,) in E·C
+    # an exported graph may not depend on the counts: no expert gets more than all N tokens
+    E, C = len(W_gate), x.shape[0] if torch.compiler.is_exporting() else int(counts.max())
+    expert = indices.flatten()[order]                                                # (R,)
+    before = counts.cumsum(0) - counts                                               # (E,)
+    rank = torch.arange(order.shape[0], device=x.device) - before[expert]            # (R,) below C
+    place = expert * C + rank                                                        # (R,) in E·C
     padded = x.new_zeros(E * C, x.shape[1]).index_copy(0, place, _rows(x, order, indices))
     padded = padded.view(E, C, x.shape[1])                                           # (E, C, d)
     hidden = F.silu(padded @ W_gate.mT) * (padded @ W_up.mT)                         # (E, C, w)
