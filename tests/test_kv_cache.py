@@ -279,6 +279,18 @@ def test_forks_have_read_what_their_origin_has_and_then_part():
     assert cache.select([1, 2]).fork(1, 2).lengths == [3, 3]
 
 
+def test_several_sequences_fork_at_once_side_by_side():
+    cache = latent()
+    fill(cache, 4, counts=[4, 2, 3])
+    forks, one_by_one = cache.fork([2, 0], 2), [cache.fork(slot, 2) for slot in (2, 0)]
+    assert forks.lengths == [3, 3, 4, 4] and forks.store.shape[1] == 4
+    for layer in range(2):
+        for i, alone in enumerate(one_by_one):
+            for rows, expected in zip(forks.rows(layer), alone.rows(layer)):
+                n = alone.lengths[0]
+                assert torch.equal(rows[2 * i : 2 * i + 2, :n], expected)
+
+
 def test_a_released_sequence_begins_anew():
     cache = latent()
     fill(cache, 4)

@@ -227,13 +227,16 @@ class Cache:
         chosen.undo()
         return chosen
 
-    def fork(self, slot: int, n: int) -> "Cache":
-        """A new cache of n sequences, each of which has read what sequence `slot` has."""
-        forked, read, at = copy.copy(self), self.lengths[slot], self._slots[slot]
-        forked.slots, forked._lengths = None, [read] * n
-        forked.stores = tuple(s.new_zeros(s.shape[0], n, *s.shape[2:]) for s in self.stores)
+    def fork(self, slots: int | Sequence[int], n: int) -> "Cache":
+        """A new cache in which each of these sequences stands n times, side by side."""
+        slots = [slots] if isinstance(slots, int) else slots
+        at = [self._slots[slot] for slot in slots for _ in range(n)]
+        forked = copy.copy(self)
+        forked.slots, forked._lengths = None, [self._lengths[slot] for slot in at]
+        forked.stores = tuple(s.new_zeros(s.shape[0], len(at), *s.shape[2:]) for s in self.stores)
+        end = max(forked._lengths)
         for new, old in zip(forked.stores, self.stores, strict=True):
-            new[:, :, :read] = old[:, at : at + 1, :read]
+            new[:, :, :end] = old[:, at, :end]
         forked.undo()
         return forked
 

@@ -29,7 +29,7 @@ MUTANTS = [
     Mutant("without_gates", "(20)", FILE,
            " * gates.flatten()[order, None]", "", _oracle),
     Mutant("padding_overlaps", "(20)", FILE,
-           "place = expert * C + torch", "place = expert * (C - 1) + torch", _oracle),
+           "place = expert * C + rank", "place = expert * (C - 1) + rank", _oracle),
     Mutant("dropped_slots_computed", "dropping", FILE,
            "expert.masked_fill(~keep.flatten(), n_routed)", "expert",
            f"{_oracle}[7-True-experts_loop]"),

@@ -22,7 +22,7 @@ MUTANTS = [
     Mutant("mha_scale_of_all_heads", "(7)", FILE,
            "self.d_h**-0.5", "(self.n_h * self.d_h) ** -0.5", _oracle),
     Mutant("mha_sees_the_future", "(7)", FILE,
-           "is_causal=visible is None and T == S", "is_causal=False",
+           "is_causal=visible is None and bool(T == S)", "is_causal=False",
            "test_mha.py::test_no_token_sees_the_future"),
     Mutant("mha_rope_on_queries_alone", "(7)", FILE,
            "q, k = rotate(q, cos, sin), rotate(k, cos, sin)", "q = rotate(q, cos, sin)", _oracle),
