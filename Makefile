@@ -51,6 +51,11 @@ parallel: ready
 nodes: ready
 	$(BIN)/python -m pytest -q tests/nodes.py
 
+# the loss of GRPO beside trl's own
+parity: EXTRAS := $(EXTRAS),parity
+parity: ready
+	$(BIN)/python -m pytest -q tests/parity_trl.py
+
 # slower: the speed against transformers, on a quiet machine
 bench: ready
 	$(BIN)/python -m dsv2_ref bench cpu_decode
@@ -96,4 +101,4 @@ clean:
 	rm -rf build .venv
 
 .PHONY: matrix ready run lab test lint unit notebooks student browser \
-	kill parallel nodes bench audit mutants site map glossary execute model clean
+	kill parallel nodes parity bench audit mutants site map glossary execute model clean

@@ -49,7 +49,10 @@ class TrainingDiverged(FloatingPointError):
 
 
 class Batches(Protocol):
-    """Where sequences come from; a position that can be saved as JSON."""
+    """Where sequences come from; a position that can be saved as JSON.
+
+    One that has a `report`, numbers by name about its last batch, has it in the log.
+    """
 
     def next_batch(self, batch: int) -> tuple[Tensor, ...]: ...      # (batch, ...) each
 
@@ -109,7 +112,7 @@ class Trainer:
         batch = self._read(with_load)
         entry = {"step": self.steps + 1, "tokens": self.tokens + batch.tensors[0].numel()}
         losses, load = self._gradients(batch)                     # waits for the device once
-        entry |= losses | rate | {"batch": len(batch)}
+        entry |= losses | rate | {"batch": len(batch)} | getattr(self.batches, "report", {})
         if self._unusable(entry):
             entry["skipped"] = True
         else:
