@@ -7,9 +7,10 @@ program without a sandbox and must see it: a program that fails for another reas
 
 import ctypes
 import os
+import re
+import shutil
 import signal
 import socket
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,14 +21,14 @@ from typing import NamedTuple
 import pytest
 from refusals import refused
 
-from dsv2_ref.alignment import sandbox
+from dsv2_ref.alignment import sandbox, sandbox_launcher
 from dsv2_ref.alignment.sandbox import Outcome, Uncontained, run, run_many
 
 DEED = "the deed is done"
 SECRET = "what only the caller knows"
 ROOT = Path(__file__).parent.parent
 AS_ROOT = sys.platform == "linux" and os.geteuid() == 0
-LITTLE = 5.0            # seconds that starting and ending may take on a busy machine
+LITTLE = 20.0           # seconds that starting and ending may take on a crowded machine
 
 
 def works(way: str) -> bool:
@@ -99,7 +100,7 @@ def wait_for(condition) -> bool:
     ("import sys\nprint(1)\nsys.exit(0)\nprint(2)", "", "1\n"),
     ("if __name__ == '__main__':\n    print(__name__)", "", "__main__\n"),
     ("import json, math, random, re, collections, dataclasses, asyncio, typing, itertools\n"
-     "import datetime, decimal, fractions, functools, hashlib, heapq, statistics, string, unittest\n"
+     "import datetime, decimal, fractions, functools, hashlib, heapq, statistics, unittest\n"
      "@dataclasses.dataclass\nclass A:\n    x: int\n"
      "print(json.dumps({'a': math.floor(2.5)}), A(3), hashlib.sha256(b'').hexdigest()[:4])", "",
      '{"a": 2} A(x=3) e3b0\n'),
@@ -108,13 +109,13 @@ def wait_for(condition) -> bool:
     ("import os\nopen(os.devnull, 'w').write('x')", "", ""),
     ("import sys\nprint('x', file=sys.stderr)", "", ""),
     ("print('x' * 65535)", "", "x" * 65535 + "\n"),                     # exactly the limit
-    ("# " + "x" * 300_000 + "\nprint(1)", "", "1\n"),                   # more than an argument holds
+    ("# " + "x" * 300_000 + "\nprint(1)", "", "1\n"),                   # no argument holds it
     ("import sys\nprint(len(sys.stdin.read()))", "x" * 300_000, "300000\n"),
     ("import sys\nsys.stdout.buffer.write(b'\\xff!')", "", "\ufffd!"),
     ("try:\n    b = bytearray(2**30)\nexcept MemoryError:\n    print('no')", "", "no\n"),
 ])
 def test_a_plain_program(way, code, stdin, expected):
-    assert run(code, stdin, seconds=20) == Outcome(True, expected, "")
+    assert run(code, stdin, seconds=60) == Outcome(True, expected, "")
 
 
 @pytest.mark.parametrize("code, stdout, why", [
@@ -133,7 +134,7 @@ def test_a_plain_program(way, code, stdin, expected):
     ("print('\\0')\nprint(1 / 0)", "\0\n", "exit code 1: ZeroDivisionError: division by zero"),
 ])
 def test_a_program_that_fails(way, code, stdout, why):
-    assert run(code, seconds=20) == Outcome(False, stdout, why)
+    assert run(code, seconds=60) == Outcome(False, stdout, why)
 
 
 @pytest.mark.parametrize("code, word", [("print('\0')", "null byte"), ("'\ud800'", "surrogate")])
@@ -153,28 +154,148 @@ def test_bad_arguments_are_refused():
 
 def test_the_least_memory_is_enough_for_the_interpreter(way):
     code = "import json, re, collections, dataclasses\nprint(1)"
-    assert run(code, memory_bytes=sandbox.LEAST_MEMORY, seconds=20) == Outcome(True, "1\n", "")
+    assert run(code, memory_bytes=sandbox.LEAST_MEMORY, seconds=60) == Outcome(True, "1\n", "")
 
 
 def test_the_same_program_walks_a_set_in_the_same_order(way):
     code = "print(list(set('abcdefgh')))"
-    assert len({run(code, seconds=20) for _ in range(3)}) == 1
+    assert len({run(code, seconds=60) for _ in range(3)}) == 1
 
 
 def test_many_at_once_come_back_in_order(way):
     codes = [f"print({i})\nexit({i % 3})" for i in range(12)]
     open_before = set(os.listdir("/proc/self/fd"))
-    for i, outcome in enumerate(run_many(codes, workers=6, seconds=20)):
+    for i, outcome in enumerate(run_many(codes, workers=6, seconds=60)):
         assert outcome.stdout == f"{i}\n" and outcome.ok == (i % 3 == 0)
     assert set(os.listdir("/proc/self/fd")) == open_before
 
 
-def test_the_time_is_counted_from_the_start_of_the_program(way, monkeypatch):
-    slow = Path(sandbox.LAUNCHER).read_text().replace("import ctypes", "import time, ctypes", 1)
-    slow = slow.replace("    try:\n        os.umask", "    time.sleep(1)\n    try:\n        os.umask")
-    assert "time.sleep(1)" in slow
-    monkeypatch.setattr(sandbox, "LAUNCHER", "-c" + slow)
-    assert run("import time\ntime.sleep(0.2)\nprint(1)", seconds=0.9).why == ""
+def test_the_time_is_counted_from_the_start_of_the_program(way, monkeypatch, tmp_path):
+    begin = "    try:\n        os.umask"
+    slow = tmp_path / "launcher.py"
+    text = sandbox.LAUNCHER.read_text()
+    slow.write_text("import time\n" + text.replace(begin, "    time.sleep(1)\n" + begin))
+    assert len(slow.read_text()) > len(text) + 20
+    monkeypatch.setattr(sandbox, "LAUNCHER", slow)
+    start = time.monotonic()
+    outcome = run("import time\ntime.sleep(1000)", seconds=0.3)
+    assert outcome.why == "time: more than 0.3 s" and time.monotonic() - start > 1.2
+
+
+def test_a_launcher_that_ends_is_no_verdict_on_the_program(way, monkeypatch, tmp_path):
+    run("")
+    broken = tmp_path / "launcher.py"
+    for text, word in [("raise KeyError('what is wrong')", "what is wrong"), ("", "ended early")]:
+        broken.write_text(text)
+        monkeypatch.setattr(sandbox, "LAUNCHER", broken)
+        with pytest.raises(Uncontained, match=word):
+            run("print(1)")
+
+
+def test_the_interpreter_must_start(way, monkeypatch):
+    """A library that is out of reach is no fault of the program."""
+    known = sandbox._readable()
+    monkeypatch.setattr(sandbox, "_readable", lambda: known[:1])
+    sandbox._first_that_works.cache_clear()
+    with pytest.raises(Uncontained, match="no program can be contained here"):
+        run("print(1)")
+
+
+def test_a_caller_that_is_killed_takes_its_program_along(way):
+    code = ("from dsv2_ref.alignment import sandbox\n"
+            f"sandbox.WAYS = {(way,)}\n"
+            "sandbox.run('import time\\ntime.sleep(1000)', seconds=1000)")
+    caller = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    launcher = str(sandbox.LAUNCHER)
+
+    def started() -> bool:      # the launcher waits, and the process below it is the interpreter
+        lines = descendants(caller.pid).values()
+        return (any("1001" in line and launcher in line for line in lines)
+                and any(line and launcher not in line for line in lines))
+
+    assert wait_for(started)
+    caller.kill()
+    caller.wait()
+
+    def gone() -> bool:
+        for pid in descendants(os.getpid()):
+            os.waitpid(pid, os.WNOHANG)
+        return not descendants(os.getpid())
+
+    assert wait_for(gone)
+    for folder in Path(tempfile.gettempdir()).glob("dsv2-sandbox-*"):
+        if (folder / "scratch" / "program.py").read_bytes().endswith(b"time.sleep(1000)"):
+            shutil.rmtree(folder)                      # nobody was left to delete it
+
+
+# --- what a system may not allow
+
+
+WITHOUT = """
+import os, sys
+from dsv2_ref.alignment import sandbox, sandbox_launcher
+column, _ = sandbox_launcher.machine()
+numbers = {{"namespaces": sandbox_launcher.REFUSED["unshare"][column],
+           "landlock": sandbox_launcher.LANDLOCK_RULESET}}
+sandbox_launcher.refuse_calls([numbers[way] for way in {ways}], [])
+try:
+    print(sandbox._first_that_works(sandbox.WAYS, os.geteuid())[0])
+    print(sandbox.run("open('FILE', 'w')").why)
+except sandbox.Uncontained as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("without", [[], ["namespaces"], ["landlock"], ["namespaces", "landlock"]],
+                         ids=lambda ways: " and ".join(ways) or "nothing")
+def test_a_system_without(without, tmp_path):
+    tmp_path.chmod(0o777)
+    code = WITHOUT.format(ways=without).replace("FILE", str(tmp_path / "new"))
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          timeout=120)
+    assert done.stderr == "" and not (tmp_path / "new").exists()
+    lines = done.stdout.splitlines()
+    if left := [way for way in WAYS if way not in without]:
+        assert lines[0] == left[0] and "Error" in lines[1] and len(lines) == 2
+    else:
+        (line,) = lines
+        assert line.startswith("sandbox: no program can be contained here (namespaces: ")
+        assert "unshare: Operation not permitted; landlock: " in line
+
+
+def test_another_system_is_refused_with_one_line(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    sandbox._first_that_works.cache_clear()
+    with pytest.raises(Uncontained) as caught:
+        run("print(1)")
+    assert str(caught.value) == "sandbox: darwin is not supported, expected Linux"
+
+
+def test_another_machine_is_refused():
+    class Other:
+        machine = "riscv64"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "uname", Other)
+        with pytest.raises(OSError, match="machine: riscv64, expected x86_64 or aarch64"):
+            sandbox_launcher.machine()
+
+
+@pytest.mark.parametrize("column, header",
+                         [(0, "asm/unistd_64.h"), (1, "asm-generic/unistd.h")])
+def test_the_numbers_of_the_system_calls_are_the_kernels(column, header):
+    found = [*Path("/usr/include").glob(header), *Path("/usr/include").glob(f"*/{header}")]
+    if not found:
+        pytest.skip("the kernel's headers are not installed")
+    numbers = dict(re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)\s", found[0].read_text()))
+    tables = {**sandbox_launcher.REFUSED, **sandbox_launcher.ON_ITSELF,
+              "pivot_root": sandbox_launcher.PIVOT_ROOT,
+              "mount_setattr": sandbox_launcher.MOUNT_SETATTR}
+    known = {name: row[column] for name, row in tables.items() if name in numbers}
+    assert known == {name: int(numbers[name]) for name in known} and len(known) > 40
+    for name in tables.keys() - known:                 # newer than the headers, or not there
+        number = tables[name][column]
+        assert number is None or number > max(map(int, numbers.values()))
 
 
 # --- escapes
@@ -187,7 +308,7 @@ class Escape(NamedTuple):
     code: str
     control: bool = True          # it is harmless, and does its deed without a sandbox
     why: str = ""                 # how the reason must begin, where there is one only
-    seconds: float = 20.0
+    seconds: float = 60.0
 
 
 NO = False
@@ -208,7 +329,8 @@ if os.fork() == 0:
     os.setsid()
     if os.fork() == 0:
         open('FOLDER/daemon', 'w').close()
-        time.sleep(60)
+        for fd in range(3): os.close(fd)
+        time.sleep(600)
     os._exit(0)
 os.wait()
 while not os.path.exists('FOLDER/daemon'): time.sleep(0.01)""" + END),
@@ -218,15 +340,14 @@ while not os.path.exists('FOLDER/daemon'): time.sleep(0.01)""" + END),
     Escape("kill the caller", "import os\nos.kill(CALLER, 9)" + END, NO),
     Escape("kill the parent", "import os\nos.kill(os.getppid(), 9)" + END, NO),
     Escape("kill all", "import os\nos.kill(-1, 9)" + END, NO),
-    Escape("kill its group", "import os, signal\nsignal.signal(15, signal.SIG_IGN)\n"
-           "os.killpg(os.getpgid(os.getppid()), 15)" + END, NO),
+    Escape("kill a group", "import os\nos.killpg(VICTIM, 15)" + END),
     Escape("slow the caller", "import os\nos.setpriority(os.PRIO_PROCESS, VICTIM, 19)" + END),
     Escape("limit the caller", "import resource\n"
            "resource.prlimit(VICTIM, resource.RLIMIT_CORE, (0, 0))" + END),
     Escape("trace another", "import ctypes\n"
            "assert ctypes.CDLL(None).ptrace(0x4206, VICTIM, 0, 0) == 0" + END),
     Escape("memory of another", "open('/proc/VICTIM/mem', 'rb').close()" + END),
-    Escape("memory of process 1", "open('/proc/1/mem', 'rb').close()" + END, AS_ROOT),
+    Escape("memory of process 1", "open('/proc/1/mem', 'rb').close()" + END, NO),
     # files
     Escape("write in the caller's folder", "open('FOLDER/new', 'w').write('x')" + END),
     Escape("write in /tmp", "open('/tmp/dsv2-escape-CALLER', 'w').close()" + END),
@@ -244,7 +365,8 @@ while not os.path.exists('FOLDER/daemon'): time.sleep(0.01)""" + END),
     Escape("read users", "open('/etc/passwd').read()" + END),
     Escape("read passwords", "open('/etc/shadow').read()" + END, AS_ROOT),
     Escape("read the package", "open('PACKAGE').read()" + END),
-    Escape("link out", "import os\nos.symlink('FOLDER/secret', 'link')\nprint(open('link').read())"),
+    Escape("link out", "import os\nos.symlink('FOLDER/secret', 'link')\n"
+           "print(open('link').read())"),
     Escape("link out to write", "import os\nos.symlink('FOLDER', 'link')\n"
            "open('link/new', 'w').write('x')" + END),
     Escape("hard link", "import os\nos.link('FOLDER/secret', 'link')\nprint(open('link').read())"),
@@ -252,8 +374,8 @@ while not os.path.exists('FOLDER/daemon'): time.sleep(0.01)""" + END),
            "open(os.getcwd() + 'FOLDER/new', 'w').write('x')" + END),
     Escape("environment", "import os\nprint(os.environ['DSV2_SECRET'])"),
     Escape("environment of the parent", "import os\n"
-           "print(open(f'/proc/{os.getppid()}/environ', 'rb').read())"),
-    Escape("environment of the caller", "print(open('/proc/CALLER/environ', 'rb').read())"),
+           "open(f'/proc/{os.getppid()}/environ', 'rb').read()" + END),
+    Escape("environment of another", "print(open('/proc/VICTIM/environ', 'rb').read())"),
     # the network
     Escape("TCP", SOCKET.format("AF_INET", "SOCK_STREAM") +
            "s.connect(('127.0.0.1', TCP))" + END),
@@ -282,7 +404,7 @@ while not os.path.exists('FOLDER/daemon'): time.sleep(0.01)""" + END),
     Escape("hidden memory", "import os\nn = os.memfd_create('x')" + END),
     Escape("output", "import os\nwhile True: os.write(1, b'x' * 4096)", NO, "output: stdout"),
     Escape("errors", "import os\nwhile True: os.write(2, b'x' * 4096)", NO, "output: stderr"),
-    Escape("a huge file", "open('a', 'wb').write(bytes(2**24 + 1))" + END),
+    Escape("a huge file", "with open('a', 'wb') as f: f.write(bytes(2**24 + 1))" + END),
     Escape("many big files", "for i in range(40): open(f'{i}', 'wb').write(bytes(2**20))\n"
            "import time\ntime.sleep(1)" + END),
     Escape("many files", "for i in range(2000): open(f'{i}', 'w').close()\n"
@@ -295,7 +417,8 @@ while not os.path.exists('FOLDER/daemon'): time.sleep(0.01)""" + END),
     Escape("root in a space of its own", MOUNT.format("libc.unshare(0x10000000)") + END,
            works("namespaces")),
     Escape("mount", MOUNT.format("libc.unshare(0x20000)") + "\n" + MOUNT.format(
-           "libc.mount(b'x', b'FOLDER', b'tmpfs', 0, None)") + END, AS_ROOT and "namespaces" in WAYS),
+           "libc.mount(b'x', b'FOLDER', b'tmpfs', 0, None)") + END,
+           AS_ROOT and "namespaces" in WAYS),
     Escape("writable again", MOUNT.format("libc.mount(b'x', b'/', None, 0x1020, None)") + END, NO),
     Escape("another root", "import os\nos.chroot('.')" + END, AS_ROOT),
     Escape("device", "import os, stat\n"
@@ -305,8 +428,8 @@ while not os.path.exists('FOLDER/daemon'): time.sleep(0.01)""" + END),
            "(ctypes.c_uint32 * 6)()\nctypes.CDLL(None).capget(header, data)\n"
            "assert any(data)" + END, AS_ROOT),
     # a result that is not its own
-    Escape("forged", "import os\nfor fd in range(64):\n    try: os.write(fd, b'started\\nended 0\\n')"
-           "\n    except OSError: pass\nos._exit(3)", NO, "exit code 3"),
+    Escape("forged", "import os\nfor fd in range(64):\n    try: os.write(fd, b'ended 0\\n')\n"
+           "    except OSError: pass\nos._exit(3)", NO, "exit code 3"),
 ]
 each = pytest.mark.parametrize("escape", ESCAPES, ids=[e.name for e in ESCAPES])
 
@@ -332,7 +455,9 @@ class Caller:
             if server.type != socket.SOCK_DGRAM:
                 server.listen()
         (self.folder / "socket").chmod(0o777)
-        self.victim = subprocess.Popen(["sleep", "600"])
+        self.victim = subprocess.Popen(["sleep", "600"], env={"DSV2_SECRET": SECRET},
+                                       start_new_session=True)
+        assert wait_for(lambda: Path(f"/proc/{self.victim.pid}/stat").read_text().split()[2] == "S")
         self.before = self.state()
 
     def words(self, code: str) -> str:
@@ -388,7 +513,6 @@ def caller(monkeypatch):
 
 @each
 def test_an_escape_is_contained(way, caller, escape):
-    run("")                                            # so that the first run's probe is not timed
     start = time.monotonic()
     outcome = run(caller.words(escape.code), "a\n" * 9, escape.seconds)
     assert time.monotonic() - start < (1 if escape.why.startswith("time") else 0) + LITTLE
@@ -396,7 +520,6 @@ def test_an_escape_is_contained(way, caller, escape):
     assert not outcome.ok and outcome.why.startswith(escape.why)
     assert outcome.why and "\n" not in outcome.why and len(outcome.stdout) <= sandbox.OUTPUT_BYTES
     assert caller.state() == caller.before             # nothing changed, nobody heard, none is left
-    assert run("print(1)") == Outcome(True, "1\n", "")
 
 
 @pytest.mark.parametrize("escape", [e for e in ESCAPES if e.control],

@@ -140,13 +140,13 @@ def _attempt(way: str, uid: int, program: bytes, stdin: bytes, seconds: float,
         if os.geteuid() == 0:
             for path in (scratch / "program.py", scratch):
                 os.chown(path, uid, uid)
-        interpreter = os.path.realpath(sys.executable)
+        command = [os.path.realpath(sys.executable), "-I", "-S", "-B", str(LAUNCHER)]
+        settings = [way, *map(str, (uid, memory_bytes, math.ceil(seconds) + 1))]
         status, status_end = os.pipe()
         try:
             with open(folder / "stdin", "rb") as given:
                 process = subprocess.Popen(
-                    [interpreter, "-I", "-S", "-B", str(LAUNCHER), str(status_end), way, str(uid),
-                     str(int(memory_bytes)), str(math.ceil(seconds) + 1), str(scratch), *_readable()],
+                    [*command, str(status_end), *settings, str(scratch), *_readable()],
                     stdin=given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd="/", env={},
                     pass_fds=[status_end], start_new_session=True)
         except BaseException:
@@ -230,7 +230,7 @@ class _Watched:
         refusals = [line for line in said if line.startswith("refused ")]
         if refusals or "started" not in said:
             why = refusals[0].removeprefix("refused ") if refusals else last or limit
-            raise Uncontained(f"sandbox: {why}")
+            raise Uncontained(f"sandbox: {why or 'the launcher ended early'}")
         if limit or not said[-1].startswith("ended "):
             return Outcome(False, stdout, limit or "killed: its launcher was")
         code = int(said[-1].removeprefix("ended "))

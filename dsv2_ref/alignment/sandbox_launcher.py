@@ -5,7 +5,7 @@ It is a script and imports nothing of this package: a small new process may chan
 namespaces, limits and user safely, and a copy of a process with threads may not. Its processes:
 
     launcher            waits; ends the others when `run` says so (SIGTERM) or is gone
-      first of its own  only with namespaces: process 1 of them. When it ends, the kernel ends the rest
+      first of its own  only with namespaces: their process 1. When it ends, so does the rest
         program         limits, files, user, system calls; then the interpreter takes its place
 
 Two ways to keep files away, and the order of `sandbox.WAYS` says which is tried first.
