@@ -53,8 +53,7 @@ Arrows run one way: a file imports only what stands before it in this list.
 
   1  attention, moe, text: each knows its own folder alone
   2  kernels: the twins in 1 that they must equal
-  3  the model and what it is made of; then files, inference, training, parallel, alignment,
-     in this order
+  3  the model and what it is made of; then files, inference, training, parallel, alignment
   4  bench, figures, commands: everything
 
 Where something new goes, and what it meets:
@@ -74,7 +73,7 @@ Where something new goes, and what it meets:
   a measurement     of one model: inference/; against a peer or another form: bench/
   a command         a file in commands/ with `add_options`, and a line in __main__.COMMANDS
 
-Not there yet: most of alignment/ (on training), serving, products in FP8, and anything run on a GPU.
+Not there yet: most of alignment/ (on training), serving, products in FP8, anything run on a GPU.
 """
 
 __version__ = "0.1.0"

@@ -171,6 +171,14 @@ def test_many_at_once_come_back_in_order(way):
     assert set(os.listdir("/proc/self/fd")) == open_before
 
 
+@pytest.mark.skipif("namespaces" not in WAYS, reason="this system allows no namespaces")
+def test_in_namespaces_all_but_the_scratch_folder_is_read_only(monkeypatch):
+    monkeypatch.setattr(sandbox, "WAYS", ("namespaces",))
+    code = ("import json, os\nprint([os.statvfs(path).f_flag & os.ST_RDONLY "
+            "for path in ('/', '/dev', '/usr/lib', json.__file__, '.')])")
+    assert run(code, seconds=60) == Outcome(True, "[1, 1, 1, 1, 0]\n", "")
+
+
 def test_the_time_is_counted_from_the_start_of_the_program(way, monkeypatch, tmp_path):
     begin = "    try:\n        os.umask"
     slow = tmp_path / "launcher.py"
