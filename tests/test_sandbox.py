@@ -163,12 +163,14 @@ def test_the_same_program_walks_a_set_in_the_same_order(way):
     assert len({run(code, seconds=60) for _ in range(3)}) == 1
 
 
-def test_many_at_once_come_back_in_order(way):
-    codes = [f"print({i})\nexit({i % 3})" for i in range(12)]
+def test_many_at_once_come_back_in_order_and_leave_nothing(way, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    codes = [f"open('a', 'w').write('x')\nprint({i})\nexit({i % 3})" for i in range(12)]
     open_before = set(os.listdir("/proc/self/fd"))
     for i, outcome in enumerate(run_many(codes, workers=6, seconds=60)):
         assert outcome.stdout == f"{i}\n" and outcome.ok == (i % 3 == 0)
     assert set(os.listdir("/proc/self/fd")) == open_before
+    assert not list(tmp_path.iterdir()) and not descendants(os.getpid())
 
 
 @pytest.mark.skipif("namespaces" not in WAYS, reason="this system allows no namespaces")
