@@ -40,7 +40,7 @@ table is made from it (`make map`), and a test compares it with the files and th
   inference/        generation, log-probabilities, needles, FP8 in memory, live caches
   training/         from one recipe to a trained model, in a folder that survives a kill
   parallel/         the same training on several ranks; the hours of V2's cluster, on paper
-  alignment/        from a base model to a chat model: GRPO, its rollouts and rewards
+  alignment/        from a base model to one that answers: chat, SFT, GRPO, rewards, a sandbox
   paper.py          the paper's claims beside ours
   figures/          every plot and widget, in one style
   bench/            measurements against a peer
@@ -75,7 +75,7 @@ Where something new goes, and what it meets:
   a measurement     of one model: inference/; against a peer or another form: bench/
   a command         a file in commands/ with `add_options`, and a line in __main__.COMMANDS
 
-Not there yet: SFT and the chat template, serving, products in FP8, and anything run on a GPU.
+Not there yet: products in FP8, the paper's benchmarks, and anything run on a GPU.
 """
 
 __version__ = "0.1.0"

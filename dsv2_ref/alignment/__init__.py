@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: MIT
 """From a base model to one that answers (section 4). It stands on training.
 
-  grpo     advantages and the loss of GRPO
-  rollout  answers of the policy as batches for the trainer, and the objective
-  reward   reward models, and the rewards of both stages
+  chat              the published chat template: messages as text, and as ids with answers marked
+  sft               supervised fine-tuning on conversations, with the loss on answers alone
+  exam              answers of a model, and the share of them that is right
+  reward            reward models, and the rewards of both stages
+  grpo              advantages and the loss of GRPO
+  rollout           answers of the policy as batches for the trainer, and the objective
+  sandbox           one program in a process of its own, and what became of it
+  sandbox_launcher  how that process shuts itself in before it becomes the program
 """
