@@ -146,7 +146,7 @@ class Engine:
                              f"{page} tokens")
         self.model, self.chunk = model, chunk
         self.cache = paged_cache(model, int(memory_bytes // one), page, cache)
-        self._requests: dict[int, Request] = {}        # unfinished, oldest first; first those that run
+        self._requests: dict[int, Request] = {}        # unfinished, the oldest first
         self._out: deque[tuple[int, int | ValueError, bool]] = deque()   # not yet yielded
         self._suspects: set[int] = set()               # read alone: a pass with them failed
         self._slots = list(range(self.cache.batch))    # free ones
@@ -225,6 +225,7 @@ class Engine:
         drawn = [(request, end - 1) for (request, _), end in zip(pieces, ends, strict=True)
                  if self._missing(request) == 0]
         if drawn:
+            drawn.sort(key=lambda each: each[0].id)
             rows = torch.tensor([row for _, row in drawn], device=h.device)
             self._draw([request for request, _ in drawn], self.model.head(h[rows]))
 
@@ -267,7 +268,7 @@ class Engine:
         return max((read + budget) // cache.page * cache.page - read, 0)
 
     def _let_in(self, request: Request) -> bool:
-        """Give it a slot if there are pages for all tokens that it knows, beside what others need."""
+        """Give it a slot if there are pages for all tokens that it knows, beside others' own."""
         cache = self.cache
         while True:
             found = cache.find(request.tokens)
