@@ -124,6 +124,14 @@ class Request:
     slot: int | None = None              # in the cache; None while it waits
 
 
+class RequestFailed(ValueError):
+    """A request that ended without its tokens: `id` says which, `why` what was wrong."""
+
+    def __init__(self, id: int, why: str) -> None:
+        super().__init__(f"request {id}: {why}")
+        self.id, self.why = id, why
+
+
 class Engine:
     """Serves requests with one model and `memory_bytes` of pages.
 
@@ -147,7 +155,7 @@ class Engine:
         self.model, self.chunk = model, chunk
         self.cache = paged_cache(model, int(memory_bytes // one), page, cache)
         self._requests: dict[int, Request] = {}        # unfinished, the oldest first
-        self._out: deque[tuple[int, int | ValueError, bool]] = deque()   # not yet yielded
+        self._out: deque[tuple[int, int | RequestFailed, bool]] = deque()   # not yet yielded
         self._suspects: set[int] = set()               # read alone: a pass with them failed
         self._slots = list(range(self.cache.batch))    # free ones
         self._next = 0
@@ -194,14 +202,14 @@ class Engine:
         """Yields (id, token, finished) until every request has finished.
 
         `add` and `cancel` may be called meanwhile. Whoever stops reading loses nothing: run() goes
-        on where the last one stood. ValueError for a request whose logits are no numbers.
+        on where the last one stood. RequestFailed for a request whose logits are no numbers.
         """
         while self._out or self._requests:
             if not self._out:
                 self._step()
                 continue
             id, token, finished = self._out.popleft()
-            if isinstance(token, ValueError):
+            if isinstance(token, RequestFailed):
                 raise token
             yield id, token, finished
 
@@ -342,7 +350,7 @@ class Engine:
                 self._end(r.id)
 
     def _fail(self, request: Request, why: str) -> None:
-        self._out.append((request.id, ValueError(f"request {request.id}: {why}"), True))
+        self._out.append((request.id, RequestFailed(request.id, why), True))
         self._end(request.id)
 
     def _end(self, id: int) -> None:
