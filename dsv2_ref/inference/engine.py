@@ -53,6 +53,8 @@ class Pieces:
     cache, with the form that is the cheapest for it: absorbed for decoding, expanded for prompts.
     """
 
+    queries = None                       # each group has its own
+
     def __init__(self, cache: Cache, pieces: Sequence[tuple[int, int]]) -> None:
         """pieces: (slot, number of new tokens), those of one number next to each other."""
         slots: dict[int, list[int]] = {}
@@ -67,8 +69,6 @@ class Pieces:
     def positions(self, new_tokens: int, counts: Sequence[int] | None = None) -> Tensor:
         """Begin the pass of every group: where the tokens stand, (N, 1)."""
         return torch.cat([group.positions(T).flatten() for group, T in self.groups])[:, None]
-
-    queries = None                       # each group has its own
 
     def write(self, layer: int, c_kv: Tensor, k_r: Tensor) -> None:
         """c_kv (N, 1, d_c), k_r (N, 1, d_r): of all groups, before any is read."""
@@ -217,25 +217,18 @@ class Engine:
 
     @torch.inference_mode()
     def _step(self) -> None:
-        pieces = self._schedule()
+        pieces = []
         try:
-            h = self._read(pieces)                                           # (N, d)
+            pieces = self._schedule()
+            self._draw(*self._read(pieces))
         except BaseException as error:
             for request in reversed(self._running()):  # named pages were not written: forget all
                 self._stop(request)
-            if not isinstance(error, ValueError):
+            if not isinstance(error, ValueError) or not pieces:
                 raise
             self._suspects = {request.id for request, _ in pieces}
             if len(pieces) == 1:
                 self._fail(pieces[0][0], str(error))
-            return
-        ends = torch.tensor([n for _, n in pieces]).cumsum(0).tolist()
-        drawn = [(request, end - 1) for (request, _), end in zip(pieces, ends, strict=True)
-                 if self._missing(request) == 0]
-        if drawn:
-            drawn.sort(key=lambda each: each[0].id)
-            rows = torch.tensor([row for _, row in drawn], device=h.device)
-            self._draw([request for request, _ in drawn], self.model.head(h[rows]))
 
     def _running(self) -> list[Request]:
         return [r for r in self._requests.values() if r.slot is not None]
@@ -255,7 +248,7 @@ class Engine:
         for r in [self._requests[only]] if only is not None else list(self._requests.values()):
             if r.slot is None and not self._let_in(r):
                 break
-            if r.slot is None or not (n := self._piece(r, budget)):
+            if not (n := self._piece(r, budget)):      # its chunk comes later
                 continue
             if not self._grow(r, n):
                 break
@@ -316,12 +309,16 @@ class Engine:
         self._slots.append(request.slot)
         request.slot = None
 
-    def _read(self, pieces: list[tuple[Request, int]]) -> Tensor:
-        """One pass of the model over the next n tokens of each request -> h (N, d)."""
-        model, ids = self.model, []
+    def _read(self, pieces: list[tuple[Request, int]]) -> tuple[list[Request], Tensor]:
+        """One pass of the model over the next n tokens of each request.
+
+        Those of whom all is read now, the oldest first, and h (B, d) of the last token of each.
+        """
+        model, ids, ends = self.model, [], []
         for r, n in pieces:
             read = self.cache.read(r.slot)
             ids += r.tokens[read : read + n]
+            ends.append(len(ids) - 1)
         tokens = torch.tensor(ids, device=model.like.device)[:, None]        # (N, 1)
         pass_ = Pieces(self.cache, [(r.slot, n) for r, n in pieces])
         h = model.embed(tokens)                                              # (N, 1, d)
@@ -329,10 +326,16 @@ class Engine:
         run = replace(run, forms=replace(run.forms, attend=pass_.attend(model)))
         h, _, _ = model.through(h, run)
         pass_.advance()
-        return model.finish(h)[:, 0]
+        done = sorted(((r, end) for (r, _), end in zip(pieces, ends, strict=True)
+                       if self._missing(r) == 0), key=lambda each: each[0].id)
+        rows = torch.tensor([end for _, end in done], dtype=torch.int64, device=h.device)
+        return [r for r, _ in done], model.finish(h[rows, 0])
 
-    def _draw(self, requests: list[Request], logits: Tensor) -> None:
-        """A token of each request, from logits (B, vocab)."""
+    def _draw(self, requests: list[Request], h: Tensor) -> None:
+        """A token of each request, from what the head reads, h (B, d)."""
+        if not requests:
+            return
+        logits = self.model.head(h)                                          # (B, vocab)
         ids = sample(logits, 0.0, 1.0)                                       # (B,)
         for b, r in enumerate(requests):
             if r.temperature:
