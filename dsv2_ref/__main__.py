@@ -15,7 +15,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import IO, NoReturn
 
 from dsv2_ref.commands.options import Failed
@@ -64,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = args.pop("act")(**args)
         if result is None:                     # of several processes one that does not speak
             return 0
+        if isinstance(result, Iterator):       # a line each, as they come
+            return next((code for line in result if (code := _write(json.dumps(line) + "\n"))), 0)
         text = result if isinstance(result, str) else json.dumps(result)
         return _write(text + "\n") or int(isinstance(result, Failed))
     except (ValueError, ImportError) as error:

@@ -18,7 +18,12 @@ import torch
 from torch import Tensor
 
 from dsv2_ref.attention.cache_quant import attend_packed, dequantise, unpack
-from dsv2_ref.attention.mla import absorbed_is_cheaper, attend_absorbed, attend_expanded
+from dsv2_ref.attention.mla import (
+    absorbed_is_cheaper,
+    attend_absorbed,
+    attend_expanded,
+    attend_heads,
+)
 from dsv2_ref.config import Config
 from dsv2_ref.moe.dropping import keep_within_budget
 from dsv2_ref.moe.experts import experts_grouped, experts_loop, experts_padded
@@ -83,6 +88,8 @@ def choose(
 
 def attention_form(c: Config, x: Tensor, T: int, S: int, cached: str | None) -> Form:
     """Expanded for prompts and training, absorbed for decoding; of rows as the cache has them."""
+    if cached == "expanded":                 # keys and values, built when they were written
+        return attend_heads
     if cached not in (None, "latent", "six_bit"):
         raise ValueError(f"cache: rows of kind {cached!r}, expected 'latent' or 'six_bit'")
     absorb = cached is not None and absorbed_is_cheaper(T, S, c.d_h, c.d_r, c.d_v, c.d_c)

@@ -78,11 +78,29 @@ def attend_expanded(
     q_c (B, T, n_h, d_h), q_r (B, T, n_h, d_r), c_kv (B, S, d_c), k_r (B, S, d_r),
     W_UK (n_h, d_h, d_c), W_UV (n_h, d_v, d_c), positions (B, T) of the queries -> (B, T, n_h, d_v).
     """
-    T, S, n_h = q_c.shape[1], c_kv.shape[1], q_c.shape[2]
+    k, v_c = expand(c_kv, k_r, W_UK, W_UV)
+    return attend_heads(q_c, q_r, k, v_c, W_UK, W_UV, scale, positions)
+
+
+def expand(c_kv: Tensor, k_r: Tensor, W_UK: Tensor, W_UV: Tensor) -> tuple[Tensor, Tensor]:
+    """Every head's keys k (B, S, n_h, d_h + d_r) and values v_c (B, S, n_h, d_v)."""
+    n_h = len(W_UK)
     k_c = F.linear(c_kv, W_UK.flatten(0, 1)).unflatten(-1, (n_h, -1))        # (B, S, n_h, d_h) (42)
     v_c = F.linear(c_kv, W_UV.flatten(0, 1)).unflatten(-1, (n_h, -1))        # (B, S, n_h, d_v) (45)
-    q = torch.cat((q_c, q_r), -1)                                            # (B, T, n_h, ·)   (40)
     k = torch.cat((k_c, k_r[:, :, None].expand(-1, -1, n_h, -1)), -1)        # (B, S, n_h, ·)   (44)
+    return k, v_c
+
+
+def attend_heads(
+    q_c: Tensor, q_r: Tensor, k: Tensor, v_c: Tensor, W_UK: Tensor, W_UV: Tensor,
+    scale: float, positions: Tensor | None = None,
+) -> Tensor:
+    """The second half of `attend_expanded`: of rows that were cached expanded, as MHA's are.
+
+    k and v_c as `expand` gives them; W_UK and W_UV are in them already.
+    """
+    T, S = q_c.shape[1], k.shape[1]
+    q = torch.cat((q_c, q_r), -1)                                            # (B, T, n_h, ·)   (40)
     wider = max(q.shape[-1] - v_c.shape[-1], 0)
     v = F.pad(v_c, (0, wider))                             # one width lets SDPA take its fast path
     causal = positions is None and bool(T == S)            # known to SDPA, which then skips half

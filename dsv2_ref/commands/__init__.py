@@ -9,6 +9,7 @@
   ranks     the processes that `train` runs on, under torchrun
   figures   a run drawn from its log
   generate  a prompt continued
+  prompts   a file of prompts through the engine, JSON lines in and out
   needle    what a model finds in a long text
   paper     the paper's claims beside ours
   copy      a concept file lifted out

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Using a trained model.
 
-  generate    read prompts, then decode, sample and stream
-  evaluate    log-probabilities of given tokens, held-out bits per byte
-  needle      what a model finds in a long text, by length and depth
-  kept_cells  the cells of such a grid, in a folder that survives a kill
-  fp8_model   a model that lies in memory in FP8
-  live_cache  bytes that caches really occupy
+  generate     read prompts, then decode, sample and stream
+  paged_cache  a cache in pages, shared where texts begin alike
+  engine       many requests in a fixed number of bytes
+  evaluate     log-probabilities of given tokens, held-out bits per byte
+  needle       what a model finds in a long text, by length and depth
+  kept_cells   the cells of such a grid, in a folder that survives a kill
+  fp8_model    a model that lies in memory in FP8
+  live_cache   bytes that caches really occupy
 """
