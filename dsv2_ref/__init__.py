@@ -38,6 +38,7 @@ table is made from it (`make map`), and a test compares it with the files and th
   inference/        generation, log-probabilities, needles, FP8 in memory, live caches
   training/         from one recipe to a trained model, in a folder that survives a kill
   parallel/         the same training on several ranks; the hours of V2's cluster, on paper
+  alignment/        from a base model to a chat model
   paper.py          the paper's claims beside ours
   figures/          every plot and widget, in one style
   bench/            measurements against a peer
@@ -52,7 +53,8 @@ Arrows run one way: a file imports only what stands before it in this list.
 
   1  attention, moe, text: each knows its own folder alone
   2  kernels: the twins in 1 that they must equal
-  3  the model and what it is made of; then files, inference, training, parallel, in this order
+  3  the model and what it is made of; then files, inference, training, parallel,
+     alignment, in this order
   4  bench, figures, commands: everything
 
 Where something new goes, and what it meets:
@@ -72,7 +74,7 @@ Where something new goes, and what it meets:
   a measurement     of one model: inference/; against a peer or another form: bench/
   a command         a file in commands/ with `add_options`, and a line in __main__.COMMANDS
 
-Not there yet: alignment/ (on training), serving, products in FP8, and anything run on a GPU.
+Not there yet: rewards and GRPO in alignment/, serving, products in FP8, and anything run on a GPU.
 """
 
 __version__ = "0.1.0"
