@@ -60,7 +60,7 @@ def recipe_for(n: int, epochs: float = EPOCHS, batch: int = 32, **changes: Any) 
     """Ours for `n` conversations and a small model: as many steps as read each `epochs` times."""
     if n < 1 or not 0 < epochs < math.inf:
         raise ValueError(f"epochs: {epochs} of {n} conversations, expected more than 0 of both")
-    steps = math.ceil(epochs * n / batch)
+    steps = math.ceil(epochs * n / max(batch, 1))        # a batch of 0 is refused below
     return Recipe(steps=steps, batch=batch, lr=4e-3, sequence=1024).with_(**changes)
 
 
@@ -144,9 +144,9 @@ def answering(model: DeepSeekV2, batch: Batch) -> Named:
                   lengths=lengths.tolist())
     h, balance, load = model.through(model.embed(tokens), run)
     found = model.language_loss(h, targets)                          # mean over these rows' tokens
-    share = (targets != IGNORED).sum() / len(tokens) / mean[0]       # of tokens to that of rows
+    rows = (targets != IGNORED).sum().double() / len(tokens)         # answer tokens per row here
     expert, device, communication = balance.unbind()
-    return Named({"answer": found * share.to(found.dtype), "expert": expert, "device": device,
+    return Named({"answer": found * (rows / mean[0]).to(found.dtype), "expert": expert, "device": device,
                   "communication": communication}, load)
 
 
