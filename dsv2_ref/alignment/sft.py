@@ -145,8 +145,9 @@ def answering(model: DeepSeekV2, batch: Batch) -> Named:
     h, balance, load = model.through(model.embed(tokens), run)
     found = model.language_loss(h, targets)                          # mean over these rows' tokens
     rows = (targets != IGNORED).sum().double() / len(tokens)         # answer tokens per row here
+    answer = found * (rows / mean[0]).to(found.dtype)
     expert, device, communication = balance.unbind()
-    return Named({"answer": found * (rows / mean[0]).to(found.dtype), "expert": expert, "device": device,
+    return Named({"answer": answer, "expert": expert, "device": device,
                   "communication": communication}, load)
 
 

@@ -45,6 +45,7 @@ PITFALLS = {
     "needles": "a needle test that asks, reads, scores, learns or resumes otherwise than it says",
     "ranks": "rows, sums or gradients of several ranks other than one process would have them",
     "plan": "a cluster planned with bytes, messages or waiting that a real one would not have",
+    "chat": "a turn, an answer's tokens, padding or what is held out taken for something else",
     "fp8": "codes or scales of FP8 weights taken for something else, or too much put into FP8",
 }
 
