@@ -29,7 +29,7 @@ MUTANTS = [
     Mutant("begin_mark_twice", "chat", CHAT,
            "ids, answers = [tokenizer.bos], [False]",
            "ids, answers = [tokenizer.bos] * 2, [False] * 2",
-           "test_chat.py::test_the_begin_mark_stands_once_also_where_the_tokenizer_adds_one"),
+           "test_chat.py::test_text_that_spells_a_mark_stays_text"),
     Mutant("marks_are_0_and_1", "chat", CHAT,
            "[tokenizer.eos] * is_answer", "[1] * is_answer",
            "test_chat.py::test_ids_go_by_the_marks_of_the_tokenizer"),
