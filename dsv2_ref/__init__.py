@@ -55,7 +55,8 @@ Arrows run one way: a file imports only what stands before it in this list.
 
   1  attention, moe, text: each knows its own folder alone
   2  kernels: the twins in 1 that they must equal
-  3  the model and what it is made of; then files, inference, training, parallel, alignment
+  3  the model and what it is made of; then files, inference, training, parallel,
+     alignment, in this order
   4  bench, figures, commands: everything
 
 Where something new goes, and what it meets:

@@ -23,6 +23,7 @@ from dsv2_ref.commands.options import Failed
 COMMANDS = {
     "run": "the main job: train, judge, generate, draw, save",
     "train": "train a preset",
+    "sft": "fine-tune a saved model on conversations",
     "figures": "draw a run from its log.jsonl",
     "generate": "continue a prompt with a saved model",
     "needle": "what a saved model finds in a long text",

@@ -9,6 +9,7 @@ twice.
 Shapes: B batch, T new tokens, N = B·T flat tokens, E routed experts, D devices.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,8 @@ class Pass:
     learns: bool = False                 # balance losses are taken and slots dropped
     protected: Tensor | None = None      # (B,) bool, sequences that drop nothing
     with_load: bool = False              # traffic is counted
+    lengths: Sequence[int] | None = None     # real tokens of each sequence where padding follows
+                                             # them, which balance and traffic do not count
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,8 @@ class RoutedFFN(nn.Module):
         x = x.flatten(0, 1)                                              # (N, d)
         routing = self.router(x, run.forms.select)
         keep = self._keep(routing, run, T) if run.learns else None
-        balance = self._balance(routing, B) if run.learns else None
-        traffic = self._traffic(routing, keep, B) if run.with_load else None
+        balance = self._balance(routing, B, run.lengths) if run.learns else None
+        traffic = self._traffic(routing, keep, B, run.lengths) if run.with_load else None
         h = self.experts(u.flatten(0, 1), x, routing.indices, routing.gates, run.forms.experts,
                          keep)
         return h.unflatten(0, (B, T)), balance, traffic
@@ -100,10 +103,17 @@ class RoutedFFN(nn.Module):
         return run.forms.keep(routing.indices, routing.gates, c.n_routed, c.n_devices, protected,
                               c.drop_capacity)
 
-    def _balance(self, routing: Routing, B: int) -> Tensor:
+    def _balance(self, routing: Routing, B: int, lengths: Sequence[int] | None) -> Tensor:
         """The expert, device and communication balance loss, (3,); 0 where alpha is."""
-        c = self.config
         s, indices = routing.scores.unflatten(0, (B, -1)), routing.indices.unflatten(0, (B, -1))
+        if lengths is None:
+            return self._balance_of(s, indices)
+        return torch.stack([self._balance_of(s[b : b + 1, :n], indices[b : b + 1, :n])
+                            for b, n in enumerate(lengths)]).mean(0)
+
+    def _balance_of(self, s: Tensor, indices: Tensor) -> Tensor:
+        """The same of sequences without padding, s (B, T, E) and indices (B, T, K)."""
+        c = self.config
         losses = [s.new_zeros(())] * 3
         if c.alpha_expert:
             losses[0] = expert_balance_loss(s, indices, c.alpha_expert)
@@ -113,13 +123,20 @@ class RoutedFFN(nn.Module):
             losses[2] = communication_balance_loss(s, indices, c.alpha_comm, c.n_devices, c.reach)
         return torch.stack(losses)
 
-    def _traffic(self, routing: Routing, keep: Tensor | None, B: int) -> Traffic:
+    def _traffic(
+        self, routing: Routing, keep: Tensor | None, B: int, lengths: Sequence[int] | None
+    ) -> Traffic:
         c = self.config
-        slots = routing.indices.flatten()
+        indices, gates, scores = routing.indices, routing.gates.detach(), routing.scores.detach()
+        if lengths is not None:
+            T = len(indices) // B
+            real = torch.cat([torch.arange(n) + b * T for b, n in enumerate(lengths)])
+            indices, gates, scores = (t[real] for t in (indices, gates, scores))
+            keep = None if keep is None else keep[real]
+        slots = indices.flatten()
         experts = slots.new_zeros(c.n_routed).scatter_add_(0, slots, torch.ones_like(slots))
-        sent = device_reach(routing.indices.unflatten(0, (B, -1)), c.n_routed, c.n_devices)
-        detached = Routing(routing.indices, routing.gates.detach(), routing.scores.detach())
-        return Traffic(self.layer, experts, sent.flatten(0, 1).sum(0), keep, detached)
+        sent = device_reach(indices[None], c.n_routed, c.n_devices)
+        return Traffic(self.layer, experts, sent[0].sum(0), keep, Routing(indices, gates, scores))
 
 
 class Block(nn.Module):

@@ -7,6 +7,7 @@
   train     a preset or a saved model, and a recipe, into a run folder, and nothing else
   jobs      what `train` trains
   ranks     the processes that `train` runs on, under torchrun
+  sft       a saved model learns conversations
   figures   a run drawn from its log
   generate  a prompt continued
   prompts   a file of prompts through the engine, JSON lines in and out

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from dsv2_ref import checkpoint
+from dsv2_ref.config import Config
 from dsv2_ref.inference.generate import generate
 from dsv2_ref.model import DeepSeekV2
 from dsv2_ref.text.stream import TextStream
@@ -39,13 +40,16 @@ def output_folder(path: str | Path, with_model: bool = False) -> Path:
 
 def save_model(setup: Setup, path: Path) -> None:
     """The published format in bf16, tokenizer.json beside it; replaces an earlier one."""
-    def save(model: DeepSeekV2) -> None:
-        state = DeepSeekV2(setup.saved or model.config)
-        state.load_state_dict(model.state_dict())
-        files = {"tokenizer.json": setup.tokenizer.to_json()}
-        checkpoint.save(state.bfloat16(), path, files, overwrite=True)
+    files = {"tokenizer.json": setup.tokenizer.to_json()}
+    setup.trainer.world.with_whole(setup.model, lambda model: write_model(
+        model, setup.saved or model.config, path, files))
 
-    setup.trainer.world.with_whole(setup.model, save)
+
+def write_model(model: DeepSeekV2, config: Config, path: Path, files: dict[str, str]) -> None:
+    """A model's weights in bf16 in the published format, under a config, text files beside them."""
+    state = DeepSeekV2(config)
+    state.load_state_dict(model.state_dict())
+    checkpoint.save(state.bfloat16(), path, files, overwrite=True)
 
 
 def write_sample(

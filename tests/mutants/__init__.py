@@ -46,6 +46,7 @@ PITFALLS = {
     "ranks": "rows, sums or gradients of several ranks other than one process would have them",
     "plan": "a cluster planned with bytes, messages or waiting that a real one would not have",
     "policy": "answers, probabilities or advantages of another policy or question than said",
+    "chat": "a turn, an answer's tokens, padding or what is held out taken for something else",
     "fp8": "codes or scales of FP8 weights taken for something else, or too much put into FP8",
 }
 
