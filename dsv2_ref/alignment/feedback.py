@@ -9,9 +9,9 @@ and each of the three says more than the one before:
     passes   and so does the check that is run behind it
 
 What is rewarded will be found, whether it was meant or not. "It parses" is won by the shortest body
-there is (`return self`), and credit for a part of the way is won in the same way. So `does_something`
-is a floor and no slope: a program of fewer than `LEAST` different statements is worth nothing,
-however well it parses. Docstrings, `pass`, bare names and constants are no statements.
+there is (`return self`), and credit for a part of the way is won in the same way. That is why
+`does_something` is a floor and no slope: a program of fewer than `LEAST` different statements is
+worth nothing, however well it parses. Docstrings, `pass`, bare names and constants do not count.
 """
 
 import ast

@@ -51,7 +51,7 @@ MUTANTS = [
            "test_grpo.py::test_what_is_masked_out_may_hold_anything"),
     Mutant("questions_in_the_loss", "policy", ROLLOUT, "answer = slice(len(p) - 1,",
            "answer = slice(0,", _draws),
-    Mutant("end_mark_not_learned", "policy", ROLLOUT, "lengths[i] - 1)  ", "lengths[i] - 2)  ",
+    Mutant("end_mark_of_an_answer_lost", "policy", ROLLOUT, "lengths[i] - 1)  ", "lengths[i] - 2)  ",
            _draws),
     Mutant("answers_at_another_temperature", "policy", ROLLOUT,
            "sample(logits, 1.0, 1.0, generator)", "sample(logits, 0.7, 1.0, generator)", _draws),
