@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dsv2_ref.config import TINY
-from dsv2_ref.inference import engine as module
+from dsv2_ref.inference import pieces as module
 from dsv2_ref.inference.engine import Engine
 from dsv2_ref.inference.generate import generate
 from dsv2_ref.model import DeepSeekV2

@@ -3,6 +3,7 @@
 
   generate     read prompts, then decode, sample and stream
   paged_cache  a cache in pages, shared where texts begin alike
+  pieces       a pass over pieces of different lengths, without padding
   engine       many requests in a fixed number of bytes
   evaluate     log-probabilities of given tokens, held-out bits per byte
   needle       what a model finds in a long text, by length and depth

@@ -5,7 +5,7 @@ A plain batch begins together and ends with its longest member. Here requests co
 step ("continuous batching"; Yu et al. 2022, "Orca"):
 
     schedule   who takes part in the next pass, oldest first, and with how many tokens
-    read       one pass of the model over these pieces, laid end to end
+    read       one pass of the model over these pieces, laid end to end (pieces.py)
     sample     one token for each request whose known tokens have now all been read
 
 There is one kind of work only: a request knows some tokens (its prompt and what was drawn), and the
@@ -28,86 +28,20 @@ otherwise), its own generator. Preemption changes nothing, since what was drawn 
 If the logits of a request are NaN, or its rows cannot be cached, that request ends with an error
 that names it; `run()` raises it in its turn. Called again, it goes on with the others.
 
-Shapes: N tokens of a pass, B sequences, T new tokens, S = cached + new tokens.
+Shapes: B requests.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dsv2_ref.attention.kv_cache import Cache
-from dsv2_ref.forms import attention_form
 from dsv2_ref.inference.generate import NOT_A_NUMBER, _check, _prompts, _room, _stops, sample
 from dsv2_ref.inference.paged_cache import paged_cache
+from dsv2_ref.inference.pieces import Pieces, through_pieces
 from dsv2_ref.model import DeepSeekV2
-
-
-class Pieces:
-    """One pass over pieces of different lengths, laid end to end: N tokens, none of them padding.
-
-    To the model every token is a sequence of its own with one new token, (N, 1). Only attention
-    has to know better: pieces of one length are a group, an ordinary pass of (B, T) through the
-    cache, with the form that is the cheapest for it: absorbed for decoding, expanded for prompts.
-    """
-
-    queries = None                       # each group has its own
-
-    def __init__(self, cache: Cache, pieces: Sequence[tuple[int, int]]) -> None:
-        """pieces: (slot, number of new tokens), those of one number next to each other."""
-        slots: dict[int, list[int]] = {}
-        for slot, n in pieces:
-            slots.setdefault(n, []).append(slot)
-        self.groups = [(cache.select(those), T) for T, those in slots.items()]
-        self.kind, self.sizes = cache.kind, [len(those) * T for T, those in slots.items()]
-        self.lengths = [old + t for group, T in self.groups for old in group.lengths
-                        for t in range(T)]
-        self.batch = len(self.lengths)
-
-    def positions(self, new_tokens: int, counts: Sequence[int] | None = None) -> Tensor:
-        """Begin the pass of every group: where the tokens stand, (N, 1)."""
-        return torch.cat([group.positions(T).flatten() for group, T in self.groups])[:, None]
-
-    def write(self, layer: int, c_kv: Tensor, k_r: Tensor) -> None:
-        """c_kv (N, 1, d_c), k_r (N, 1, d_r): of all groups, before any is read."""
-        parts = zip(self.groups, c_kv.split(self.sizes), k_r.split(self.sizes), strict=True)
-        for (group, T), *rows in parts:
-            group.write(layer, *(x.view(group.batch, T, -1) for x in rows))
-
-    def rows(self, layer: int) -> tuple[list[tuple[Tensor, ...]]]:
-        """The rows of each group, for `attend`."""
-        return ([group.rows(layer) for group, _ in self.groups],)
-
-    def advance(self) -> None:
-        for group, _ in self.groups:
-            group.advance()
-
-    def undo(self) -> None:
-        for group, _ in self.groups:
-            group.undo()
-
-    def attend(self, model: DeepSeekV2) -> Callable[..., Tensor]:
-        """The form of this pass: every group by its own."""
-        forms = [attention_form(model.config, model.like, T, max(group.lengths) + T, self.kind)
-                 for group, T in self.groups]
-
-        def attend_pieces(
-            q_c: Tensor, q_r: Tensor, rows: list[tuple[Tensor, ...]], W_UK: Tensor, W_UV: Tensor,
-            scale: float, positions: Tensor | None = None,
-        ) -> Tensor:
-            """q_c (N, 1, n_h, d_h), q_r (N, 1, n_h, d_r), rows of each group -> (N, 1, n_h, d_v)"""
-            out = []
-            parts = zip(self.groups, forms, rows, q_c.split(self.sizes), q_r.split(self.sizes),
-                        strict=True)
-            for (group, T), form, its_rows, *q in parts:
-                q = (x.view(group.batch, T, *x.shape[2:]) for x in q)
-                o = form(*q, *its_rows, W_UK, W_UV, scale, group.queries)
-                out.append(o.flatten(0, 1))
-            return torch.cat(out)[:, None]
-
-        return attend_pieces
 
 
 @dataclass
@@ -314,22 +248,16 @@ class Engine:
 
         Those of whom all is read now, the oldest first, and h (B, d) of the last token of each.
         """
-        model, ids, ends = self.model, [], []
+        ids, ends = [], []
         for r, n in pieces:
             read = self.cache.read(r.slot)
             ids += r.tokens[read : read + n]
             ends.append(len(ids) - 1)
-        tokens = torch.tensor(ids, device=model.like.device)[:, None]        # (N, 1)
-        pass_ = Pieces(self.cache, [(r.slot, n) for r, n in pieces])
-        h = model.embed(tokens)                                              # (N, 1, d)
-        run = model.start(tokens.shape, pass_)
-        run = replace(run, forms=replace(run.forms, attend=pass_.attend(model)))
-        h, _, _ = model.through(h, run)
-        pass_.advance()
+        h = through_pieces(self.model, ids, Pieces(self.cache, [(r.slot, n) for r, n in pieces]))
         done = sorted(((r, end) for (r, _), end in zip(pieces, ends, strict=True)
                        if self._missing(r) == 0), key=lambda each: each[0].id)
         rows = torch.tensor([end for _, end in done], dtype=torch.int64, device=h.device)
-        return [r for r, _ in done], model.finish(h[rows, 0])
+        return [r for r, _ in done], self.model.finish(h[rows])
 
     def _draw(self, requests: list[Request], h: Tensor) -> None:
         """A token of each request, from what the head reads, h (B, d)."""

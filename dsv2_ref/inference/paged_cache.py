@@ -134,10 +134,8 @@ class Paged(Cache):
 
         At least one token is left to be read, without which there would be no logits.
         """
-        table, read = list(self.tables.get(slot, ())), 0 if slot is None else self.read(slot)
+        table = list(self.tables.get(slot, ()))        # a page without a name leads nowhere
         before = len(table)
-        if read != before * self.page:                 # in the midst of a page
-            return []
         for i in range(before, (len(tokens) - 1) // self.page):
             page = self.pages.named.get(self._name(table, i, tokens))
             if page is None:
