@@ -20,7 +20,7 @@ its own back and waits: it will be read again. So those that run are always the 
 oldest of all is never stopped.
 
 Prompts that begin alike share full pages, even if they come in the same pass: see paged_cache.py.
-The pieces of a prompt end where pages end, so that the next one may be found and not read.
+The older of two is always ahead, so the newer one finds each page when it comes to it.
 
 What a request draws depends on it alone: its logits (up to rounding, since other batches add up
 otherwise), its own generator. Preemption changes nothing, since what was drawn stays drawn.
@@ -80,8 +80,8 @@ class Engine:
     ) -> None:
         if page < 1:
             raise ValueError(f"page: {page}, expected at least 1 token")
-        if chunk < page:
-            raise ValueError(f"chunk: {chunk}, expected at least a page of {page} tokens")
+        if chunk < 1:
+            raise ValueError(f"chunk: {chunk}, expected at least 1 token")
         one = paged_cache(model, 1, page, cache).nbytes
         if memory_bytes < one:
             raise ValueError(f"memory_bytes: {memory_bytes}, expected at least {one}, a page of "
@@ -169,8 +169,7 @@ class Engine:
 
     def _missing(self, request: Request) -> int:
         """Tokens that are known and not read."""
-        read = 0 if request.slot is None else self.cache.read(request.slot)
-        return len(request.tokens) - read
+        return len(request.tokens) - self.cache.read(request.slot)
 
     def _schedule(self) -> list[tuple[Request, int]]:
         """Who takes part in the next pass and with how many tokens; pieces of one length together.
@@ -182,25 +181,19 @@ class Engine:
         for r in [self._requests[only]] if only is not None else list(self._requests.values()):
             if r.slot is None and not self._let_in(r):
                 break
-            if not (n := self._piece(r, budget)):      # its chunk comes later
+            self.cache.share(r.slot, self.cache.find(r.tokens, r.slot))
+            missing = self._missing(r)
+            n = 1 if missing == 1 else min(missing, budget)
+            if n == 0:                                 # its chunk comes later
                 continue
             if not self._grow(r, n):
                 break
             pieces.append((r, n))
-            budget -= n if n > 1 else 0
+            budget -= n if missing > 1 else 0
         if not pieces and self._suspects:              # it does not fit beside those read before
             self._suspects.clear()
             return self._schedule()
         return sorted(pieces, key=lambda piece: piece[1])
-
-    def _piece(self, request: Request, budget: int) -> int:
-        """How many tokens it reads next, after taking over the pages that others have."""
-        cache, slot = self.cache, request.slot
-        cache.share(slot, cache.find(request.tokens, slot))
-        missing, read = self._missing(request), cache.read(slot)
-        if missing <= max(budget, 1):
-            return missing
-        return max((read + budget) // cache.page * cache.page - read, 0)
 
     def _let_in(self, request: Request) -> bool:
         """Give it a slot if there are pages for all tokens that it knows, beside others' own."""
