@@ -17,6 +17,7 @@
   needle        long contexts: what is found, where it looks, what a length costs
   pipeline      who works when on several ranks, and what waits
   positions     RoPE
+  rewards       a group of answers, the clip, how a policy learned
   routing       what experts are for, and the limit on devices
   scale_out     a cluster on paper: memory, hours, growth
   sliders       what moves, with ipywidgets and without
@@ -121,6 +122,7 @@ from dsv2_ref.figures.pretraining import (
     rounding_paths,
     schedule_curves,
 )
+from dsv2_ref.figures.rewards import clipped_gain, reward_curves, reward_loop
 from dsv2_ref.figures.routing import (
     ablation_cost,
     device_limit_slider,
@@ -153,21 +155,22 @@ __all__ = [
     "architecture", "attention_study", "attention_tiles", "balance_cost", "balance_curves",
     "batch_bars", "batch_slider", "benchmark_scores", "bit_budget", "bubble_curves",
     "building_order", "bytes_moved", "cache_against_context", "cache_bars", "cache_growth",
-    "cache_slider", "code_steps", "curves_by_position", "decode_floors", "decode_roofline",
-    "device_limit_slider", "device_messages", "device_traffic", "dropped_against_capacity",
-    "dropped_over_training", "error_by_bits", "errors_by_position", "expert_load", "expert_shares",
-    "flops_against_context", "flops_by_part", "format_error", "found_by_length", "gradient_norm",
-    "group_slider", "grouped_heads", "groups_like_mla", "harm_bars", "hour_ranges",
-    "hours_by_devices", "in_flight_bars", "information_dots", "kept_by_width", "kept_to_scale",
-    "length_costs", "limit_quality", "live_image", "live_picture", "load_animation",
-    "load_over_training", "loss_arrows", "loss_curve", "loss_floor", "losses_by_position",
-    "matrices", "memory_bars", "memory_over_step", "mistakes_by_factor", "mla_flow",
-    "needle_attention", "needle_grid", "needle_grids", "optimizer_paths", "outlier_errors",
-    "overlap_spans", "packed_windows", "pair_clocks", "pair_wavelengths", "parameter_shares",
-    "phase_bars", "pipeline_slider", "position_slider", "program_grid", "rank_traffic",
-    "rank_traffic_slider", "rate_curve", "resume_gaps", "rotated_row", "rounding_paths",
-    "router_heat_map", "rows_by_hand", "run_figures", "run_lives", "save", "saving_cost",
-    "saving_steps", "scale_map", "schedule_curves", "schedule_gantt", "seeds_and_differences",
-    "shared_heads", "slots_by_device", "softmax_in_pieces", "stage_memory", "study_changes",
-    "styled", "token_routing", "turned_pair", "word_layout", "yarn_pairs",
+    "cache_slider", "clipped_gain", "code_steps", "curves_by_position", "decode_floors",
+    "decode_roofline", "device_limit_slider", "device_messages", "device_traffic",
+    "dropped_against_capacity", "dropped_over_training", "error_by_bits", "errors_by_position",
+    "expert_load", "expert_shares", "flops_against_context", "flops_by_part", "format_error",
+    "found_by_length", "gradient_norm", "group_slider", "grouped_heads", "groups_like_mla",
+    "harm_bars", "hour_ranges", "hours_by_devices", "in_flight_bars", "information_dots",
+    "kept_by_width", "kept_to_scale", "length_costs", "limit_quality", "live_image", "live_picture",
+    "load_animation", "load_over_training", "loss_arrows", "loss_curve", "loss_floor",
+    "losses_by_position", "matrices", "memory_bars", "memory_over_step", "mistakes_by_factor",
+    "mla_flow", "needle_attention", "needle_grid", "needle_grids", "optimizer_paths",
+    "outlier_errors", "overlap_spans", "packed_windows", "pair_clocks", "pair_wavelengths",
+    "parameter_shares", "phase_bars", "pipeline_slider", "position_slider", "program_grid",
+    "rank_traffic", "rank_traffic_slider", "rate_curve", "resume_gaps", "reward_curves",
+    "reward_loop", "rotated_row", "rounding_paths", "router_heat_map", "rows_by_hand",
+    "run_figures", "run_lives", "save", "saving_cost", "saving_steps", "scale_map",
+    "schedule_curves", "schedule_gantt", "seeds_and_differences", "shared_heads", "slots_by_device",
+    "softmax_in_pieces", "stage_memory", "study_changes", "styled", "token_routing", "turned_pair",
+    "word_layout", "yarn_pairs",
 ]

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: MIT
+"""Learning from rewards: one group of answers, where the clip bites, and how a policy learned."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
+from matplotlib.ticker import MaxNLocator
+
+from dsv2_ref.figures.style import COLORS, INK, MORE_COLORS, Picture, styled
+
+UP, DOWN, CALM = COLORS["MLA"], COLORS["MHA"], MORE_COLORS[3]
+_LINES = (COLORS["MLA"], COLORS["MHA"], MORE_COLORS[1], COLORS["GQA"])
+_HEADS = ("question", "policy writes\nG answers", "reward of each", "advantage (34)", "loss (32)")
+_X = (0.0, 2.2, 4.4, 6.2, 8.4)                       # middle of each column
+_WIDE = (1.4, 1.9, 1.1, 1.6, 2.0)
+
+
+def _box(ax: Axes, column: int, y: float, text: str, color: str = INK) -> None:
+    x, wide = _X[column], _WIDE[column]
+    ax.add_patch(FancyBboxPatch((x - wide / 2, y - 0.27), wide, 0.54, boxstyle="round,pad=0.04",
+                                facecolor="white", edgecolor=color, lw=1.4))
+    ax.text(x, y, text, ha="center", va="center", fontsize=10)
+
+
+def _arrow(ax: Axes, column: int, y0: float, y1: float, color: str = CALM) -> None:
+    start, end = _X[column] + _WIDE[column] / 2 + 0.08, _X[column + 1] - _WIDE[column + 1] / 2
+    ax.annotate("", (end - 0.08, y1), (start, y0),
+                arrowprops={"arrowstyle": "-|>", "color": color, "lw": 1.2})
+
+
+@styled
+def reward_loop(question: str, answers: Sequence[str], rewards: Sequence[float],
+                advantages: Sequence[float]) -> Figure:
+    """One round of GRPO as boxes and arrows: a question, its answers, what each is worth, the loss.
+
+    All three lists have one entry for each answer.
+    """
+    G = len(answers)
+    if not G or len(rewards) != G or len(advantages) != G:
+        raise ValueError(f"answers: {G} with {len(rewards)} rewards and {len(advantages)} "
+                         "advantages, expected as many of each, at least one")
+    figure = Picture(10.5, 1.7 + 0.62 * G)
+    ax = figure.subplots()
+    middle = (G - 1) / 2
+    _box(ax, 0, middle, question)
+    _box(ax, 4, middle, "more of the better,\nless of the worse")
+    for y, (answer, r, a) in enumerate(zip(answers, rewards, advantages, strict=True)):
+        color = UP if a > 0 else DOWN if a < 0 else CALM
+        _arrow(ax, 0, middle, y)
+        _box(ax, 1, y, answer)
+        _arrow(ax, 1, y, y)
+        _box(ax, 2, y, f"{r:.3g}")
+        _arrow(ax, 2, y, y)
+        _box(ax, 3, y, f"{a:+.2f}", color)
+        _arrow(ax, 3, y, middle, color)
+    for x, head in zip(_X, _HEADS, strict=True):
+        ax.text(x, -0.85, head, ha="center", va="center", fontweight="bold", fontsize=10)
+    ax.annotate("", (_X[1], G - 0.35), (_X[4], G - 0.35), arrowprops={
+        "arrowstyle": "-|>", "color": INK, "lw": 1.4, "connectionstyle": "arc3,rad=-0.08"})
+    ax.text((_X[1] + _X[4]) / 2, G + 0.22, "the changed policy answers the next questions",
+            ha="center", va="center", fontsize=10)
+    best, worst = max(advantages), min(advantages)
+    ax.set(xlim=(-0.9, 9.5), ylim=(G + 0.5, -1.2),
+           title=f"{G} answers to one question: the best counts {best:+.2f}, the worst {worst:+.2f}"
+           if best > worst else f"{G} answers of equal worth teach nothing")
+    ax.set_axis_off()
+    return figure
+
+
+@styled
+def clipped_gain(clip: float) -> Figure:
+    """The gain of one token against its ratio, for an answer that is better and one that is worse.
+
+    Shaded: where the gain is flat, so that this token moves nothing.
+    """
+    if not 0 < clip < 1:
+        raise ValueError(f"clip: {clip}, expected a number between 0 and 1")
+    figure = Picture(9.6, 3.8)
+    ratio = np.linspace(0.4, 1.6, 241)
+    for ax, A, color in zip(figure.subplots(1, 2), (1, -1), (UP, DOWN), strict=True):
+        kept = np.clip(ratio, 1 - clip, 1 + clip)
+        ax.plot(ratio, ratio * A, color=CALM, ls="--", lw=1.5, label="ratio · A")
+        ax.plot(ratio, np.minimum(ratio * A, kept * A), color=color, lw=2.6, label="clipped gain")
+        flat = (1 + clip, 1.6) if A > 0 else (0.4, 1 - clip)
+        ax.axvspan(*flat, color=color, alpha=0.12, lw=0)
+        ax.axvline(1, color=INK, lw=0.8, ls=":")
+        edge = f"above {1 + clip:g}" if A > 0 else f"below {1 - clip:g}"
+        ax.set(xlabel=r"ratio $\pi\,/\,\pi_{old}$", ylabel="gain", xlim=(0.4, 1.6),
+               title=f"A = {A:+d}: no more say {edge}")
+        ax.grid(True)
+        ax.legend(loc="upper left" if A > 0 else "lower left")
+    return figure
+
+
+@styled
+def reward_curves(runs: Mapping[str, Sequence[Mapping[str, float]]],
+                  panels: Mapping[str, str]) -> Figure:
+    """How policies learned, from their logs: a panel for each number, a line for each run.
+
+    runs: by name the entries of a log, each with `step`; an entry may lack a number that is not
+    measured at each step. panels: the number's name in the log -> what its axis says.
+    """
+    if not runs or not all(runs.values()) or not panels:
+        raise ValueError("runs: expected at least one entry of at least one run, and a panel")
+    figure = Picture(3.9 * min(len(panels), 3), 3.3 * -(-len(panels) // 3) + 0.3 * (len(runs) > 1))
+    grid = list(figure.subplots(-(-len(panels) // 3), min(len(panels), 3), squeeze=False).flat)
+    for ax, (name, says) in zip(grid, panels.items(), strict=False):
+        ends = []
+        for color, (run, log) in zip(_LINES, runs.items(), strict=False):
+            points = [(entry["step"], entry[name]) for entry in log if name in entry]
+            if not points:
+                raise ValueError(f"runs: {run!r} has no {name!r}, expected it in some entry")
+            x, y = np.array(points, float).T
+            ax.plot(x, y, color=color, label=run, marker="o" if len(x) < 20 else None, ms=4)
+            ends.append((y[0], y[-1]))
+        told = f"{ends[0][0]:.2f} → {ends[0][1]:.2f}" if len(runs) == 1 else (
+            "ends at " + ", ".join(f"{last:.2f}" for _, last in ends))
+        ax.set(xlabel="step", ylabel=says, title=told)
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        ax.grid(True)
+    for ax in grid[len(panels):]:
+        ax.set_axis_off()
+    if len(runs) > 1:
+        handles: list[Any] = figure.axes[0].get_lines()
+        figure.legend(handles=handles, loc="outside lower left", ncols=len(runs))
+    return figure

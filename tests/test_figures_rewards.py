@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: MIT
+"""Figures of learning from rewards: nothing clipped, titles and lines from the data."""
+
+import numpy as np
+import pytest
+from drawn import is_whole
+from matplotlib.colors import to_hex
+from matplotlib.patches import FancyBboxPatch
+from refusals import refused
+
+from dsv2_ref import figures
+from dsv2_ref.figures.rewards import DOWN, UP
+
+ANSWERS = ["1 2 3", "3", "1 3", "2 1"]
+A = [5 / 3, -1, -1 / 3, -1 / 3]
+LOG = [{"step": n, "reward": 0.4 + 0.01 * n, "entropy": 1 / n} for n in range(1, 51)]
+LOG[0]["held"], LOG[24]["held"], LOG[49]["held"] = 0.3, 0.8, 0.95
+PANELS = {"reward": "mean reward", "held": "greedy, held out", "entropy": "entropy (nats)"}
+DRAW = {
+    "reward_loop": lambda: figures.reward_loop("sort 3 1 2", ANSWERS, [0.8, 0, 0.2, 0.2], A),
+    "reward_loop, equal": lambda: figures.reward_loop("?", ["a", "b"], [1, 1], [0, 0]),
+    "clipped_gain": lambda: figures.clipped_gain(0.2),
+    "reward_curves": lambda: figures.reward_curves({"GRPO": LOG}, PANELS),
+    "reward_curves, more": lambda: figures.reward_curves(
+        {"online": LOG, "offline": LOG[:25]}, {**PANELS, "step": "step"}),
+}
+
+
+@pytest.mark.parametrize("name", DRAW)
+def test_png_is_written_and_nothing_is_clipped(name, tmp_path):
+    figure = DRAW[name]()
+    assert figures.save(figure, tmp_path / "figure.png").stat().st_size > 5000
+    assert is_whole(figure) and figure.axes[0].get_title(loc="left")
+
+
+def test_the_loop_shows_each_answer_with_its_reward_and_advantage():
+    ax = DRAW["reward_loop"]().axes[0]
+    shown = [t.get_text() for t in ax.texts]
+    for told in ("sort 3 1 2", *ANSWERS, "0.8", "+1.67", "-1.00"):
+        assert told in shown
+    assert shown.count("0.2") == 2 and shown.count("-0.33") == 2
+    edges = [to_hex(box.get_edgecolor()).upper() for box in ax.patches
+             if isinstance(box, FancyBboxPatch)]
+    assert edges.count(UP) == 1 and edges.count(DOWN) == 3
+    assert ax.get_title(loc="left") == (
+        "4 answers to one question: the best counts +1.67, the worst -1.00")
+    equal = DRAW["reward_loop, equal"]().axes[0]
+    assert equal.get_title(loc="left") == "2 answers of equal worth teach nothing"
+
+
+def test_the_gain_is_the_smaller_of_two_lines():
+    better, worse = DRAW["clipped_gain"]().axes
+    for ax, sign in ((better, 1), (worse, -1)):
+        ratio, plain = ax.lines[0].get_data()
+        gain = ax.lines[1].get_ydata()
+        assert np.allclose(plain, sign * ratio) and (gain <= plain + 1e-12).all()
+        assert np.allclose(gain, np.minimum(sign * ratio, sign * ratio.clip(0.8, 1.2)))
+        flat = np.abs(np.diff(gain)) < 1e-12
+        assert 0.3 < flat.mean() < 0.4 and flat[-1] == (sign > 0) and flat[0] == (sign < 0)
+    assert better.get_title(loc="left") == "A = +1: no more say above 1.2"
+    assert worse.get_title(loc="left") == "A = -1: no more say below 0.8"
+
+
+def test_curves_are_the_entries_that_have_the_number():
+    axes = DRAW["reward_curves"]().axes
+    assert [ax.get_ylabel() for ax in axes] == list(PANELS.values())
+    x, y = axes[1].lines[0].get_data()
+    assert x.tolist() == [1, 25, 50] and y.tolist() == [0.3, 0.8, 0.95]
+    assert [ax.get_title(loc="left") for ax in axes] == ["0.41 → 0.90", "0.30 → 0.95",
+                                                         "1.00 → 0.02"]
+    many = DRAW["reward_curves, more"]().axes
+    assert [line.get_label() for line in many[0].lines] == ["online", "offline"]
+    assert many[0].get_title(loc="left") == "ends at 0.90, 0.65"
+    assert len({line.get_color() for line in many[0].lines}) == 2
+    assert [ax.axison for ax in many] == [True] * 4 + [False] * 2
+
+
+def test_refusals():
+    refused(lambda: figures.reward_loop("?", ["a"], [1.0, 2.0], [0.0]), "answers: 1 with 2 rewards")
+    refused(lambda: figures.reward_loop("?", [], [], []), "answers: 0")
+    refused(lambda: figures.clipped_gain(1.0), "clip: 1.0")
+    refused(lambda: figures.reward_curves({}, PANELS), "runs: expected at least one")
+    refused(lambda: figures.reward_curves({"x": []}, PANELS), "runs: expected at least one")
+    refused(lambda: figures.reward_curves({"x": [{"step": 1}]}, PANELS), "'x' has no 'reward'")
