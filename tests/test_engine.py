@@ -258,6 +258,13 @@ def test_a_long_prompt_does_not_hold_up_who_is_decoding(model):
     assert order.index(late) == 5 and order.count(first) == 29
 
 
+def test_a_single_token_is_read_beside_a_full_chunk(model):
+    """The newer request of one token draws in each of the four passes of the older one's prompt."""
+    engine = engine_of(model, 80)
+    long, short = engine.add(list(range(32)), 3, stop=()), engine.add([5], 9, stop=())
+    assert [id for id, _, _ in engine.run()][:5] == [short] * 3 + [long, short]
+
+
 def test_attention_takes_the_form_of_each_piece(model, monkeypatch):
     """One pass with a prompt and a decoder: expanded for the one, absorbed for the other."""
     forms, plain = [], module.attention_form
