@@ -22,8 +22,12 @@ def test_the_map_is_up_to_date():
 
 
 def test_the_map_has_every_concept_file():
-    """But for the list of cards, which the paper has not and no notebook derives."""
-    assert sorted([*(c.file for c in concepts()), "kernels/target.py"]) == CONCEPTS
+    """But for the list of cards, which the paper has not and no notebook derives.
+
+    Alignment has equations and a notebook, too, but stands on the model: `copy` does not lift it.
+    """
+    expected = [*CONCEPTS, "alignment/grpo.py", "alignment/reward.py"]
+    assert sorted([*(c.file for c in concepts()), "kernels/target.py"]) == sorted(expected)
 
 
 @each_concept
