@@ -57,6 +57,8 @@ def test_the_gain_is_the_smaller_of_two_lines():
         assert np.allclose(gain, np.minimum(sign * ratio, sign * ratio.clip(0.8, 1.2)))
         flat = np.abs(np.diff(gain)) < 1e-12
         assert 0.3 < flat.mean() < 0.4 and flat[-1] == (sign > 0) and flat[0] == (sign < 0)
+    shaded = [(ax.patches[0].get_x(), ax.patches[0].get_width()) for ax in (better, worse)]
+    assert np.allclose(shaded, [(1.2, 0.4), (0.4, 0.4)])
     assert better.get_title(loc="left") == "A = +1: no more say above 1.2"
     assert worse.get_title(loc="left") == "A = -1: no more say below 0.8"
 

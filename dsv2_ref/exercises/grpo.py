@@ -55,7 +55,7 @@ def with_a_hole(answers: Sequence[str] = ("", "1", "123", "222", "111", "12333")
     """The rewards that pay some wrong answer as much as the right one, or more."""
     right = "".join(sorted(ASKED))
     return [name for name, pay in PAYS.items()
-            if any(pay(answer) >= pay(right) for answer in answers if answer != right)]
+            if any(pay(answer) >= pay(right) == 1 for answer in answers if answer != right)]
 
 
 exercises = Exercises({
