@@ -56,6 +56,10 @@ parity: EXTRAS := $(EXTRAS),parity
 parity: ready
 	$(BIN)/python -m pytest -q tests/parity_trl.py
 
+# every test of every lifted kernel, where `make test` runs one case of each
+copies: ready
+	DSV2_ALL_COPIES=1 $(BIN)/python -m pytest -q -n 2 tests/test_copying.py
+
 # slower: the speed against transformers, on a quiet machine
 bench: ready
 	$(BIN)/python -m dsv2_ref bench cpu_decode
@@ -101,4 +105,4 @@ clean:
 	rm -rf build .venv
 
 .PHONY: matrix ready run lab test lint unit notebooks student browser \
-	kill parallel nodes parity bench audit mutants site map glossary execute model clean
+	kill parallel nodes parity copies bench audit mutants site map glossary execute model clean

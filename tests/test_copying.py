@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Every concept file is copied to an empty folder; its test runs there without the package."""
+"""Every concept file is copied to an empty folder; its test runs there without the package.
+
+The interpreter of Triton is slow: of a kernel's copied tests one case of each is run, and all of
+them by `make copies`.
+"""
 
 import hashlib
 import json
@@ -14,9 +18,17 @@ from refusals import refused
 from dsv2_ref import __version__, copying
 from dsv2_ref.__main__ import main
 
-ALONE = ("import sys; sys.modules['dsv2_ref'] = None; import pytest; "
-         "options = ['-q', '-x', '-p', 'no:cacheprovider', '-W', 'error']; "
-         "sys.exit(pytest.main([*options, *sys.argv[1:]]))")
+ALONE = """
+import sys
+sys.modules["dsv2_ref"] = None
+import pytest
+class FirstCases:
+    def pytest_collection_modifyitems(self, items):
+        items[:] = {item.originalname: item for item in reversed(items)}.values()
+options = ["-q", "-x", "-p", "no:cacheprovider", "-W", "error"]
+plugins = [FirstCases()] if sys.argv[1] == "first" else []
+sys.exit(pytest.main([*options, *sys.argv[2:]], plugins=plugins))
+"""
 
 
 def runs_here(name: str) -> bool:
@@ -32,8 +44,10 @@ def test_a_copy_stands_alone(tmp_path, name):
     files = copying.copy(name, tmp_path)
     assert {f"{name}.py", f"test_{name}.py", "LICENSE"} <= set(files)
     assert len([f for f in files if f in {f"{n}.py" for n in copying.concepts()}]) <= 5
+    kernel = copying.concepts()[name].parent.name == "kernels"
+    cases = "first" if kernel and "DSV2_ALL_COPIES" not in os.environ else "all"
     done = subprocess.run(
-        [sys.executable, "-c", ALONE, f"--rootdir={tmp_path}", str(tmp_path)], cwd=tmp_path,
+        [sys.executable, "-c", ALONE, cases, f"--rootdir={tmp_path}", str(tmp_path)], cwd=tmp_path,
         env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:]
@@ -69,7 +83,7 @@ def test_a_test_runs_in_a_package_of_copies(tmp_path):
     dest = tmp_path / "dest"
     copying.copy("dropping", dest)
     (dest / "__init__.py").touch()
-    done = subprocess.run([sys.executable, "-c", ALONE, f"--rootdir={tmp_path}", str(dest)],
+    done = subprocess.run([sys.executable, "-c", ALONE, "all", f"--rootdir={tmp_path}", str(dest)],
                           cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-2000:]
 

@@ -91,7 +91,7 @@ MUTANTS = [
            "test_long_context.py::test_a_preset_is_trained_plain_and_saved_with_yarn_over_the_length_"
            "it_was_trained_at"),
     Mutant("saved_without_yarn", "needles", "commands/common.py",
-           "DeepSeekV2(setup.saved or model.config)", "DeepSeekV2(model.config)",
+           "model, setup.saved or model.config, path", "model, model.config, path",
            "test_extend.py::test_a_needle_preset_is_saved_with_its_tokenizer_and_yarn"),
     Mutant("tuned_in_place", "needles", STAGE,
            "copy.deepcopy(stretched(model, factor))", "stretched(model, factor)",
