@@ -13,8 +13,8 @@ was stopped goes on as if it had not been, bit for bit.
 The probabilities of the old policy could be kept from sampling. They are computed anew here, by the
 function that the loss uses: decoding and a whole pass sum in different orders, so the two differ in
 the last digits, and a ratio that should be 1 would not be. `sampler_gap` in the log is the largest
-difference of the two. The reference policy waits in the host's memory and comes to the device for
-its one pass over each batch (the paper's "offloading").
+difference of the two. A reference that is given in the host's memory waits there, and comes to the
+policy's device for its one pass over each batch (the paper's "offloading").
 
 Shapes: Q questions, G answers each, N = Q·G answers, T tokens of the longest question and answer.
 """
