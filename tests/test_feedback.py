@@ -32,6 +32,8 @@ def _contained():
     ("import os; os._exit(0)", "assert False", (True, True, False)),
     ("raise SystemExit", "assert False", (True, True, False)),
     (WORKS + "print('passed')", "assert add(2, 2) == 5", (True, True, False)),
+    (WORKS, "import atexit, os, sys; atexit.register(lambda: sys.stdout.flush() or os._exit(3))",
+     (True, True, False)),
     ("x = '\0'", "", (False, False, False)),
     ("(" * 500 + ")" * 500, "", (False, False, False)),
 ])
