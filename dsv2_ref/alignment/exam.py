@@ -8,6 +8,7 @@ sampling in it. An answer that does not end within its room is cut there, and ju
 from collections.abc import Sequence
 
 from dsv2_ref.alignment.chat import prompt_ids
+from dsv2_ref.alignment.rollout import Reward
 from dsv2_ref.inference.generate import generate
 from dsv2_ref.model import DeepSeekV2
 from dsv2_ref.text.conversations import Message
@@ -45,3 +46,13 @@ def exact_match(
     for example, answer in zip(examples, found, strict=True):
         right.setdefault(example.kind, []).append(example.check(answer))
     return {kind: sum(right[kind]) / len(right[kind]) for kind in sorted(right)}
+
+
+def truth(examples: Sequence[Example], tokenizer: TextTokenizer) -> Reward:
+    """The reward of what a program can check: 1 for an answer that passes, 0 for any other."""
+
+    def reward(which: Sequence[int], answers: Sequence[list[int]]) -> list[float]:
+        said = [tokenizer.decode(answer).removeprefix(" ") for answer in answers]
+        return [float(examples[i].check(text)) for i, text in zip(which, said, strict=True)]
+
+    return reward

@@ -19,6 +19,7 @@ policy's device for its one pass over each batch (the paper's "offloading").
 Shapes: Q questions, G answers each, N = Q·G answers, T tokens of the longest question and answer.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,8 @@ from dsv2_ref.inference.evaluate import token_log_probs
 from dsv2_ref.inference.generate import NOT_A_NUMBER, generate, read, sample, step
 from dsv2_ref.model import DeepSeekV2
 from dsv2_ref.training.objective import Batch, Named
+from dsv2_ref.training.recipe import Recipe
+from dsv2_ref.training.trainer import Trainer
 
 # the numbers of questions and their answers' ids, without the end mark -> a reward for each
 Reward = Callable[[Sequence[int], Sequence[list[int]]], Sequence[float]]
@@ -205,6 +208,22 @@ def objective(
         return Named({"policy": gain * share, "kl": penalty * share})
 
     return of
+
+
+def grpo_trainer(
+    model: DeepSeekV2, questions: Sequence[Sequence[int]], reward: Reward, recipe: Recipe,
+    group: int, max_new_tokens: int, clip: float = 0.2, beta: float = 0.02,
+    normalise: str = "sequence",
+) -> Trainer:
+    """A trainer of the model itself; the reference is a copy of what it is now.
+
+    Its batch counts answers: `group` to each question (ids). To go on with a saved state, make the
+    trainer from the model that the run began with, then restore.
+    """
+    answers = Rollouts(model, copy.deepcopy(model), questions, reward, group, max_new_tokens,
+                       recipe.seed)
+    model.requires_grad_()
+    return Trainer(model, recipe, answers, objective(clip, beta, normalise))
 
 
 def greedy_reward(

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from dsv2_ref import checkpoint
+from dsv2_ref.alignment.chat import CONFIG_FILE, tokenizer_config
 from dsv2_ref.config import Config
 from dsv2_ref.inference.generate import generate
 from dsv2_ref.model import DeepSeekV2
@@ -50,6 +51,13 @@ def write_model(model: DeepSeekV2, config: Config, path: Path, files: dict[str, 
     state = DeepSeekV2(config)
     state.load_state_dict(model.state_dict())
     checkpoint.save(state.bfloat16(), path, files, overwrite=True)
+
+
+def write_chat_model(model: DeepSeekV2, tokenizer: TextTokenizer, path: Path) -> None:
+    """As `write_model`, with the tokenizer and the chat template."""
+    write_model(model, model.config, path, {
+        "tokenizer.json": tokenizer.to_json(),
+        CONFIG_FILE: tokenizer_config(model.config.max_positions)})
 
 
 def write_sample(
