@@ -108,7 +108,8 @@ def judging(rewards: RewardModel, batch: Batch) -> Named:
 OBJECTIVES = {"pair": comparing, "point": judging}
 
 
-def _rows(judged: Judged, loss: str) -> tuple[list[tuple[Ids, ...]], list[bool]]:
+def rows_of(judged: Judged, loss: str) -> tuple[list[tuple[Ids, ...]], list[bool]]:
+    """What "pair" or "point" trains on: the texts of each row, and whether the (first) is right."""
     if loss not in OBJECTIVES:
         raise ValueError(f"loss: {loss!r}, expected one of {', '.join(OBJECTIVES)}")
     if loss == "pair":
@@ -126,7 +127,7 @@ def reward_trainer(
     text may have, or the model's positions where they are fewer. ValueError for what cannot be
     trained so.
     """
-    rows, right = _rows(judged, loss)
+    rows, right = rows_of(judged, loss)
     recipe = recipe or recipe_for(len(rows), EPOCHS)
     model = rewards.model
     recipe = recipe.with_(sequence=min(recipe.sequence, model.config.max_positions))
@@ -218,7 +219,8 @@ def load_reward_model(
     file = Path(path) / HEAD_FILE
     try:
         head = json.loads(file.read_text(encoding="utf-8"))
-        weight, bias = torch.tensor(head["weight"]).double(), float(head["bias"])
+        weight = torch.tensor(head["weight"], dtype=torch.float64)
+        bias = float(head["bias"])
     except FileNotFoundError:
         raise ValueError(f"{file}: no such file, expected the folder of a reward model") from None
     except (OSError, ValueError, TypeError, KeyError) as error:
