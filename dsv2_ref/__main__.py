@@ -25,6 +25,7 @@ COMMANDS = {
     "train": "train a preset",
     "sft": "fine-tune a saved model on conversations",
     "grpo": "a chat model learns from rewards",
+    "reward": "train a reward model on judged answers",
     "figures": "draw a run from its log.jsonl",
     "generate": "continue a prompt with a saved model",
     "needle": "what a saved model finds in a long text",

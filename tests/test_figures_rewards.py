@@ -16,6 +16,7 @@ A = [5 / 3, -1, -1 / 3, -1 / 3]
 LOG = [{"step": n, "reward": 0.4 + 0.01 * n, "entropy": 1 / n} for n in range(1, 51)]
 LOG[0]["held"], LOG[24]["held"], LOG[49]["held"] = 0.3, 0.8, 0.95
 PANELS = {"reward": "mean reward", "held": "greedy, held out", "entropy": "entropy (nats)"}
+BINS = [(0.05, 0.1, 40), (0.45, 0.3, 10), (0.9, 1.0, 50)]         # chance, share, how many
 DRAW = {
     "reward_loop": lambda: figures.reward_loop("sort 3 1 2", ANSWERS, [0.8, 0, 0.2, 0.2], A),
     "reward_loop, equal": lambda: figures.reward_loop("?", ["a", "b"], [1, 1], [0, 0]),
@@ -23,6 +24,9 @@ DRAW = {
     "reward_curves": lambda: figures.reward_curves({"GRPO": LOG}, PANELS),
     "reward_curves, more": lambda: figures.reward_curves(
         {"online": LOG, "offline": LOG[:25]}, {**PANELS, "step": "step"}),
+    "calibration_curves": lambda: figures.calibration_curves({"a": BINS}, "the first one wins"),
+    "calibration_curves, more": lambda: figures.calibration_curves(
+        {"pair-wise": BINS, "point-wise": [(0.5, 0.5, 9)]}, "the answer is right"),
 }
 
 
@@ -46,6 +50,23 @@ def test_the_loop_shows_each_answer_with_its_reward_and_advantage():
         "4 answers to one question: the best counts +1.67, the worst -1.00")
     equal = DRAW["reward_loop, equal"]().axes[0]
     assert equal.get_title(loc="left") == "2 answers of equal worth teach nothing"
+
+
+def test_what_was_predicted_stands_beside_what_happened():
+    ax = DRAW["calibration_curves"]().axes[0]
+    equal, curve = (line.get_data() for line in ax.lines)
+    assert np.array_equal(equal, [[0, 1], [0, 1]])
+    assert np.allclose(np.transpose(curve), [bin_[:2] for bin_ in BINS])
+    (dots,) = ax.collections
+    assert np.allclose(dots.get_offsets(), np.transpose(curve))
+    sizes = dots.get_sizes()
+    assert sizes[1] < sizes[0] < sizes[2] and np.allclose(np.diff(sizes) / np.diff([40, 10, 50]),
+                                                          (sizes[2] - sizes[1]) / 40)
+    assert ax.get_title(loc="left") == "chances are off by 0.09"         # 2 + 1.5 + 5 of 100
+    assert "the first one wins" in ax.get_xlabel()
+    both = DRAW["calibration_curves, more"]()
+    assert both.axes[0].get_title(loc="left") == "chances are off by 0.09 and 0.00"
+    assert [t.get_text() for t in both.legends[0].get_texts()] == ["pair-wise", "point-wise"]
 
 
 def test_the_gain_is_the_smaller_of_two_lines():
@@ -84,3 +105,5 @@ def test_refusals():
     refused(lambda: figures.reward_curves({}, PANELS), "runs: expected at least one")
     refused(lambda: figures.reward_curves({"x": []}, PANELS), "runs: expected at least one")
     refused(lambda: figures.reward_curves({"x": [{"step": 1}]}, PANELS), "'x' has no 'reward'")
+    refused(lambda: figures.calibration_curves({}, "x"), "models: expected at least one")
+    refused(lambda: figures.calibration_curves({"a": []}, "x"), "models: expected at least one")

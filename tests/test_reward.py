@@ -66,7 +66,7 @@ def test_an_answer_is_worth_what_its_last_token_says():
     found = rewards(ids, lengths)
     for i, n in enumerate(lengths):
         h = rewards.model.hidden(ids[i : i + 1, :n])[0, -1]
-        expected = h @ rewards.value.weight[0] + rewards.value.bias[0]
+        expected = h @ rewards.head.weight[0] + rewards.head.bias[0]
         assert abs(found[i] - expected) < 1e-10
     other = ids.clone()
     other[1, 2:] = 3                                     # padding says nothing

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsv2_ref.config import Config
 from dsv2_ref.model import DeepSeekV2
 
 
@@ -37,9 +38,17 @@ class RewardModel(nn.Module):
         super().__init__()
         self.model = model
         like = model.like
-        self.value = nn.Linear(model.config.d, 1, device=like.device, dtype=like.dtype)
-        nn.init.zeros_(self.value.weight)                # all answers are worth the same at first
-        nn.init.zeros_(self.value.bias)
+        self.head = nn.Linear(model.config.d, 1, device=like.device, dtype=like.dtype)
+        nn.init.zeros_(self.head.weight)                 # all answers are worth the same at first
+        nn.init.zeros_(self.head.bias)
+
+    @property
+    def config(self) -> Config:
+        return self.model.config
+
+    @property
+    def like(self) -> Tensor:
+        return self.model.like
 
     def forward(self, ids: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
         """Questions with answers, ids (N, T), the first lengths[n] of each real -> rewards (N,)."""
@@ -50,7 +59,7 @@ class RewardModel(nn.Module):
         h = self.model.hidden(ids)                                           # (N, T, d)
         last = torch.tensor(lengths, device=ids.device) - 1
         h = h[torch.arange(N, device=ids.device), last]                      # (N, d)
-        return self.value(h)[:, 0].to(torch.promote_types(h.dtype, torch.float32))   # (N,)   (35)
+        return self.head(h)[:, 0].to(torch.promote_types(h.dtype, torch.float32))   # (N,)   (35)
 
 
 def pairwise_loss(better: Tensor, worse: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ from dsv2_ref.alignment.chat import conversation_ids
 from dsv2_ref.cross_entropy import IGNORED
 from dsv2_ref.model import DeepSeekV2
 from dsv2_ref.text.conversations import Message
-from dsv2_ref.text.data import check_same_data, fingerprint
+from dsv2_ref.text.data import Shuffled, fingerprint
 from dsv2_ref.text.tokenizer import TextTokenizer
 from dsv2_ref.training.objective import Batch, Named
 from dsv2_ref.training.pretrain import train
@@ -64,13 +64,11 @@ def recipe_for(n: int, epochs: float = EPOCHS, batch: int = 32, **changes: Any) 
     return Recipe(steps=steps, batch=batch, lr=4e-3, sequence=1024).with_(**changes)
 
 
-class ConversationBatches:
+class ConversationBatches(Shuffled):
     """Batches of conversations without end, each epoch in an order of its own.
 
     Conversations are pairs of ids and of which of them are to be learned, as `conversation_ids`
-    gives them. The order follows from (seed, epoch). The position counts conversations, so the
-    batch size may change at any step; a batch at the end of an epoch goes on into the next one.
-    ValueError if a conversation has more than sequence + 1 ids or nothing to learn.
+    gives them. ValueError if a conversation has more than sequence + 1 ids or nothing to learn.
     """
 
     def __init__(
@@ -86,26 +84,17 @@ class ConversationBatches:
             if len(ids) != len(answers) or not any(answers[1:]):
                 raise ValueError(f"conversations[{i}]: {sum(answers)} of {len(ids)} tokens to "
                                  "learn, expected some behind the first one")
-        self.conversations, self.sequence, self.seed = conversations, sequence, seed
+        self.conversations = conversations
         flat = [(i, learned) for ids, answers in conversations for i, learned in zip(ids, answers)]
         lengths = [len(ids) for ids, _ in conversations]
-        self.fingerprint = fingerprint(np.array(flat, np.int64), *map(str, lengths))
-        self._enter(epoch=0, place=0)
-
-    def _enter(self, epoch: int, place: int) -> None:
-        self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.conversations))
-        self.epoch, self.place = epoch, place
+        super().__init__(len(conversations), sequence, seed,
+                         fingerprint(np.array(flat, np.int64), *map(str, lengths)))
 
     def next_batch(self, batch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """tokens and targets (B, T) int64, targets but an answer's being IGNORED; lengths (B,), the
         real tokens of each row; and (B,) fp64, answer tokens per row of this batch: in each row the
         same mean, so that a part of the batch knows it too."""
-        rows = []
-        while len(rows) < batch:
-            if self.place == len(self._order):
-                self._enter(self.epoch + 1, 0)
-            rows.append(self.conversations[self._order[self.place]])
-            self.place += 1
+        rows = [self.conversations[i] for i in self.next_rows(batch)]
         lengths = torch.tensor([len(ids) - 1 for ids, _ in rows])
         T = int(lengths.max())
         tokens = torch.zeros(batch, T, dtype=torch.int64)        # padding is read, and never seen
@@ -116,19 +105,6 @@ class ConversationBatches:
             targets[b, : len(ids) - 1] = ids[1:].masked_fill(~answers[1:], IGNORED)
         mean = (targets != IGNORED).sum().double() / batch
         return tokens, targets, lengths, mean.expand(batch).clone()
-
-    def state(self) -> dict[str, int]:
-        """Plain ints: the position, and what it is a position in."""
-        return {"epoch": self.epoch, "place": self.place, "seed": self.seed,
-                "sequence": self.sequence, "fingerprint": self.fingerprint}
-
-    def load(self, state: dict[str, int]) -> None:
-        """Go on from `state` bit for bit. ValueError if it belongs to other conversations."""
-        check_same_data(self.state(), state)
-        if not 0 <= state["place"] <= len(self.conversations) or state["epoch"] < 0:
-            raise ValueError(f"place: {state['place']} of epoch {state['epoch']}, expected 0 to "
-                             f"{len(self.conversations)}")
-        self._enter(state["epoch"], state["place"])
 
 
 def answering(model: DeepSeekV2, batch: Batch) -> Named:
@@ -151,6 +127,13 @@ def answering(model: DeepSeekV2, batch: Batch) -> Named:
                   "communication": communication}, load)
 
 
+def check_dtype(model: DeepSeekV2, recipe: Recipe) -> None:
+    """ValueError if a ready model's weights are too coarse to be trained so."""
+    if model.like.dtype in (torch.bfloat16, torch.float16) and recipe.weights == "fp32":
+        raise ValueError(f"model: weights in {str(model.like.dtype)[6:]}, in which small updates "
+                         "are rounded away, expected float32: load(path, torch.float32)")
+
+
 def sft_trainer(
     model: DeepSeekV2, tokenizer: TextTokenizer, conversations: Sequence[Sequence[Message]],
     recipe: Recipe | None = None,
@@ -164,9 +147,7 @@ def sft_trainer(
     recipe = recipe or recipe_for(len(conversations))
     recipe = recipe.with_(sequence=min(recipe.sequence, model.config.max_positions))
     check_ready(model.config, recipe, tokenizer)
-    if model.like.dtype in (torch.bfloat16, torch.float16) and recipe.weights == "fp32":
-        raise ValueError(f"model: weights in {str(model.like.dtype)[6:]}, in which small updates "
-                         "are rounded away, expected float32: load(path, torch.float32)")
+    check_dtype(model, recipe)
     ids = [conversation_ids(messages, tokenizer) for messages in conversations]
     batches = ConversationBatches(ids, recipe.sequence, recipe.seed)
     return Trainer(model.requires_grad_(), recipe, batches, answering)

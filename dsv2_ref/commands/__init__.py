@@ -9,6 +9,7 @@
   ranks     the processes that `train` runs on, under torchrun
   sft       a saved model learns conversations
   grpo      a chat model learns from rewards
+  reward    a reward model learns from judged answers
   figures   a run drawn from its log
   generate  a prompt continued
   prompts   a file of prompts through the engine, JSON lines in and out

@@ -17,7 +17,7 @@
   needle        long contexts: what is found, where it looks, what a length costs
   pipeline      who works when on several ranks, and what waits
   positions     RoPE
-  rewards       a group of answers, the clip, how a policy learned
+  rewards       a group of answers, the clip, how a policy learned, calibration
   routing       what experts are for, and the limit on devices
   scale_out     a cluster on paper: memory, hours, growth
   sliders       what moves, with ipywidgets and without
@@ -122,7 +122,12 @@ from dsv2_ref.figures.pretraining import (
     rounding_paths,
     schedule_curves,
 )
-from dsv2_ref.figures.rewards import clipped_gain, reward_curves, reward_loop
+from dsv2_ref.figures.rewards import (
+    calibration_curves,
+    clipped_gain,
+    reward_curves,
+    reward_loop,
+)
 from dsv2_ref.figures.routing import (
     ablation_cost,
     device_limit_slider,
@@ -155,8 +160,8 @@ __all__ = [
     "architecture", "attention_study", "attention_tiles", "balance_cost", "balance_curves",
     "batch_bars", "batch_slider", "benchmark_scores", "bit_budget", "bubble_curves",
     "building_order", "bytes_moved", "cache_against_context", "cache_bars", "cache_growth",
-    "cache_slider", "clipped_gain", "code_steps", "curves_by_position", "decode_floors",
-    "decode_roofline", "device_limit_slider", "device_messages", "device_traffic",
+    "cache_slider", "calibration_curves", "clipped_gain", "code_steps", "curves_by_position",
+    "decode_floors", "decode_roofline", "device_limit_slider", "device_messages", "device_traffic",
     "dropped_against_capacity", "dropped_over_training", "error_by_bits", "errors_by_position",
     "expert_load", "expert_shares", "flops_against_context", "flops_by_part", "format_error",
     "found_by_length", "gradient_norm", "group_slider", "grouped_heads", "groups_like_mla",

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Learning from rewards: one group of answers, where the clip bites, and how a policy learned."""
+"""Learning from rewards: one group of answers, where the clip bites, and how a policy learned;
+whether a reward model knows how sure to be."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -127,4 +128,31 @@ def reward_curves(runs: Mapping[str, Sequence[Mapping[str, float]]],
     if len(runs) > 1:
         handles: list[Any] = figure.axes[0].get_lines()
         figure.legend(handles=handles, loc="outside lower left", ncols=len(runs))
+    return figure
+
+
+@styled
+def calibration_curves(models: Mapping[str, Sequence[tuple[float, float, int]]],
+                       what: str) -> Figure:
+    """What was predicted beside what happened: for each model its bins (chance, share, count).
+
+    what: that which is predicted, as in "the first answer wins". A dot is as large as many are in
+    its bin; on the dashed line chances are what they say.
+    """
+    if not models or not all(models.values()):
+        raise ValueError("models: expected at least one, each with at least one bin")
+    figure = Picture(6.4, 5.2 + 0.3 * (len(models) > 1))
+    ax = figure.subplots()
+    ax.plot([0, 1], [0, 1], color=CALM, ls="--", lw=1.5)
+    off = []
+    for color, (name, bins) in zip(_LINES, models.items(), strict=False):
+        chance, share, count = np.array(bins, float).T
+        ax.plot(chance, share, color=color, lw=1.4, label=name)
+        ax.scatter(chance, share, s=20 + 180 * count / count.max(), color=color, alpha=0.75)
+        off.append(f"{float((abs(chance - share) * count).sum() / count.sum()):.2f}")
+    ax.set(xlabel=f"predicted: {what}", ylabel="share that happened", xlim=(-0.03, 1.03),
+           ylim=(-0.05, 1.05), aspect="equal", title=f"chances are off by {' and '.join(off)}")
+    ax.grid(True)
+    if len(models) > 1:
+        figure.legend(handles=ax.get_lines()[1:], loc="outside lower left", ncols=len(models))
     return figure

@@ -8,14 +8,22 @@ conversation; its other keys are anybody's.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dsv2_ref.text.reading import checked
 
 Message = Mapping[str, str]
 ROLES = ("system", "user", "assistant")
+
+
+class Preference(NamedTuple):
+    """A question, and of two answers to it the better one and the other."""
+
+    messages: list[dict[str, str]]
+    chosen: str
+    rejected: str
 
 
 def check_messages(messages: object, last: str = "assistant", where: str = "messages") -> None:
@@ -46,28 +54,54 @@ def read_conversations(path: str | Path) -> list[list[dict[str, str]]]:
 
     Empty lines are passed over. ValueError names the file and the number of a line that is wrong.
     """
+    return _read(path, _conversation, "conversations, expected one object with messages a line")
+
+
+def read_preferences(path: str | Path) -> list[Preference]:
+    """Two answers to a question, the better one named, from each line of a .jsonl file.
+
+    A line is an object with "messages", which end with the user, "chosen" and "rejected", texts.
+    ValueError as of `read_conversations`.
+    """
+    return _read(path, _preference, "preferences, expected one object with messages, chosen and "
+                                    "rejected a line")
+
+
+def _read(path: str | Path, line_as: Callable[[dict[str, Any], str], Any], what: str) -> list[Any]:
     found = []
     try:
         with Path(path).open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    found.append(_conversation(line, f"{path}:{number}"))
+                    where = f"{path}:{number}"
+                    found.append(line_as(_object(line, where), where))
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
     if not found:
-        raise ValueError(f"{path}: no conversations, expected one object with messages a line")
+        raise ValueError(f"{path}: no {what}")
     return found
 
 
-def _conversation(line: bytes, where: str) -> list[dict[str, str]]:
+def _object(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:         # a UnicodeDecodeError is a ValueError
         raise ValueError(f"{where}: not valid JSON ({error})") from None
     if not isinstance(row, dict) or "messages" not in row:
         raise ValueError(f"{where}: no field 'messages', expected an object with it")
-    check_messages(row["messages"], where=f"{where}: messages")
+    return row
+
+
+def _conversation(row: dict[str, Any], where: str, last: str = "assistant") -> list[dict[str, str]]:
+    check_messages(row["messages"], last, f"{where}: messages")
     return [{key: message[key] for key in ("role", "content")} for message in row["messages"]]
+
+
+def _preference(row: dict[str, Any], where: str) -> Preference:
+    answers = [checked(row.get(name), where, name) for name in ("chosen", "rejected")]
+    if answers[0] == answers[1]:
+        raise ValueError(f"{where}: chosen and rejected are the same, expected two answers")
+    return Preference(_conversation(row, where, "user"), *answers)
 
 
 def conversation_lines(rows: Iterable[Mapping[str, Any]]) -> str:

@@ -68,6 +68,46 @@ def check_same_data(mine: dict[str, int], state: dict[str, int]) -> None:
                              f"({key} {state[key]}, now {mine[key]})")
 
 
+class Shuffled:
+    """Numbers of rows without end, each epoch in an order of its own, drawn from (seed, epoch).
+
+    The position counts rows, so the batch size may change at any step; a batch at the end of an
+    epoch goes on into the next one. `sequence`, the most tokens of a row, and `fingerprint` say
+    what the rows are.
+    """
+
+    def __init__(self, n: int, sequence: int, seed: int, fingerprint: int) -> None:
+        self.n, self.sequence, self.seed, self.fingerprint = n, sequence, seed, fingerprint
+        self._enter(epoch=0, place=0)
+
+    def _enter(self, epoch: int, place: int) -> None:
+        self._order = np.random.default_rng([self.seed, epoch]).permutation(self.n)
+        self.epoch, self.place = epoch, place
+
+    def next_rows(self, batch: int) -> list[int]:
+        """The numbers of the next `batch` rows."""
+        rows: list[int] = []
+        while len(rows) < batch:
+            if self.place == self.n:
+                self._enter(self.epoch + 1, 0)
+            rows.append(int(self._order[self.place]))
+            self.place += 1
+        return rows
+
+    def state(self) -> dict[str, int]:
+        """Plain ints: the position, and what it is a position in."""
+        return {"epoch": self.epoch, "place": self.place, "seed": self.seed,
+                "sequence": self.sequence, "fingerprint": self.fingerprint}
+
+    def load(self, state: dict[str, int]) -> None:
+        """Go on from `state` bit for bit. ValueError if it belongs to other rows."""
+        check_same_data(self.state(), state)
+        if not 0 <= state["place"] <= self.n or state["epoch"] < 0:
+            raise ValueError(f"place: {state['place']} of epoch {state['epoch']}, expected 0 to "
+                             f"{self.n}")
+        self._enter(state["epoch"], state["place"])
+
+
 class PackedBatches:
     """Batches without end of (tokens, targets), int64 (B, T): targets are the tokens one later.
 
