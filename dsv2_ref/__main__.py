@@ -24,6 +24,7 @@ COMMANDS = {
     "run": "the main job: train, judge, generate, draw, save",
     "train": "train a preset",
     "sft": "fine-tune a saved model on conversations",
+    "export": "a saved model written anew, as other programs take it",
     "figures": "draw a run from its log.jsonl",
     "generate": "continue a prompt with a saved model",
     "needle": "what a saved model finds in a long text",

@@ -8,6 +8,7 @@
   jobs      what `train` trains
   ranks     the processes that `train` runs on, under torchrun
   sft       a saved model learns conversations
+  export    a saved model written for other programs
   figures   a run drawn from its log
   generate  a prompt continued
   prompts   a file of prompts through the engine, JSON lines in and out

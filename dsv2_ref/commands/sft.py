@@ -9,10 +9,9 @@ from typing import Any
 import torch
 
 from dsv2_ref import checkpoint
-from dsv2_ref.alignment.chat import CONFIG_FILE, tokenizer_config
 from dsv2_ref.alignment.exam import exact_match
 from dsv2_ref.alignment.sft import EPOCHS, recipe_for, sft_trainer
-from dsv2_ref.commands.common import say, write_model
+from dsv2_ref.commands.common import files_for_others, say, write_model
 from dsv2_ref.commands.options import filled
 from dsv2_ref.files.whole import write_text
 from dsv2_ref.text.conversations import read_conversations
@@ -89,9 +88,8 @@ def sft_command(
                              "go on")
         say(f"{source}: {len(talks)} conversations, {recipe.steps} steps of {recipe.batch}")
         log = train(trainer, run, save_every, progress=progress)
-        files = {"tokenizer.json": tokenizer.to_json(),
-                 CONFIG_FILE: tokenizer_config(model.config.max_positions)}
-        write_model(model, model.config, run.path / "model", files)
+        write_model(model, model.config, run.path / "model",
+                    files_for_others(tokenizer, model.config))
         result = {"steps": trainer.steps, "conversations": len(talks),
                   "answer_loss": (log or read_log(run.path))[-1]["answer"], "out": str(run.path)}
         if before:
