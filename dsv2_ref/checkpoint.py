@@ -29,6 +29,7 @@ from dsv2_ref.files.published import (
     check_model,
     has_scales,
     published_entries,
+    stored_entries,
 )
 from dsv2_ref.files.tensors import (
     INDEX,
@@ -72,7 +73,7 @@ def load(
         scaled = {n: scale_shape(s) for n, s in expected.items() if has_scales(n)}
         expected |= {n + SCALE: s for n, s in scaled.items()}
         weights -= set(scaled)
-    if config.tie_embeddings and HEAD in files:              # some store the one matrix twice
+    if config.tie_embeddings and HEAD in files:              # most store the one matrix twice
         expected[HEAD] = expected[EMBEDDING]
     check_names(path, expected, files)
     model = model.to(dtype or stored_dtype(files, weights)).to_empty(device=device)
@@ -148,7 +149,7 @@ def save(
         if Path(name).name != name or name in (CONFIG, *shards, INDEX, MANIFEST):
             raise ValueError(f"files: {name!r}, expected a file name that the model does not use")
     with whole_folder(path, replaced) as folder:
-        entries = published_entries(model)
+        entries = stored_entries(model)
         for name, sizes in shards.items():
             tensors: dict[str, Tensor] = {}
             while len(tensors) < len(sizes):
@@ -162,7 +163,7 @@ def save(
 def _shards(model: DeepSeekV2, shard_bytes: int, fp8: bool) -> dict[str, dict[str, int]]:
     """File name -> the tensors in it, in file order, and their bytes."""
     shards: list[dict[str, int]] = [{}]
-    for entry in published_entries(model):
+    for entry in stored_entries(model):
         numbers = torch.Size(entry.shape).numel()
         sizes = {entry.name: numbers * entry.dtype.itemsize}
         if fp8 and has_scales(entry.name):

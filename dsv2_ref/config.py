@@ -49,6 +49,8 @@ class Config:
     yarn_mscale: float | None = None         # on cos and sin, see attention/rope.py
     yarn_mscale_all_dim: float | None = None  # on cos and sin, and squared on the softmax scale
     max_positions: int = 4096                # longest context             max_position_embeddings
+    trained_positions: int | None = None     # trained at fewer: then this is that key, and the
+    #                                          longest context             readable_positions (ours)
     init_std: float = 0.006                  # of the weights' normal init       initializer_range
     tie_embeddings: bool = False             # one matrix in and out           tie_word_embeddings
     bos: int | None = 0                      # begin-of-document id                bos_token_id
@@ -86,6 +88,10 @@ class Config:
                      "a number >= 1, or None for plain RoPE")
         if self.yarn_factor is not None:      # a pair's turns are counted in powers of theta
             self._expect("rope_theta", self.rope_theta > 1, "a number > 1 under YaRN")
+        self._expect("trained_positions", self.trained_positions is None
+                     or self.yarn_factor is None
+                     and 0 < self.trained_positions < self.max_positions,
+                     f"less than max_positions = {self.max_positions} and no YaRN, or None")
         self._expect("yarn_mscale", self.yarn_mscale is None or self.yarn_mscale > 0,
                      "a number > 0 or None")
         self._expect("yarn_mscale_all_dim", (self.yarn_mscale_all_dim or 0) >= 0,

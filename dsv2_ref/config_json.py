@@ -5,6 +5,12 @@ A key is read as transformers 5 reads it, or refused in one line; none is replac
 Absent is not null: an absent key has the format's default (`_DEFAULTS`), and null says "none" where
 there can be none (`_NULLABLE`).
 
+Two of our fields have a key of ours, since other programs take the format's own for more than it
+says here. They read a text as far as max_position_embeddings: where a model was trained at fewer
+positions than it can read, that is the trained length, and readable_positions has ours. And with
+greedy routing n_group means nothing, but some of them limit the groups by it: it is 1, and
+n_devices has ours.
+
 Keys that we do not use are of two kinds. Those that transformers' own base class, its generation
 or a tool leaves in the file say nothing about the mathematics and are passed over. Any other may
 mean a model that is computed differently (`use_qk_norm`, `index_topk`), so it is refused.
@@ -31,7 +37,8 @@ _KEYS = {
 _DEFAULTS: dict[str, Any] = {
     "d_cq": 1536, "n_dense": 0, "n_devices": 1, "routed_scaling_factor": 1.0, "alpha_expert": 0.0,
     "alpha_device": 0.0, "alpha_comm": 0.0, "drop_capacity": None, "norm_eps": 1e-6,
-    "max_positions": 2048, "init_std": 0.02, "tie_embeddings": False, "bos": 1, "eos": 2,
+    "max_positions": 2048, "trained_positions": None,
+    "init_std": 0.02, "tie_embeddings": False, "bos": 1, "eos": 2,
 }
 _NULLABLE = {"d_cq": None, "n_devices": 1, "drop_capacity": None, "bos": None, "eos": None}
 _YARN_KEYS = {
@@ -79,11 +86,16 @@ def to_published(values: dict[str, Any]) -> dict[str, Any]:
     hf = {theirs: values[ours] for ours, theirs in _KEYS.items()}
     if isinstance(values["eos"], tuple):
         hf["eos_token_id"] = list(values["eos"])
+    if values["trained_positions"] is not None:
+        hf |= {"max_position_embeddings": values["trained_positions"],
+               "readable_positions": values["max_positions"]}
     greedy = values["max_devices"] is None
+    if greedy and values["n_devices"] > 1:
+        hf |= {"n_group": 1, "n_devices": values["n_devices"]}
     hf |= _FIXED | {
         "architectures": ["DeepseekV2ForCausalLM"], "num_key_value_heads": values["n_h"],
         "topk_method": "greedy" if greedy else "group_limited_greedy",
-        "topk_group": values["n_devices"] if greedy else values["max_devices"], "seq_aux": True,
+        "topk_group": 1 if greedy else values["max_devices"], "seq_aux": True,
         "rope_theta": values["rope_theta"], "rope_scaling": None,
     }
     if values["yarn_factor"] is not None:
@@ -116,13 +128,26 @@ def from_published(hf: dict[str, Any]) -> dict[str, Any]:
         if hf.get("n_group") is None or hf.get("topk_group") is None:
             raise ValueError("topk_method: 'group_limited_greedy', expected n_group and topk_group")
         values["max_devices"] = hf["topk_group"]
+    _read_our_keys(hf, values)
     return values | _rope(hf, values["max_positions"])
+
+
+def _read_our_keys(hf: dict[str, Any], values: dict[str, Any]) -> None:
+    if hf.get("readable_positions") is not None:
+        values |= {"trained_positions": values["max_positions"],
+                   "max_positions": hf["readable_positions"]}
+    if hf.get("n_devices") is not None:
+        if values["n_devices"] != 1 or "max_devices" in values:
+            raise ValueError(f"n_devices: {hf['n_devices']!r}, expected none but with greedy "
+                             "routing and n_group = 1")
+        values["n_devices"] = hf["n_devices"]
 
 
 def _check_keys(hf: dict[str, Any]) -> None:
     known = set(_KEYS.values()) | set(_FIXED) | set(_NEUTRAL) | _IGNORED | {
         "num_key_value_heads", "num_experts", "qk_head_dim", "topk_method", "topk_group",
         "rope_theta", "rope_scaling", "rope_parameters", "quantization_config",
+        "n_devices", "readable_positions",
     }
     for key in hf:
         if key not in known and not key.startswith(_MARKS):

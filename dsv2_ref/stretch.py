@@ -17,7 +17,9 @@ MSCALE = 0.707      # V2's: sqrt(t) = 0.0707 ln s + 1
 def trained_positions(config: Config) -> int:
     """The length that a model was trained at, as far as its config says: under YaRN the original
     one."""
-    return config.max_positions if config.yarn_factor is None else config.yarn_original_positions
+    if config.yarn_factor is not None:
+        return config.yarn_original_positions
+    return config.trained_positions or config.max_positions
 
 
 def stretched_config(config: Config, factor: float, trained: int | None = None) -> Config:
@@ -31,11 +33,13 @@ def stretched_config(config: Config, factor: float, trained: int | None = None) 
     room = max(config.max_positions, round(factor * trained))
     if factor == 1:
         return config.with_(yarn_factor=None, yarn_mscale=None, yarn_mscale_all_dim=None,
-                            max_positions=room)
+                            max_positions=room,
+                            trained_positions=trained if trained < room else None)
     mscale = MSCALE if config.yarn_mscale is None else config.yarn_mscale
     all_dim = MSCALE if config.yarn_mscale_all_dim is None else config.yarn_mscale_all_dim
     return config.with_(yarn_factor=float(factor), yarn_original_positions=trained,
-                        yarn_mscale=mscale, yarn_mscale_all_dim=all_dim, max_positions=room)
+                        yarn_mscale=mscale, yarn_mscale_all_dim=all_dim, max_positions=room,
+                        trained_positions=None)
 
 
 def stretched(model: DeepSeekV2, factor: float, trained: int | None = None) -> DeepSeekV2:

@@ -230,4 +230,4 @@ def test_a_saved_chat_model_carries_the_template(tmp_path):
     assert tokenizer.model_max_length == config.max_positions
     assert theirs(tokenizer, [USER], prompt=True) == prompt_ids([USER], TOKENIZER)
     text = "Lily 's kite , red .  小红，好"
-    assert tokenizer.decode(tokenizer.encode(text)) == text          # nothing is "cleaned up"
+    assert tokenizer.decode(tokenizer.encode(text)[1:]) == text      # nothing is "cleaned up"

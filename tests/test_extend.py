@@ -17,11 +17,13 @@ from dsv2_ref import checkpoint
 from dsv2_ref.commands import jobs
 from dsv2_ref.commands import train as train_module
 from dsv2_ref.config import Config
-from dsv2_ref.stretch import stretched_config
+from dsv2_ref.stretch import stretched_config, trained_positions
+from dsv2_ref.text.tokenizer import load_tokenizer
 from dsv2_ref.training.long_context import PRESETS
 
 MODEL = Path(__file__).parents[1] / "data" / "model"
 CONFIG = Config.from_hf(MODEL)
+TRAINED = trained_positions(CONFIG)
 FEW = ("--steps", "2", "--batch", "1", "--sequence", "64", "--quiet")
 
 
@@ -43,11 +45,11 @@ def test_a_saved_model_is_stretched_tuned_saved_and_gone_on_with(texts, tmp_path
     same = ["train", "--from", MODEL, "--extend", 4, "--corpus", texts, *FEW, "--out"]
     code, out, err = call(capsys, *same, tmp_path / "whole")
     result = json.loads(out)
-    assert code == 0 and f"trained at {CONFIG.max_positions} tokens, stretched by 4: " in err
+    assert code == 0 and f"trained at {TRAINED} tokens, stretched by 4: " in err
     assert (result["steps"], result["tokens"]) == (2, 128) and result["bits_per_byte"] > 0
     before, after = checkpoint.load(MODEL), checkpoint.load(tmp_path / "whole" / "model")
     assert after.config == stretched_config(CONFIG, 4)
-    assert after.config.max_positions == 4 * CONFIG.max_positions
+    assert after.config.max_positions == 4 * TRAINED == CONFIG.max_positions
     for (name, W), old in zip(after.named_parameters(), before.parameters(), strict=True):
         assert W.ndim == 1 or not torch.equal(W, old), name      # some gains stay, in bf16
     tokenizer = (tmp_path / "whole" / "tokenizer.json").read_text()
@@ -77,7 +79,7 @@ def test_the_tuning_lasts_50_steps_at_a_quarter_of_the_stretched_length_where_no
     code, _, _ = call(capsys, "train", "--from", MODEL, "--extend", 8, "--corpus", texts,
                       "--lr", 2e-4, "--out", tmp_path)
     assert code == 2
-    assert (seen[0].steps, seen[0].sequence) == (50, 2 * CONFIG.max_positions)
+    assert (seen[0].steps, seen[0].sequence) == (50, 2 * TRAINED)
     assert seen[0].lr == seen[0].adamw_lr == 2e-4
 
 
@@ -119,8 +121,9 @@ def test_a_needle_preset_is_saved_with_its_tokenizer_and_yarn(texts, tmp_path, c
     assert (trained.yarn_factor, trained.max_positions) == (None, 192)
     assert saved == stretched_config(trained, PRESETS["cpu"].factor)
     assert saved.yarn_original_positions == 192
-    tokenizer = (tmp_path / "tokenizer.json").read_text()
-    assert (tmp_path / "model" / "tokenizer.json").read_text() == tokenizer
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+    text = (tmp_path / "model" / "tokenizer.json").read_text(encoding="utf-8")
+    assert text == tokenizer.to_json_for_others() != tokenizer.to_json()
     assert checkpoint.load(tmp_path / "model").config == saved
     code, out, err = call(capsys, *needle(texts, tmp_path, "--steps", 2))
     assert (code, out) == (2, "") and "expected --resume" in err and err.count("\n") == 1

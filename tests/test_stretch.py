@@ -19,6 +19,8 @@ def test_a_stretched_config_is_v2s_where_the_numbers_are():
 
 def test_the_trained_length_is_yarns_original_one():
     assert trained_positions(V2) == 4096 and trained_positions(TINY) == 512
+    short = TINY.with_(trained_positions=100)
+    assert trained_positions(short) == 100 and stretched_config(short, 8).max_positions == 800
     twice = stretched_config(stretched_config(TINY, 4), 8)       # not 4 times 8
     assert (twice.yarn_factor, twice.yarn_original_positions, twice.max_positions) == (8, 512, 4096)
 
@@ -31,7 +33,10 @@ def test_an_own_trained_length_and_own_mscales_are_kept():
 
 def test_factor_one_is_plain_rope_with_the_room_there_was():
     plain = stretched_config(stretched_config(TINY, 8), 1)
-    assert plain.to_hf() == TINY.with_(max_positions=4096).to_hf()
+    assert plain == TINY.with_(max_positions=4096, trained_positions=512,
+                               yarn_original_positions=512)
+    assert stretched_config(plain, 8) == stretched_config(TINY, 8)   # it still says its length
+    assert stretched_config(TINY, 1) == TINY
 
 
 @pytest.mark.parametrize("factor", (0.5, 0, -2, float("nan")))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What several commands share in their work."""
 
+import json
 import sys
 import tempfile
 from collections.abc import Callable
@@ -40,10 +41,23 @@ def output_folder(path: str | Path, with_model: bool = False) -> Path:
 
 
 def save_model(setup: Setup, path: Path) -> None:
-    """The published format in bf16, tokenizer.json beside it; replaces an earlier one."""
-    files = {"tokenizer.json": setup.tokenizer.to_json()}
+    """The published format in bf16, what others read beside it; replaces an earlier one."""
+    files = files_for_others(setup.tokenizer, setup.saved or setup.model.config)
     setup.trainer.world.with_whole(setup.model, lambda model: write_model(
         model, setup.saved or model.config, path, files))
+
+
+def files_for_others(tokenizer: TextTokenizer, config: Config) -> dict[str, str]:
+    """Name -> content of what other programs read beside config.json and the weights.
+
+    A tokenizer.json that puts the begin mark in front of a text, the marks by name, the chat
+    template, the most tokens that a client is to read, and how text ends.
+    """
+    generation = {"bos_token_id": config.bos, "eos_token_id": config.to_hf()["eos_token_id"],
+                  "pad_token_id": tokenizer.eos, "do_sample": False}
+    return {"tokenizer.json": tokenizer.to_json_for_others(),
+            CONFIG_FILE: tokenizer_config(config.trained_positions or config.max_positions),
+            "generation_config.json": json.dumps(generation, indent=2) + "\n"}
 
 
 def write_model(model: DeepSeekV2, config: Config, path: Path, files: dict[str, str]) -> None:
@@ -54,10 +68,8 @@ def write_model(model: DeepSeekV2, config: Config, path: Path, files: dict[str, 
 
 
 def write_chat_model(model: DeepSeekV2, tokenizer: TextTokenizer, path: Path) -> None:
-    """As `write_model`, with the tokenizer and the chat template."""
-    write_model(model, model.config, path, {
-        "tokenizer.json": tokenizer.to_json(),
-        CONFIG_FILE: tokenizer_config(model.config.max_positions)})
+    """As `write_model`, under the model's own config, with what others read beside it."""
+    write_model(model, model.config, path, files_for_others(tokenizer, model.config))
 
 
 def write_sample(

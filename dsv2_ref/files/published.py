@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dsv2_ref.config import Config
-from dsv2_ref.kernels.fp8 import Fp8Linear, Fp8Stack
+from dsv2_ref.kernels.fp8 import BLOCK, Fp8Linear, Fp8Stack
 from dsv2_ref.model import Block, DeepSeekV2
 from dsv2_ref.moe.experts import FeedForward
 
@@ -104,7 +104,7 @@ def _block(prefix: str, block: Block) -> Iterator[Entry]:
 
 def published_entries(model: DeepSeekV2) -> Iterator[Entry]:
     """Every published tensor of a model, in file order; of a stage those of its layers, and of
-    routed experts those that are held."""
+    routed experts those that are held. A tied head is the embedding, and not named again."""
     if model.first:
         yield _entry(EMBEDDING, model.embedding.weight)
     for block in model.blocks:
@@ -113,6 +113,24 @@ def published_entries(model: DeepSeekV2) -> Iterator[Entry]:
         yield _entry("model.norm.weight", model.norm.weight)
         if not model.config.tie_embeddings:
             yield _entry(HEAD, model.head.weight)
+
+
+def stored_entries(model: DeepSeekV2) -> Iterator[Entry]:
+    """What is written of a whole model: a tied head is there as well, under its own name.
+
+    Some programs (vLLM, for one) never tie the head of this kind of model, and would read with
+    random numbers in its place.
+    """
+    yield from published_entries(model)
+    if model.config.tie_embeddings:
+        yield _entry(HEAD, model.head.weight)
+
+
+def ragged(model: DeepSeekV2) -> list[str]:
+    """The tensors of an FP8 file whose last blocks are not full: rows or columns are no multiple
+    of 128. Not every program reads them right (inference/clients.md)."""
+    return [entry.name for entry in published_entries(model)
+            if has_scales(entry.name) and any(n % BLOCK for n in entry.shape)]
 
 
 def has_scales(name: str) -> bool:

@@ -25,7 +25,7 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 BEGIN = "<｜begin▁of▁sentence｜>"
 END = "<｜end▁of▁sentence｜>"
@@ -76,6 +76,20 @@ class TextTokenizer:
     def to_json(self) -> str:
         """The content of a tokenizer.json, which `load_tokenizer` reads."""
         return self.tokenizer.to_str(pretty=True)
+
+    def to_json_for_others(self) -> str:
+        """`to_json`, with a rule by which other programs put the begin mark in front of a text.
+
+        `load_tokenizer` reads it; its `encode` adds no mark, as ever.
+        """
+        other = Tokenizer.from_str(self.to_json())
+        if other.encode("").ids != [self.bos]:
+            mark = processors.TemplateProcessing(
+                single=f"{BEGIN} $A", pair=f"{BEGIN} $A {BEGIN} $B:1",
+                special_tokens=[(BEGIN, self.bos)])
+            before = other.post_processor
+            other.post_processor = processors.Sequence([before, mark]) if before else mark
+        return other.to_str(pretty=True)
 
     @classmethod
     def from_json(cls, text: str) -> "TextTokenizer":

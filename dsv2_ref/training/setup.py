@@ -80,14 +80,23 @@ def set_up(
         if tokenizer is None:
             tokenizer = TextTokenizer.from_json(world.first_does(lambda: train_tokenizer(
                 (d.text for d in corpus.train), config.vocab).to_json()))
-        model = new_model(config.with_(max_positions=max(config.max_positions, recipe.sequence)),
-                          tokenizer, recipe.seed, device)
+        model = new_model(_trained_at(config, recipe.sequence), tokenizer, recipe.seed, device)
     else:
         check_ready(model.config, recipe, tokenizer)
         model.to(device)
     tokens = encode(corpus.train, tokenizer)
     held = world.hold(model, recipe.sequence)
     return Setup(corpus, tokenizer, Trainer(held, recipe, tokens, world=world))
+
+
+def _trained_at(config: Config, length: int) -> Config:
+    """The config of a new model that will be trained at `length` tokens, and says so.
+
+    Under YaRN `yarn_original_positions` says it.
+    """
+    if length >= config.max_positions:
+        return config.with_(max_positions=length, trained_positions=None)
+    return config if config.yarn_factor else config.with_(trained_positions=length)
 
 
 def new_model(
