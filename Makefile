@@ -51,6 +51,10 @@ parallel: ready
 nodes: ready
 	$(BIN)/python -m pytest -q tests/nodes.py
 
+# base, SFT, reward model, GRPO in two stages, and a table of them (15 minutes at most)
+align: ready
+	$(BIN)/python -m dsv2_ref align > /dev/null
+
 # the loss of GRPO beside trl's own
 parity: EXTRAS := $(EXTRAS),parity
 parity: ready
@@ -105,4 +109,4 @@ clean:
 	rm -rf build .venv
 
 .PHONY: matrix ready run lab test lint unit notebooks student browser \
-	kill parallel nodes parity copies bench audit mutants site map glossary execute model clean
+	kill parallel nodes align parity copies bench audit mutants site map glossary execute model clean

@@ -26,6 +26,7 @@ COMMANDS = {
     "sft": "fine-tune a saved model on conversations",
     "grpo": "a chat model learns from rewards",
     "reward": "train a reward model on judged answers",
+    "align": "base, SFT, reward model, GRPO in two stages, and a table",
     "export": "a saved model written anew, as other programs take it",
     "figures": "draw a run from its log.jsonl",
     "generate": "continue a prompt with a saved model",

@@ -17,6 +17,8 @@ LOG = [{"step": n, "reward": 0.4 + 0.01 * n, "entropy": 1 / n} for n in range(1,
 LOG[0]["held"], LOG[24]["held"], LOG[49]["held"] = 0.3, 0.8, 0.95
 PANELS = {"reward": "mean reward", "held": "greedy, held out", "entropy": "entropy (nats)"}
 BINS = [(0.05, 0.1, 40), (0.45, 0.3, 10), (0.9, 1.0, 50)]         # chance, share, how many
+TABLE = {"base": {"sort": 0.0, "count": 0.1, "bits_per_byte": 0.115},
+         "stage-1": {"sort": 0.6, "count": 1.0, "bits_per_byte": 0.31}}
 DRAW = {
     "reward_loop": lambda: figures.reward_loop("sort 3 1 2", ANSWERS, [0.8, 0, 0.2, 0.2], A),
     "reward_loop, equal": lambda: figures.reward_loop("?", ["a", "b"], [1, 1], [0, 0]),
@@ -25,6 +27,7 @@ DRAW = {
     "reward_curves, more": lambda: figures.reward_curves(
         {"online": LOG, "offline": LOG[:25]}, {**PANELS, "step": "step"}),
     "calibration_curves": lambda: figures.calibration_curves({"a": BINS}, "the first one wins"),
+    "exam_table": lambda: figures.exam_table(TABLE),
     "calibration_curves, more": lambda: figures.calibration_curves(
         {"pair-wise": BINS, "point-wise": [(0.5, 0.5, 9)]}, "the answer is right"),
 }
@@ -98,7 +101,19 @@ def test_curves_are_the_entries_that_have_the_number():
     assert [ax.axison for ax in many] == [True] * 4 + [False] * 2
 
 
+def test_the_table_writes_every_share_and_colours_no_bits():
+    ax = DRAW["exam_table"]().axes[0]
+    assert [t.get_text() for t in ax.texts] == ["0%", "60%", "10%", "100%", "0.115", "0.310"]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["sort", "count", "bits per byte"]
+    (image,) = ax.images
+    assert np.allclose(image.get_array()[:2], [[0, 0.6], [0.1, 1]])
+    assert np.isnan(np.ma.filled(image.get_array(), np.nan)[2]).all()
+    assert ax.get_title(loc="left") == "right: 5% → 80%"
+
+
 def test_refusals():
+    refused(lambda: figures.exam_table({}), "models: 0 with different kinds")
+    refused(lambda: figures.exam_table({"a": {"x": 1}, "b": {"y": 1}}), "models: 2 with different")
     refused(lambda: figures.reward_loop("?", ["a"], [1.0, 2.0], [0.0]), "answers: 1 with 2 rewards")
     refused(lambda: figures.reward_loop("?", [], [], []), "answers: 0")
     refused(lambda: figures.clipped_gain(1.0), "clip: 1.0")

@@ -24,6 +24,7 @@ from dsv2_ref.alignment.exam import truth
 from dsv2_ref.alignment.rollout import greedy_reward, grpo_trainer
 from dsv2_ref.bench import grpo
 from dsv2_ref.commands import grpo as command
+from dsv2_ref.commands import sft as sft_command
 from dsv2_ref.text.instructions import pair_is_held_out
 from dsv2_ref.training.recipe import Recipe
 from dsv2_ref.training.run_folder import load_state
@@ -87,6 +88,22 @@ def test_sft_of_sums_learns_the_first_examples_alone():
     assert shown == [conversation_ids(e.messages, tokenizer)[0] for e in questions[:EXAMPLES]]
     assert trainer.step()["lr"] == pytest.approx(4e-3 / 5)       # of 5 steps all are warm-up
     assert addition_recipe(400).rate(0.1) == addition_recipe(400).rate(0.99) == 1
+
+
+def test_sft_of_sums_as_it_is_typed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sft_command, "addition", lambda seed: (addition(seed)[0],
+                                                                addition(seed)[1][:4]))
+    ask = ("sft", "--data", "addition", "--out", tmp_path / "out", "--quiet", "--batch", "4")
+    code, out, err = call(capsys, *ask, "--steps", "2")
+    result = json.loads(out)
+    assert code == 0 and result["conversations"] == EXAMPLES and "2 steps of 4" in err
+    assert set(result["before"]) == {"addition"} == set(result["after"])
+    model = checkpoint.load(tmp_path / "out" / "model")
+    assert model.config.max_positions == POSITIONS
+    for more, said in ((("--from", "data/model"), "expected none with sums, whose model is new"),
+                       (("--epochs", "2"), "--epochs: 2.0, expected --steps with sums")):
+        code, out, err = call(capsys, *ask, *more)
+        assert (code, out) == (2, "") and said in err
 
 
 def grpo_of(capsys, start, out, *more):

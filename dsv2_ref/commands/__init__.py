@@ -10,6 +10,7 @@
   sft       a saved model learns conversations
   grpo      a chat model learns from rewards
   reward    a reward model learns from judged answers
+  align     base, SFT, reward model and both stages of GRPO, and a table
   export    a saved model written for other programs
   figures   a run drawn from its log
   generate  a prompt continued

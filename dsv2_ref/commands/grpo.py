@@ -3,6 +3,7 @@
 
 import statistics
 from argparse import ArgumentParser
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -89,32 +90,51 @@ def grpo_command(
     return {"task": task, **means, "seeds": runs, "out": out}
 
 
-def _one_seed(
-    source: str, run: RunFolder, resume: bool, recipe: Recipe, control: bool, save_every: int,
-    progress: bool, **asked: Any,
-) -> dict[str, Any]:
-    """One run and its control, or what is missing of them."""
+def rewarded(
+    source: str | Path, run: RunFolder, resume: bool, make: Callable[[DeepSeekV2], Trainer],
+    save_every: int, progress: bool, look: Callable[[Trainer], object] | None = None,
+) -> Trainer:
+    """A saved chat model after training by `make`'s trainer, or after what is missing of it.
+
+    Into the run's folder: log.jsonl, states and model/. look: is called before anything is trained.
+    """
     tokenizer = load_tokenizer(Path(source) / "tokenizer.json")
-    questions, held_out = addition()             # of seed 0: the examples are the first of them
-    ids = [prompt_ids(example.prompt, tokenizer) for example in questions]
     with ExitStack() as opened:
         opened.enter_context(run.held())
         state = run.newest(say) if resume and run.states else None
         run.check_log() if state else run.check_new()
         checkpoint.check_place(run.path / "model", overwrite=True)
-        model = checkpoint.load(source, torch.float32, default_device())
-        trainer = grpo_trainer(model, ids, truth(questions, tokenizer), recipe,
-                               max_new_tokens=ANSWER, **asked)
-        result = {"seed": recipe.seed, "before": _right(trainer, tokenizer, held_out)}
+        trainer = make(checkpoint.load(source, torch.float32, default_device()))
+        if look:
+            look(trainer)
         if state:
             trainer.restore(*state)
             say(f"resumed after step {trainer.steps}")
         else:
             write_text(run.path / "tokenizer.json", tokenizer.to_json())
-            write_text(run.path / "config.json", config_text(model.config))
-        say(f"{source}, seed {recipe.seed}: {recipe.steps} steps of {recipe.batch} answers")
+            write_text(run.path / "config.json", config_text(trainer.model.config))
+        say(f"{source}: {trainer.recipe.steps} steps of {trainer.recipe.batch} answers")
         train(trainer, run, save_every, progress=progress)
-        write_chat_model(model, tokenizer, run.path / "model")
+        write_chat_model(trainer.model, tokenizer, run.path / "model")
+    return trainer
+
+
+def _one_seed(
+    source: str, run: RunFolder, resume: bool, recipe: Recipe, control: bool, save_every: int,
+    progress: bool, **asked: Any,
+) -> dict[str, Any]:
+    """One run and its control."""
+    tokenizer = load_tokenizer(Path(source) / "tokenizer.json")
+    questions, held_out = addition()             # of seed 0: the examples are the first of them
+    ids = [prompt_ids(example.prompt, tokenizer) for example in questions]
+    result: dict[str, Any] = {"seed": recipe.seed}
+
+    def make(model: DeepSeekV2) -> Trainer:
+        return grpo_trainer(model, ids, truth(questions, tokenizer), recipe,
+                            max_new_tokens=ANSWER, **asked)
+
+    trainer = rewarded(source, run, resume, make, save_every, progress, lambda trainer:
+                       result.update(before=_right(trainer, tokenizer, held_out)))
     result |= {"after": _right(trainer, tokenizer, held_out), "seconds": trainer.elapsed}
     if control:
         say(f"control: SFT for {trainer.elapsed:.0f} seconds")

@@ -11,6 +11,7 @@ import torch
 
 from dsv2_ref import checkpoint
 from dsv2_ref.alignment.addition import (
+    ANSWER,
     EXAMPLES,
     addition,
     addition_recipe,
@@ -82,7 +83,7 @@ def sft_command(
         checkpoint.check_place(run.path / "model", overwrite=True)
         keep_freed_memory()
         trainer = job.make()
-        before = _exam(trainer, tokenizer, job.asked)
+        before = _exam(trainer, job)
         if state:
             trainer.restore(*state)
             say(f"resumed after step {trainer.steps}")
@@ -98,7 +99,7 @@ def sft_command(
         result = {"steps": trainer.steps, "conversations": job.conversations,
                   "answer_loss": (log or read_log(run.path))[-1]["answer"], "out": str(run.path)}
         if before:
-            result |= {"before": before, "after": _exam(trainer, tokenizer, job.asked)}
+            result |= {"before": before, "after": _exam(trainer, job)}
         return result
 
 
@@ -108,6 +109,7 @@ class _Job(NamedTuple):
     tokenizer: TextTokenizer
     make: Callable[[], Trainer]          # reads the model, so it comes behind all checks
     asked: list[Example]                 # before and after; none for a file of one's own
+    answer: int = 48                     # most tokens of an answer to these
 
 
 def _tuning(
@@ -142,7 +144,8 @@ def _sums(source: str | None, epochs: float | None, changes: dict[str, Any]) -> 
     def make() -> Trainer:
         return addition_trainer(questions, tokenizer, addition_recipe(**changes))
 
-    return _Job(f"a new model: {EXAMPLES} sums", EXAMPLES, tokenizer, make, held_out)
+    return _Job(f"a new model: {EXAMPLES} sums", EXAMPLES, tokenizer, make, held_out,
+                ANSWER)
 
 
 def _conversations(data: str, n: int | None, seed: int) -> list[list[dict[str, str]]]:
@@ -153,9 +156,7 @@ def _conversations(data: str, n: int | None, seed: int) -> list[list[dict[str, s
     return read_conversations(data)
 
 
-def _exam(
-    trainer: Trainer, tokenizer: TextTokenizer, asked: list[Example]
-) -> dict[str, float]:
+def _exam(trainer: Trainer, job: _Job) -> dict[str, float]:
     """Share of held-out questions answered right, by kind."""
     with autocast(trainer.device, trainer.precision):
-        return exact_match(trainer.model.eval(), tokenizer, asked)
+        return exact_match(trainer.model.eval(), job.tokenizer, job.asked, job.answer)

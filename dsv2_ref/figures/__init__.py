@@ -125,6 +125,7 @@ from dsv2_ref.figures.pretraining import (
 from dsv2_ref.figures.rewards import (
     calibration_curves,
     clipped_gain,
+    exam_table,
     reward_curves,
     reward_loop,
 )
@@ -163,7 +164,8 @@ __all__ = [
     "cache_slider", "calibration_curves", "clipped_gain", "code_steps", "curves_by_position",
     "decode_floors", "decode_roofline", "device_limit_slider", "device_messages", "device_traffic",
     "dropped_against_capacity", "dropped_over_training", "error_by_bits", "errors_by_position",
-    "expert_load", "expert_shares", "flops_against_context", "flops_by_part", "format_error",
+    "exam_table", "expert_load", "expert_shares", "flops_against_context", "flops_by_part",
+    "format_error",
     "found_by_length", "gradient_norm", "group_slider", "grouped_heads", "groups_like_mla",
     "harm_bars", "hour_ranges", "hours_by_devices", "in_flight_bars", "information_dots",
     "kept_by_width", "kept_to_scale", "length_costs", "limit_quality", "live_image", "live_picture",

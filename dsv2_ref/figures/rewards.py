@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Learning from rewards: one group of answers, where the clip bites, and how a policy learned;
-whether a reward model knows how sure to be."""
+whether a reward model knows how sure to be; what each stage of alignment brought."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -155,4 +155,35 @@ def calibration_curves(models: Mapping[str, Sequence[tuple[float, float, int]]],
     ax.grid(True)
     if len(models) > 1:
         figure.legend(handles=ax.get_lines()[1:], loc="outside lower left", ncols=len(models))
+    return figure
+
+
+@styled
+def exam_table(models: Mapping[str, Mapping[str, float]]) -> Figure:
+    """Which share of each kind's held-out questions each checkpoint got right, as a table.
+
+    The row `bits_per_byte`, where there is one, is no share: it is written and not coloured.
+    """
+    if not models or len({tuple(shares) for shares in models.values()}) != 1:
+        raise ValueError(f"models: {len(models)} with different kinds, expected some with the same")
+    kinds = [kind for kind in next(iter(models.values())) if kind != "bits_per_byte"]
+    shown = kinds + ["bits_per_byte"] * ("bits_per_byte" in next(iter(models.values())))
+    figure = Picture(2.6 + 1.1 * len(models), 0.7 + 0.27 * len(shown))
+    ax = figure.subplots()
+    shares = np.array([[of.get(kind, np.nan) if kind in kinds else np.nan
+                        for of in models.values()] for kind in shown])
+    ax.imshow(shares, cmap="Blues", vmin=0, vmax=1.3, aspect="auto")
+    for y, kind in enumerate(shown):
+        for x, of in enumerate(models.values()):
+            text = f"{of[kind]:.3f}" if kind == "bits_per_byte" else f"{of[kind]:.0%}"
+            ax.text(x, y, text, ha="center", va="center", fontsize=9)
+    ax.set_xticks(range(len(models)), list(models))
+    ax.set_yticks(range(len(shown)), [kind.replace("_", " ") for kind in shown])
+    ax.tick_params(length=0, top=False, labeltop=True, labelbottom=False)
+    first, last = ([of[kind] for kind in kinds] for of in (next(iter(models.values())),
+                                                           list(models.values())[-1]))
+    ax.set_title(f"right: {np.mean(first):.0%} → {np.mean(last):.0%}", loc="left", pad=22)
+    ax.grid(False)
+    for side in ax.spines.values():
+        side.set_visible(False)
     return figure

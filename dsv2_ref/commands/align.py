@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: MIT
+"""`align`: from a base model to a chat model, all of section 4 in small.
+
+    base     a pretrained model, as data/model
+    sft      it learns conversations of the generated set (4.1)
+    reward   a reward model, from answers of sft that a program judged
+    stage 1  GRPO on what a program can check: the reward is its verdict (35)
+    stage 2  GRPO on preference, three rewards added up (36): the reward model's number is helpful;
+             safe is to refuse what should be refused and nothing else; the rule is to come to an
+             end, and to write Chinese only where Chinese was asked
+
+Every stage has a run folder in --out; one that is done is not done again.
+"""
+
+import time
+from argparse import ArgumentParser
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsv2_ref import checkpoint, figures
+from dsv2_ref.alignment.chat import prompt_ids
+from dsv2_ref.alignment.exam import exact_match, truth
+from dsv2_ref.alignment.reward import preference_reward
+from dsv2_ref.alignment.reward_training import as_reward, load_reward_model
+from dsv2_ref.alignment.rollout import Reward, grpo_trainer
+from dsv2_ref.commands.common import output_folder, say
+from dsv2_ref.commands.grpo import rewarded
+from dsv2_ref.commands.options import filled
+from dsv2_ref.commands.reward import reward_command
+from dsv2_ref.commands.sft import sft_command
+from dsv2_ref.inference.evaluate import bits_per_byte
+from dsv2_ref.text.corpora import byte_count, open_corpus
+from dsv2_ref.text.data import marked
+from dsv2_ref.text.instructions import HELD_OUT_KINDS, TRAINED_KINDS, Example, examples
+from dsv2_ref.text.tokenizer import TextTokenizer, load_tokenizer
+from dsv2_ref.training.machine import default_device
+from dsv2_ref.training.recipe import Recipe
+from dsv2_ref.training.run_folder import RunFolder
+
+TO_REFUSE = ("unknown", "refusal")
+REASONING = tuple(kind for kind in TRAINED_KINDS if kind not in (*TO_REFUSE, "words"))
+C_HELPFUL, C_SAFETY, C_RULE = 0.2, 1.0, 0.5          # of (36); the paper does not name them
+ANSWER = 40                                          # most tokens of one
+PICTURE = "align.png"
+
+
+def add_options(parser: ArgumentParser) -> None:
+    parser.description = (
+        "Base, SFT, reward model, GRPO in two stages, and a table of every checkpoint on every "
+        "kind of held-out question, and on the text that the base was trained on. Started again, "
+        "it goes on where it stopped."
+    )
+    add = parser.add_argument
+    add("--from", dest="source", type=filled, metavar="MODEL", default="data/model",
+        help="folder of a base model; default: data/model")
+    add("--corpus", type=filled, default="stories", help="that the base was trained on")
+    add("--out", type=filled, default="build/align")
+    add("--sft-steps", type=int, default=800, help="of 32 conversations")
+    add("--reward-questions", type=int, default=240)
+    add("--grpo-steps", type=int, default=40, help="of each stage: 16 questions, 8 answers each")
+    add("--quiet", dest="progress", action="store_false", help="no progress bar")
+    parser.set_defaults(act=align_command)
+
+
+def align_command(
+    source: str, corpus: str, out: str, sft_steps: int, reward_questions: int, grpo_steps: int,
+    progress: bool,
+) -> dict[str, Any]:
+    """All stages into `out`, and the table. Times are of this call: 0 for what was done before."""
+    if not Path(source).is_dir():
+        raise ValueError(f"--from: {source!r} is no folder, expected a saved model, as data/model")
+    folder = output_folder(out)
+    models = {"base": Path(source)} | {
+        name: folder / name / "model" for name in ("sft", "reward", "stage-1", "stage-2")}
+    seconds = {}
+
+    def stage(name: str, work: Callable[[], object]) -> None:
+        began = time.perf_counter()
+        if not models[name].exists():
+            say(f"-- {name}")
+            work()
+        seconds[name] = round(time.perf_counter() - began, 1)
+
+    def states(name: str) -> bool:
+        return bool(RunFolder(folder / name).states)
+
+    stage("sft", lambda: sft_command(
+        source, "builtin", str(folder / "sft"), states("sft"), None, 100, progress,
+        n_examples=max(sft_steps, 1) * 16, steps=sft_steps))
+    stage("reward", lambda: reward_command(
+        str(models["sft"]), "builtin", "pair", str(folder / "reward"), states("reward"), 1.0, 32,
+        100, progress, reward_questions))
+    tokenizer = load_tokenizer(models["sft"] / "tokenizer.json")
+    for number, kinds in ((1, REASONING), (2, TRAINED_KINDS)):
+        name, before = f"stage-{number}", models["sft" if number == 1 else "stage-1"]
+        asked = examples(2000, seed=number, kinds=kinds)
+        judge = models["reward"] if number == 2 else None
+        stage(name, partial(_grpo, before, RunFolder(folder / name), tokenizer, asked, grpo_steps,
+                            judge, progress))
+    began = time.perf_counter()
+    table = {name: _judged(models[name], tokenizer, corpus)
+             for name in ("base", "sft", "stage-1", "stage-2")}
+    seconds["exams"] = round(time.perf_counter() - began, 1)
+    figures.save(figures.exam_table(table), folder / PICTURE)
+    say(_lines(table))
+    return {"table": table, "seconds": seconds, "out": str(folder)}
+
+
+def _grpo(
+    before: Path, run: RunFolder, tokenizer: TextTokenizer, asked: Sequence[Example], steps: int,
+    judge: Path | None, progress: bool,
+) -> None:
+    """A stage: 1 without a reward model, 2 with one."""
+    ids = [prompt_ids(example.prompt, tokenizer) for example in asked]
+    reward = truth(asked, tokenizer)
+    if judge is not None:
+        helpful = load_reward_model(judge, torch.float32, default_device())
+        reward = preference(asked, tokenizer, as_reward(helpful, ids, tokenizer))
+    recipe = Recipe(steps=steps, batch=128, optimizer="adamw", lr=3e-4, weight_decay=0.0,
+                    protected=0.0)
+    rewarded(before, run, True, lambda model: grpo_trainer(model, ids, reward, recipe, 8, ANSWER),
+             20, progress)
+
+
+def preference(
+    asked: Sequence[Example], tokenizer: TextTokenizer, helpful: Reward
+) -> Reward:
+    """(36) on these questions, from a reward model's numbers and two rules."""
+    refusals = {e.answer for kind in TO_REFUSE for e in examples(40, kinds=(kind,))}
+
+    def of(which: Sequence[int], answers: Sequence[list[int]]) -> list[float]:
+        safety, rule = [], []
+        for i, answer in zip(which, answers, strict=True):
+            text = tokenizer.decode(answer).strip()
+            right = asked[i].check(text) if asked[i].kind in TO_REFUSE else text not in refusals
+            chinese = any("\u4e00" <= letter <= "\u9fff" for letter in text)
+            safety.append(float(right))
+            rule.append(float(len(answer) < ANSWER and chinese <= (asked[i].language == "zh")))
+        scored = torch.tensor(helpful(which, answers), dtype=torch.float64)
+        return preference_reward(scored, torch.tensor(safety).double(), torch.tensor(rule).double(),
+                                 C_HELPFUL, C_SAFETY, C_RULE).tolist()
+
+    return of
+
+
+def _judged(folder: Path, tokenizer: TextTokenizer, corpus: str) -> dict[str, float]:
+    """Shares of held-out questions answered rightly by kind, and bits per byte of held-out text."""
+    model = checkpoint.load(folder, torch.float32, default_device())
+    kinds = (*TRAINED_KINDS, *HELD_OUT_KINDS)
+    asked = examples(20 * len(kinds), 0, kinds, held_out=True)
+    documents = open_corpus(corpus).validation[:200]
+    bits = bits_per_byte(model, list(marked(documents, tokenizer)), byte_count(documents),
+                         min(256, model.config.max_positions))
+    return exact_match(model, tokenizer, asked) | {"bits_per_byte": bits}
+
+
+def _lines(table: dict[str, dict[str, float]]) -> str:
+    """The table as text, a line for each kind."""
+    rows = [f"{'':16}" + "".join(f"{name:>10}" for name in table)]
+    for kind in next(iter(table.values())):
+        digits = 3 if kind == "bits_per_byte" else 2
+        rows.append(f"{kind:16}" + "".join(f"{of[kind]:10.{digits}f}" for of in table.values()))
+    return "\n".join(rows)
