@@ -9,6 +9,7 @@ import torch
 from calling import call
 
 from dsv2_ref import checkpoint
+from dsv2_ref.alignment.judged import Judged
 from dsv2_ref.commands import align, reward, sft
 from dsv2_ref.config import TINY
 from dsv2_ref.model import DeepSeekV2
@@ -21,7 +22,7 @@ TEXTS = [e.prompt[-1]["content"] for e in examples(200)]
 
 @pytest.fixture
 def base(tmp_path, monkeypatch):
-    """A folder with a model that knows nothing; little is asked, and judges like even lengths, or odd ones."""
+    """A folder with a model that knows nothing. Little is asked, and what is right is odd."""
     tokenizer = train_tokenizer(TEXTS, 300)
     torch.manual_seed(0)
     config = TINY.with_(vocab=tokenizer.vocab, bos=tokenizer.bos, eos=tokenizer.eos)
@@ -36,6 +37,9 @@ def base(tmp_path, monkeypatch):
         sorted({e.kind for e in asked}), 0.5))
     monkeypatch.setattr(align, "truth", lambda asked, tokenizer: lambda which, answers: [
         float(sum(answer) % 2) for answer in answers])
+    shares = {"sort": [0.0, 0.0], "json": [1.0, 1.0]}            # all others: half
+    monkeypatch.setattr(align, "judged_samples", lambda model, tokenizer, asked, *more: Judged(
+        [[0]] * 2, torch.tensor([shares.get(asked[0].kind, [0.0, 1.0])])))
     monkeypatch.setattr(sft, "exact_match", lambda *asked: {})
     monkeypatch.setattr(reward, "HELD_OUT", 2)
     monkeypatch.setattr(reward, "GROUP", 4)
@@ -56,6 +60,9 @@ def test_every_stage_builds_on_the_one_before_and_is_done_once(base, tmp_path, c
     assert (folder / align.PICTURE).stat().st_size > 5000 and "stage-2" in err
     for stage in ("sft", "reward", "stage-1", "stage-2"):
         assert f"-- {stage}\n" in err and (folder / stage / "model").is_dir()
+    said = next(line for line in err.splitlines() if line.startswith("sometimes right: "))
+    assert "addition" in said and "sort" not in said and "json" not in said and "words" not in said
+    assert set(result["reward_accuracy"]) == {"before", "after"}
     assert f"{folder / 'sft' / 'model'}: 1 steps" in err                 # where stage 1 begins
     assert f"{folder / 'stage-1' / 'model'}: 1 steps" in err
     bits = [shares["bits_per_byte"] for shares in result["table"].values()]

@@ -4,7 +4,8 @@
     base     a pretrained model, as data/model
     sft      it learns conversations of the generated set (4.1)
     reward   a reward model, from answers of sft that a program judged
-    stage 1  GRPO on what a program can check: the reward is its verdict (35)
+    stage 1  GRPO on what a program can check: the reward is its verdict (35). Asked are the kinds
+             that sft gets right sometimes: where all or no answers are right there is no spread
     stage 2  GRPO on preference, three rewards added up (36): the reward model's number is helpful;
              safe is to refuse what should be refused and nothing else; the rule is to come to an
              end, and to write Chinese only where Chinese was asked
@@ -12,10 +13,10 @@
 Every stage has a run folder in --out; one that is done is not done again.
 """
 
+import json
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import torch
 from dsv2_ref import checkpoint, figures
 from dsv2_ref.alignment.chat import prompt_ids
 from dsv2_ref.alignment.exam import exact_match, truth
+from dsv2_ref.alignment.judged import judged_samples
 from dsv2_ref.alignment.reward import preference_reward
 from dsv2_ref.alignment.reward_training import as_reward, load_reward_model
 from dsv2_ref.alignment.rollout import Reward, grpo_trainer
@@ -32,6 +34,7 @@ from dsv2_ref.commands.grpo import rewarded
 from dsv2_ref.commands.options import filled
 from dsv2_ref.commands.reward import reward_command
 from dsv2_ref.commands.sft import sft_command
+from dsv2_ref.files.whole import write_text
 from dsv2_ref.inference.evaluate import bits_per_byte
 from dsv2_ref.text.corpora import byte_count, open_corpus
 from dsv2_ref.text.data import marked
@@ -44,6 +47,7 @@ from dsv2_ref.training.run_folder import RunFolder
 TO_REFUSE = ("unknown", "refusal")
 REASONING = tuple(kind for kind in TRAINED_KINDS if kind not in (*TO_REFUSE, "words"))
 C_HELPFUL, C_SAFETY, C_RULE = 0.2, 1.0, 0.5          # of (36); the paper does not name them
+SOMETIMES = (0.03, 0.97)                             # shares of right answers
 ANSWER = 40                                          # most tokens of one
 PICTURE = "align.png"
 
@@ -59,9 +63,10 @@ def add_options(parser: ArgumentParser) -> None:
         help="folder of a base model; default: data/model")
     add("--corpus", type=filled, default="stories", help="that the base was trained on")
     add("--out", type=filled, default="build/align")
-    add("--sft-steps", type=int, default=800, help="of 32 conversations")
-    add("--reward-questions", type=int, default=240)
-    add("--grpo-steps", type=int, default=40, help="of each stage: 16 questions, 8 answers each")
+    add("--sft-steps", type=int, default=1000, help="of 32 conversations")
+    add("--reward-questions", type=int, default=480, help="8 answers to each are judged")
+    add("--grpo-steps", type=int, default=60,
+        help="of stage 1, 16 questions with 8 answers each; stage 2 has half as many")
     add("--quiet", dest="progress", action="store_false", help="no progress bar")
     parser.set_defaults(act=align_command)
 
@@ -91,23 +96,39 @@ def align_command(
     stage("sft", lambda: sft_command(
         source, "builtin", str(folder / "sft"), states("sft"), None, 100, progress,
         n_examples=max(sft_steps, 1) * 16, steps=sft_steps))
-    stage("reward", lambda: reward_command(
+    stage("reward", lambda: write_text(folder / "reward.json", json.dumps(reward_command(
         str(models["sft"]), "builtin", "pair", str(folder / "reward"), states("reward"), 1.0, 32,
-        100, progress, reward_questions))
+        100, progress, reward_questions))))
     tokenizer = load_tokenizer(models["sft"] / "tokenizer.json")
-    for number, kinds in ((1, REASONING), (2, TRAINED_KINDS)):
-        name, before = f"stage-{number}", models["sft" if number == 1 else "stage-1"]
-        asked = examples(2000, seed=number, kinds=kinds)
-        judge = models["reward"] if number == 2 else None
-        stage(name, partial(_grpo, before, RunFolder(folder / name), tokenizer, asked, grpo_steps,
-                            judge, progress))
+    stage("stage-1", lambda: _grpo(
+        models["sft"], RunFolder(folder / "stage-1"), tokenizer,
+        examples(2000, seed=1, kinds=_sometimes_right(models["sft"], tokenizer)), grpo_steps, None,
+        progress))
+    stage("stage-2", lambda: _grpo(
+        models["stage-1"], RunFolder(folder / "stage-2"), tokenizer, examples(2000, seed=2),
+        max(grpo_steps // 2, 1), models["reward"], progress))
     began = time.perf_counter()
     table = {name: _judged(models[name], tokenizer, corpus)
              for name in ("base", "sft", "stage-1", "stage-2")}
     seconds["exams"] = round(time.perf_counter() - began, 1)
     figures.save(figures.exam_table(table), folder / PICTURE)
     say(_lines(table))
-    return {"table": table, "seconds": seconds, "out": str(folder)}
+    judge = json.loads((folder / "reward.json").read_text(encoding="utf-8"))
+    accuracy = {when: judge[when]["pair_accuracy"] for when in ("before", "after")}
+    return {"table": table, "reward_accuracy": accuracy, "seconds": seconds, "out": str(folder)}
+
+
+def _sometimes_right(sft: Path, tokenizer: TextTokenizer) -> list[str]:
+    """Kinds of reasoning of which some sampled answers are right and some are wrong; if there is
+    none, all kinds."""
+    model, found = checkpoint.load(sft, torch.float32, default_device()), []
+    for kind in REASONING:
+        asked = examples(16, seed=0, kinds=(kind,))
+        shares = judged_samples(model, tokenizer, asked, 4, ANSWER).rewards.mean(1)
+        if SOMETIMES[0] <= shares.mean() <= SOMETIMES[1]:
+            found.append(kind)
+    say(f"sometimes right: {', '.join(found) or 'nothing'}")
+    return found or list(REASONING)
 
 
 def _grpo(
@@ -120,7 +141,7 @@ def _grpo(
     if judge is not None:
         helpful = load_reward_model(judge, torch.float32, default_device())
         reward = preference(asked, tokenizer, as_reward(helpful, ids, tokenizer))
-    recipe = Recipe(steps=steps, batch=128, optimizer="adamw", lr=3e-4, weight_decay=0.0,
+    recipe = Recipe(steps=steps, batch=128, optimizer="adamw", lr=2e-4, weight_decay=0.0,
                     protected=0.0)
     rewarded(before, run, True, lambda model: grpo_trainer(model, ids, reward, recipe, 8, ANSWER),
              20, progress)
