@@ -22,7 +22,7 @@ table is made from it (`make map`), and a test compares it with the files and th
   2.2.1-2       kernels/route_tokens.py    13     routing, and sorting the slots
   2.2.2, 3.1.3  parallel/expert.py         16     experts on several ranks, a row once to each
   4.2           alignment/grpo.py          20     GRPO: advantages, the clip, the penalty (32)-(34)
-  4.2           alignment/reward.py        20     reward models, rewards of both stages  (35) (36)
+  4.2           alignment/reward.py        19 20  reward models, rewards of both stages  (35) (36)
 
   kernels/target.py  what a card can run; what does run is decided in forms.py
 

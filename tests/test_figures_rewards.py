@@ -30,6 +30,8 @@ DRAW = {
     "exam_table": lambda: figures.exam_table(TABLE),
     "calibration_curves, more": lambda: figures.calibration_curves(
         {"pair-wise": BINS, "point-wise": [(0.5, 0.5, 9)]}, "the answer is right"),
+    "answer_tokens": lambda: figures.answer_tokens(list("abcde"), [False, True, True, False, True],
+                                                   across=3),
 }
 
 
@@ -70,6 +72,15 @@ def test_what_was_predicted_stands_beside_what_happened():
     both = DRAW["calibration_curves, more"]()
     assert both.axes[0].get_title(loc="left") == "chances are off by 0.09 and 0.00"
     assert [t.get_text() for t in both.legends[0].get_texts()] == ["pair-wise", "point-wise"]
+
+
+def test_learned_tokens_have_colour():
+    ax = DRAW["answer_tokens"]().axes[0]
+    assert [t.get_text() for t in ax.texts] == list("abcde")
+    filled = [to_hex(box.get_facecolor()).upper() == UP for box in ax.patches]
+    assert filled == [False, True, True, False, True]
+    assert len({round(t.get_position()[1], 3) for t in ax.texts}) == 2
+    assert ax.get_title(loc="left") == "3 of 5 tokens are learned, the others are read"
 
 
 def test_the_gain_is_the_smaller_of_two_lines():
@@ -122,3 +133,5 @@ def test_refusals():
     refused(lambda: figures.reward_curves({"x": [{"step": 1}]}, PANELS), "'x' has no 'reward'")
     refused(lambda: figures.calibration_curves({}, "x"), "models: expected at least one")
     refused(lambda: figures.calibration_curves({"a": []}, "x"), "models: expected at least one")
+    refused(lambda: figures.answer_tokens(["a"], []), "tokens: 1, learned: 0")
+    refused(lambda: figures.answer_tokens([], []), "tokens: 0")

@@ -11,7 +11,6 @@ import torch
 
 from dsv2_ref import checkpoint, figures
 from dsv2_ref.alignment.calibration import calibration_error
-from dsv2_ref.alignment.chat import CONFIG_FILE, tokenizer_config
 from dsv2_ref.alignment.judged import (
     Judge,
     Judged,
@@ -33,7 +32,7 @@ from dsv2_ref.alignment.reward_training import (
 from dsv2_ref.alignment.sandbox import Uncontained
 from dsv2_ref.alignment.sandbox import run as run_program
 from dsv2_ref.alignment.sft import recipe_for
-from dsv2_ref.commands.common import say
+from dsv2_ref.commands.common import files_for_others, say
 from dsv2_ref.commands.options import filled
 from dsv2_ref.files.whole import write_text
 from dsv2_ref.model import DeepSeekV2
@@ -174,7 +173,6 @@ def _judgement(
 
 
 def _write(rewards: RewardModel, tokenizer: TextTokenizer, path: Path) -> None:
-    """In bf16, as `sft` writes its model."""
-    files = {"tokenizer.json": tokenizer.to_json(),
-             CONFIG_FILE: tokenizer_config(rewards.config.max_positions)}
+    """In bf16, with what others read beside it, as `sft` writes its model."""
+    files = files_for_others(tokenizer, rewards.config)
     save_reward_model(copy.deepcopy(rewards).bfloat16(), path, files, overwrite=True)

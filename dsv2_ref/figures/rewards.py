@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Learning from rewards: one group of answers, where the clip bites, and how a policy learned;
-whether a reward model knows how sure to be; what each stage of alignment brought."""
+what is learned of a conversation, whether a reward model knows how sure to be, and what each stage
+of alignment brought."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -141,7 +142,7 @@ def calibration_curves(models: Mapping[str, Sequence[tuple[float, float, int]]],
     """
     if not models or not all(models.values()):
         raise ValueError("models: expected at least one, each with at least one bin")
-    figure = Picture(6.4, 5.2 + 0.3 * (len(models) > 1))
+    figure = Picture(5.6, 5.2 + 0.3 * (len(models) > 1))
     ax = figure.subplots()
     ax.plot([0, 1], [0, 1], color=CALM, ls="--", lw=1.5)
     off = []
@@ -186,4 +187,26 @@ def exam_table(models: Mapping[str, Mapping[str, float]]) -> Figure:
     ax.grid(False)
     for side in ax.spines.values():
         side.set_visible(False)
+    return figure
+
+
+@styled
+def answer_tokens(tokens: Sequence[str], learned: Sequence[bool], across: int = 12) -> Figure:
+    """A conversation's tokens in boxes, `across` in a row; those that are learned have colour."""
+    if not tokens or len(tokens) != len(learned):
+        raise ValueError(f"tokens: {len(tokens)}, learned: {len(learned)}, expected as many of "
+                         "both, at least one")
+    rows = -(-len(tokens) // across)
+    figure = Picture(10.0, 0.9 + 0.55 * rows)
+    ax = figure.subplots()
+    for i, (token, counts) in enumerate(zip(tokens, learned, strict=True)):
+        x, y, color = i % across, i // across, UP if counts else CALM
+        ax.add_patch(FancyBboxPatch(
+            (x + 0.09, y + 0.18), 0.82, 0.64, boxstyle="round,pad=0.04", lw=1.4, edgecolor=color,
+            facecolor=color if counts else "white"))
+        ax.text(x + 0.5, y + 0.5, token, ha="center", va="center", fontsize=9,
+                color="white" if counts else INK)
+    ax.set(xlim=(0, across), ylim=(rows, 0),
+           title=f"{sum(learned)} of {len(tokens)} tokens are learned, the others are read")
+    ax.set_axis_off()
     return figure
