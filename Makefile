@@ -60,6 +60,11 @@ parity: EXTRAS := $(EXTRAS),parity
 parity: ready
 	$(BIN)/python -m pytest -q tests/parity_trl.py
 
+# slower: lm-eval, vLLM and llama.cpp read our folders; tests/clients.py says what it needs
+clients: EXTRAS := $(EXTRAS),clients
+clients: ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/clients.py
+
 # every test of every lifted kernel, where `make test` runs one case of each
 copies: ready
 	DSV2_ALL_COPIES=1 $(BIN)/python -m pytest -q -n 2 tests/test_copying.py
@@ -109,4 +114,5 @@ clean:
 	rm -rf build .venv
 
 .PHONY: matrix ready run lab test lint unit notebooks student browser \
-	kill parallel nodes align parity copies bench audit mutants site map glossary execute model clean
+	kill parallel nodes align parity clients copies bench audit mutants site map glossary execute \
+	model clean
