@@ -56,6 +56,11 @@ parity: EXTRAS := $(EXTRAS),parity
 parity: ready
 	$(BIN)/python -m pytest -q tests/parity_trl.py
 
+# slower: the adapter for lm-eval beside lm-eval's own for transformers (some minutes)
+parity_lm_eval: EXTRAS := $(EXTRAS),eval
+parity_lm_eval: ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/parity_lm_eval.py
+
 # every test of every lifted kernel, where `make test` runs one case of each
 copies: ready
 	DSV2_ALL_COPIES=1 $(BIN)/python -m pytest -q -n 2 tests/test_copying.py
@@ -105,4 +110,4 @@ clean:
 	rm -rf build .venv
 
 .PHONY: matrix ready run lab test lint unit notebooks student browser \
-	kill parallel nodes parity copies bench audit mutants site map glossary execute model clean
+	kill parallel nodes parity parity_lm_eval copies bench audit mutants site map glossary execute model clean

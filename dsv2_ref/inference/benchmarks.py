@@ -3,7 +3,7 @@
 
 `shots` and `paper` are Table 2's (V2, in per cent; Pile-test in bits per byte). The paper used a
 framework of its own, whose prompts stand in its Appendix G: a score of lm-eval is near the paper's
-only where its prompt is. Where lm-eval asks otherwise, `differs` says so.
+only where its prompt is. Where lm-eval is known to ask otherwise, `differs` says so.
 
 A task that is None is not in lm-eval 0.4.13. HumanEval, MBPP and CRUXEval run programs; lm-eval
 runs them in its own process, where nothing contains them. For the first two alignment/tasks.py has
@@ -34,7 +34,7 @@ BENCHMARKS = (
     Benchmark("MMLU", "choice", 5, "Acc.", 78.5, "mmlu"),
     Benchmark("DROP", "text", 3, "F1", 80.1, "drop", "f1"),
     Benchmark("ARC-Easy", "choice", 25, "Acc.", 97.6, "arc_easy", "acc",
-              "scores the texts of the choices; 97.6 needs letters behind a list"),
+              "scores the texts of the choices, the paper lists them and scores letters"),
     Benchmark("ARC-Challenge", "choice", 25, "Acc.", 92.4, "arc_challenge", "acc",
               "as ARC-Easy"),
     Benchmark("HellaSwag", "choice", 10, "Acc.", 84.2, "hellaswag", "acc_norm"),

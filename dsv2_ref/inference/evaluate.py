@@ -64,6 +64,8 @@ def score_continuations(
         if not context or not 1 <= len(following) <= most:
             raise ValueError(f"pairs[{i}]: {len(context)} and {len(following)} tokens, expected at "
                              f"least one of both and at most max_positions = {most} of the second")
+        if wrong := [id for id in following if not 0 <= id < model.config.vocab]:
+            raise ValueError(f"pairs[{i}]: id {wrong[0]}, expected 0 to {model.config.vocab - 1}")
         readers.setdefault((*context, *following)[-most - 1 : -1], []).append(i)
     found: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
     texts = sorted(readers, key=len, reverse=True)         # what does not fit fails at once
