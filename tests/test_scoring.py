@@ -39,7 +39,8 @@ def test_choices_are_refused():
 
 @pytest.mark.parametrize("text, expected", [
     ("The U.S.A., in 1776!", ["usa", "in", "1776"]), ("an apple a day", ["apple", "day"]),
-    ("don't", ["dont"]), ("", []), ("the", []), ("小红有 3 只猫。", ["小", "红", "有", "3", "只", "猫"]),
+    ("don't", ["dont"]), ("", []), ("the", []),
+    ("小红有 3 只猫。", ["小", "红", "有", "3", "只", "猫"]),
     ("Théâtre  ÉTÉ\n", ["théâtre", "été"]), ("km小时", ["km", "小", "时"]), ("Athena", ["athena"]),
 ])
 def test_words_are_what_is_compared(text, expected):
@@ -60,7 +61,8 @@ def slow_f1(answer: str, text: str) -> float:
     return 0.0 if not same else 2 * precision * recall / (precision + recall)
 
 
-TEXTS = ["red kite", "a red red kite", "kite", "The kite was red.", "", "blue", "红色的风筝", "红风筝"]
+TEXTS = ["red kite", "a red red kite", "kite", "The kite was red.", "", "blue", "红色的风筝",
+         "红风筝"]
 
 
 @pytest.mark.parametrize("answer, text", list(itertools.product(TEXTS, TEXTS)))

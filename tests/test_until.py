@@ -12,7 +12,7 @@ from dsv2_ref.inference.generate import generate
 from dsv2_ref.inference.until import Ask, continue_until, cut
 from dsv2_ref.text.tokenizer import load_tokenizer
 
-PROMPTS = ["Once upon a time", "Long ago there was a little girl named", "从前有一个叫小明的", "x ="]
+PROMPTS = ["Once upon a time", "Long ago there was a little girl named", "从前有一个", "x ="]
 ROOM = 10**6
 
 
@@ -33,7 +33,8 @@ def asks(tokenizer, *stops, n=16):
     return [Ask([tokenizer.bos, *tokenizer.encode(prompt)], stops, n) for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize("stops", [(), ("",), (".",), (" was a", "。"), ("\n", "el", "小"), ("zzzz",)])
+@pytest.mark.parametrize("stops", [
+    (), ("",), (".",), (" was a", "。"), ("\n", "el", "小"), ("zzzz",)])
 def test_each_is_what_generate_writes_alone(loaded, stops):
     model, tokenizer = loaded
     asked = asks(tokenizer, *stops)

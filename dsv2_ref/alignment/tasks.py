@@ -127,6 +127,7 @@ LOCAL: dict[str, Row] = {name: {"task": name} | task for name, task in {
         "doc_to_choice": COLOURS, "metric_list": _metrics("acc", "acc_norm")},
     "stories_moral": _OURS | {
         "output_type": "loglikelihood", "custom_dataset": _dataset(moral_rows),
+        "doc_to_target": "{{' ' + answer}}", "target_delimiter": "",      # it takes no delimiter
         "metric_list": [*_metrics("acc"), {"metric": "perplexity", "aggregation": "perplexity",
                                            "higher_is_better": False}]},
     "stories_bits": _OURS | {
