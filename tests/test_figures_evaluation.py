@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Figures of scores: nothing clipped, titles, bars and dots from the data."""
 
-import math
-
 import numpy as np
 import pytest
 from drawn import is_whole
@@ -21,7 +19,7 @@ DRAW = {
     "pass_curves": lambda: figures.pass_curves(
         [1, 2, 3], [0.3, 0.51, 0.66], {"unbiased": [0.3, 0.51, 0.66], "plug-in": [0.3, 0.45, 0.6]}),
     "seen_and_unseen": lambda: figures.seen_and_unseen(
-        [-2.0, -2.5, -3.0], [-0.1, -0.4, -3.2], [True, True, False], math.log(1 / 12)),
+        [-2.0, -2.5, -3.0], [-0.1, -0.4, -3.2], [True, True, False]),
 }
 
 
@@ -72,4 +70,4 @@ def test_refusals():
     refused(lambda: figures.choice_bars(CHOICES, WAYS, 3), "right: 3, expected 0 to 2")
     refused(lambda: figures.tokens_and_bytes(["a"], [1], [1]), "names: 1")
     refused(lambda: figures.pass_curves([1, 2], [0.1], {}), "ks: 2")
-    refused(lambda: figures.seen_and_unseen([-1], [-1], [True], -2), "seen: [True] of 1")
+    refused(lambda: figures.seen_and_unseen([-1], [-1], [True]), "seen: [True] of 1")

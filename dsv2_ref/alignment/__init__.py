@@ -4,6 +4,7 @@
   chat              the published chat template: messages as text, and as ids with answers marked
   sft               supervised fine-tuning on conversations, with the loss on answers alone
   exam              answers of a model, and the share of them that is right
+  tasks             tasks of ours for lm-eval, judged by rules and in the sandbox
   reward            reward models, and the rewards of both stages
   grpo              advantages and the loss of GRPO
   rollout           answers of the policy as batches for the trainer, and the objective

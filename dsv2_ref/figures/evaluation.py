@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from dsv2_ref.figures.style import COLORS, INK, MORE_COLORS, Picture, styled
 
@@ -33,6 +34,7 @@ def choice_bars(
         bars[right].set_edgecolor(RIGHT)
         bars[right].set_linewidth(2.5)
         ax.set(xlabel=way, title=f"→ {choices[best].strip()}")
+        ax.xaxis.set_major_locator(MaxNLocator(4))
         ax.grid(True, axis="x")
     axes[0].set_yticks(range(len(choices)), [c.strip() for c in choices])
     axes[0].invert_yaxis()
@@ -81,28 +83,28 @@ def pass_curves(ks: Sequence[int], truth: Sequence[float],
 
 
 @styled
-def seen_and_unseen(before: Sequence[float], after: Sequence[float], seen: Sequence[bool],
-                    chance: float) -> Figure:
+def seen_and_unseen(
+    before: Sequence[float], after: Sequence[float], seen: Sequence[bool]
+) -> Figure:
     """log p of the right answers before and after training that had some of the questions in it.
 
-    A dot is a question; chance: log p of a guess among all answers.
+    A dot is a question; on the grey line nothing changed.
     """
     if not len(before) == len(after) == len(seen) or not any(seen) or all(seen):
         raise ValueError(f"seen: {list(seen)} of {len(before)} and {len(after)} questions, "
                          "expected some that are and some that are not")
-    figure = Picture(6.4, 4.2)
+    figure = Picture(6.4, 4.4)
     ax = figure.subplots()
     flags, before, after = np.array(seen), np.array(before), np.array(after)
-    low = min(before.min(), after.min(), chance) - 0.3
-    ax.plot([low, 0], [low, 0], color=MORE_COLORS[3], lw=1.2)
-    ax.axhline(chance, color=INK, lw=1.0, ls=":")
-    ax.text(low, chance + 0.08, " a guess", va="bottom", ha="left", fontsize=10)
+    left, low = before.min() - 0.3, min(before.min(), after.min()) - 0.4
+    ax.plot([left, 0], [left, 0], color=MORE_COLORS[3], lw=1.4)
     for flag, color, marker, name in ((True, COLORS["MHA"], "s", "was in the training text"),
                                       (False, PICKED, "o", "was not")):
         ax.plot(before[flags == flag], after[flags == flag], marker, color=color, ms=6, label=name)
     gains = [float((after - before)[flags == flag].mean()) for flag in (True, False)]
-    ax.set(xlabel="log p of the right answer before (nat)", ylabel="after", xlim=(low, 0.2),
-           ylim=(low, 0.4), title=f"Seen: {gains[0]:+.1f} nat, unseen: {gains[1]:+.1f} nat")
+    ax.set(xlabel="log p of the right answer before (nat)", ylabel="after (nat)",
+           xlim=(left, 0.2), ylim=(low, 0.4),
+           title=f"Seen: {gains[0]:+.1f} nat, unseen: {gains[1]:+.1f} nat")
     ax.grid(True)
-    ax.legend(loc="center right")
+    figure.legend(loc="outside lower center", ncols=2)
     return figure

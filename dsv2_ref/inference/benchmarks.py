@@ -43,7 +43,7 @@ BENCHMARKS = (
     Benchmark("RACE-Middle", "choice", 5, "Acc.", 73.1, None, "acc",
               "lm-eval has RACE-High alone"),
     Benchmark("RACE-High", "choice", 5, "Acc.", 52.7, "race", "acc",
-              "the last question of each passage alone"),
+              "the last question of each passage, behind the others with answers"),
     Benchmark("TriviaQA", "text", 5, "EM", 79.9, "triviaqa", "exact_match,remove_whitespace"),
     Benchmark("NaturalQuestions", "text", 5, "EM", 38.7, "nq_open",
               "exact_match,remove_whitespace"),
