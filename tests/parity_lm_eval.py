@@ -13,15 +13,19 @@ In fp32 a logit of 20 is known to 2e-6, however small the log p that is made of 
 import copy
 import json
 import math
+import pathlib
 
 import pytest
 import torch
+import yaml
 from calling import call
 
 from dsv2_ref import checkpoint
 from dsv2_ref.alignment.chat import CONFIG_FILE, tokenizer_config
-from dsv2_ref.alignment.tasks import LOCAL, SANDBOXED
+from dsv2_ref.alignment.tasks import COLOURS, LOCAL, SANDBOXED, colour_rows
 from dsv2_ref.inference.benchmarks import BENCHMARKS
+from dsv2_ref.inference.evaluate import score_continuations
+from dsv2_ref.inference.scoring import choose
 from dsv2_ref.text.tokenizer import BEGIN, END, load_tokenizer
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs the extra `eval`")
@@ -218,7 +222,14 @@ def test_the_command(tmp_path, capsys):
     assert told == json.loads(out.read_text()) and told["model"] == "data/model"
     colour, bits, code = (told["tasks"][name] for name in
                           ("stories_colour", "stories_bits", "code_questions"))
-    assert colour["metrics"] == {"acc": 1.0, "acc_norm": 1.0} and colour["shots"] == 0
+    model, tokenizer = (checkpoint.load("data/model", torch.float32),
+                        load_tokenizer("data/model/tokenizer.json"))
+    right = []
+    for row in colour_rows("test")[:3]:
+        ids = [tokenizer.bos, *tokenizer.encode(row["text"])]
+        scores = score_continuations(model, [(ids, tokenizer.encode(f" {c}")) for c in COLOURS])
+        right.append(COLOURS[choose([log_p for log_p, _ in scores])] == row["answer"])
+    assert colour["metrics"]["acc"] == pytest.approx(sum(right) / 3) and colour["shots"] == 0
     assert bits["samples"] == 3 and 0.1 < bits["metrics"]["bits_per_byte"] < 0.5
     assert code["metrics"] == {"pass@1": 0.0}
 
@@ -234,3 +245,15 @@ def test_every_task_of_the_paper_s_list_is_in_lm_eval_and_has_its_metric():
     for b in BENCHMARKS:
         if b.task is not None and b.task not in SANDBOXED:
             assert b.task in index, b.name
+
+
+def test_sandboxed_tasks_ask_as_lm_evals_own_do():
+    """Prompt, stops and limits, read from its files without running the code they name."""
+    folder = pathlib.Path(lm_eval.__file__).parent / "tasks"
+    for name, file in (("humaneval_sandboxed", "humaneval/humaneval.yaml"),
+                       ("mbpp_sandboxed", "mbpp/mbpp.yaml")):
+        text = (folder / file).read_text("utf-8").replace("!function ", "")
+        its, ours = yaml.safe_load(text), SANDBOXED[name]
+        for key in ("dataset_path", "dataset_name", "test_split", "doc_to_text", "output_type",
+                    "generation_kwargs", "num_fewshot", "target_delimiter"):
+            assert ours.get(key) == its.get(key), (name, key)
