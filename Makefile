@@ -65,6 +65,11 @@ clients: EXTRAS := $(EXTRAS),clients
 clients: ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/clients.py
 
+# slower: the adapter for lm-eval beside lm-eval's own for transformers (some minutes)
+parity_lm_eval: EXTRAS := $(EXTRAS),eval
+parity_lm_eval: ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/parity_lm_eval.py
+
 # every test of every lifted kernel, where `make test` runs one case of each
 copies: ready
 	DSV2_ALL_COPIES=1 $(BIN)/python -m pytest -q -n 2 tests/test_copying.py
@@ -114,5 +119,5 @@ clean:
 	rm -rf build .venv
 
 .PHONY: matrix ready run lab test lint unit notebooks student browser \
-	kill parallel nodes align parity clients copies bench audit mutants site map glossary execute \
-	model clean
+	kill parallel nodes align parity parity_lm_eval clients copies bench audit mutants site map \
+	glossary execute model clean

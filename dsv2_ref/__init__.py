@@ -37,7 +37,7 @@ table is made from it (`make map`), and a test compares it with the files and th
   cost.py           parameters, FLOPs, cache bytes, in closed form
   checkpoint.py     folders in the published format, loaded and saved
   files/            what it stands on: published names, tensors read, files written whole
-  inference/        generation, serving, log-probabilities, needles, FP8 in memory, live caches
+  inference/        generation, serving, scores and benchmarks, needles, FP8 in memory, caches
   training/         from one recipe to a trained model, in a folder that survives a kill
   parallel/         the same training on several ranks; the hours of V2's cluster, on paper
   alignment/        from a base model to one that answers: chat, SFT, GRPO, rewards, a sandbox
@@ -76,7 +76,7 @@ Where something new goes, and what it meets:
   a measurement     of one model: inference/; against a peer or another form: bench/
   a command         a file in commands/ with `add_options`, and a line in __main__.COMMANDS
 
-Not there yet: serving against peers, the paper's benchmarks, products in FP8, and a GPU's numbers.
+Not there yet: serving against peers, products in FP8, and a GPU's numbers.
 """
 
 __version__ = "0.1.0"

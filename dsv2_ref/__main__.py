@@ -31,6 +31,7 @@ COMMANDS = {
     "figures": "draw a run from its log.jsonl",
     "generate": "continue a prompt with a saved model",
     "needle": "what a saved model finds in a long text",
+    "evaluate": "benchmarks by name, through lm-evaluation-harness",
     "paper": "the paper's claims beside ours",
     "copy": "lift a concept file into a folder of your own",
     "bench": "a measurement against a peer in the same process",

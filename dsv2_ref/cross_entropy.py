@@ -101,3 +101,19 @@ def linear_log_probs(h: Tensor, head: torch.nn.Module, targets: Tensor) -> Tenso
     return torch.cat([
         checkpoint(of_chunk, *chunk, use_reentrant=False) if torch.is_grad_enabled()
         else of_chunk(*chunk) for chunk in zip(h.split(rows), targets.split(rows), strict=True)])
+
+
+@torch.no_grad()
+def linear_scores(h: Tensor, head: torch.nn.Module, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """`linear_log_probs`, and whether the target is the most likely one, (N,) bool. No gradient.
+
+    Of several that are equally likely the first is the most likely one.
+    """
+    found = []
+    rows = chunk_rows(h.device, head.weight.shape[0])
+    for h_chunk, t in zip(h.split(rows), targets.split(rows), strict=True):
+        logits = head(h_chunk)
+        log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        found.append((log_p.gather(-1, t[:, None])[:, 0], log_p.argmax(-1) == t))
+    log_ps, largest = zip(*found, strict=True)
+    return torch.cat(log_ps), torch.cat(largest)

@@ -9,7 +9,7 @@ from refusals import refused
 
 from dsv2_ref import cross_entropy
 from dsv2_ref.config import TINY
-from dsv2_ref.inference.evaluate import bits_per_byte, token_log_probs
+from dsv2_ref.inference.evaluate import bits_per_byte, score_continuations, token_log_probs
 from dsv2_ref.model import DeepSeekV2
 
 DOCUMENTS = [[0, 5, 6, 7, 1], [0, *range(2, 40), 1], [0, 9, 1]]
@@ -124,6 +124,70 @@ def test_log_probabilities_refuse_what_they_cannot_read():
     refused(lambda: token_log_probs(m, torch.zeros(3, 1, dtype=torch.int64)), "at least two")
     refused(lambda: token_log_probs(m, torch.tensor([[1, 53]])), "ids: 53, expected 0 to 52")
     refused(lambda: token_log_probs(m, torch.tensor([[1, 2]]), [3]), "lengths: [3]", "1 to 2")
+
+
+# ---- continuations
+
+PAIRS = [([0, 5, 6], [7]), ([0, 5, 6], [8]), ([0, 5], [6, 7]), ([3], [4, 4, 4, 4, 9]),
+         ([0, 5, 6], [7, 8, 9]), (list(range(50)), list(range(30))),
+         ([*range(50), *range(14)], [3]),
+         ([2], list(range(40)) + [1] * 24), ([0, 5, 6], [7])]
+
+
+@torch.no_grad()
+def one_token_at_a_time(model, context, following):
+    """Each target of its own pass; what came before it loses its first tokens beyond 64."""
+    ids, total, first = [*context, *following][-65:], 0.0, True
+    for place in range(len(ids) - len(following), len(ids)):
+        log_p = model(torch.tensor([ids[:place]]))[0, -1].log_softmax(-1)
+        total += log_p[ids[place]].item()
+        first &= log_p.argmax().item() == ids[place]
+    return total, first
+
+
+def test_continuations_are_scored_as_one_token_at_a_time(monkeypatch):
+    m = tiny().eval()
+    ids, h = [0, 5, 6], None
+    while len(ids) < 7:                                   # what the model itself would write
+        h = m(torch.tensor([ids]))[0, -1]
+        ids.append(h.argmax().item())
+    pairs = [*PAIRS, (ids[:3], ids[3:]), (ids[:3], [*ids[3:6], (ids[6] + 1) % 53])]
+    expected = [one_token_at_a_time(m, *pair) for pair in pairs]
+    for batch, chunk in ((1, 2**20), (3, 7), (100, 7)):
+        monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", chunk * 53)
+        got = score_continuations(m, pairs, batch)
+        for (log_p, first), (log_p_slow, first_slow) in zip(got, expected, strict=True):
+            assert log_p == pytest.approx(log_p_slow, abs=1e-10) and first is first_slow
+    assert got[-2][1] and not got[-1][1] and got[0] == got[8] != got[1]
+    whole = token_log_probs(m, torch.tensor([[*PAIRS[4][0], *PAIRS[4][1]]]))
+    assert got[4][0] == pytest.approx(whole[0, 2:].sum().item(), abs=1e-10)
+
+
+def test_continuations_that_read_the_same_are_read_once(monkeypatch):
+    m, read = tiny().eval(), []
+    hidden = m.hidden
+    monkeypatch.setattr(m, "hidden", lambda tokens: read.append(tokens.shape) or hidden(tokens))
+    score_continuations(m, [([0, 5, 6], [letter]) for letter in range(10, 14)])
+    assert read == [(1, 3)]
+    score_continuations(m, [([0, 5], [6, 9]), ([0, 5, 6], [9])])
+    assert read == [(1, 3), (1, 3)] and score_continuations(m, []) == []
+
+
+def test_of_equal_logits_the_first_is_the_most_likely():
+    m = tiny()
+    with torch.no_grad():
+        m.head.weight.zero_()
+    assert [first for _, first in score_continuations(m, [([3], [0]), ([3], [1]), ([3], [0, 0])])
+            ] == [True, False, True]
+
+
+def test_continuations_are_refused():
+    m = tiny()
+    refused(lambda: score_continuations(m, [([1], [2]), ([], [2])]), "pairs[1]: 0 and 1 tokens")
+    refused(lambda: score_continuations(m, [([1], [])]), "pairs[0]: 1 and 0 tokens")
+    refused(lambda: score_continuations(m, [([1], [2] * 65)]), "65 tokens", "max_positions = 64")
+    refused(lambda: score_continuations(m, [([53], [2])]), "53", "expected 0 to 52")
+    refused(lambda: score_continuations(m, [([3], [2, 53])]), "pairs[0]: id 53, expected 0 to 52")
 
 
 def test_evaluation_keeps_no_graph():

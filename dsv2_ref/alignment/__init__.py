@@ -5,6 +5,7 @@
   sft               supervised fine-tuning on conversations, with the loss on answers alone
   exam              answers of a model, and the share of them that is right
   judged            answers that were judged: pairs and verdicts
+  tasks             tasks of ours for lm-eval, judged by rules and in the sandbox
   reward            reward models, and the rewards of both stages
   reward_training   reward models trained, judged, saved, and given to a rollout
   calibration       whether a reward model is right, and knows how sure to be

@@ -16,6 +16,7 @@
   generate  a prompt continued
   prompts   a file of prompts through the engine, JSON lines in and out
   needle    what a model finds in a long text
+  evaluate  benchmarks by name, through lm-eval
   paper     the paper's claims beside ours
   copy      a concept file lifted out
   bench     a measurement against a peer

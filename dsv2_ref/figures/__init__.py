@@ -9,6 +9,7 @@
   balance       losses, load, dropping
   building      the parts of a model in the order in which one builds them
   cache         what is kept
+  evaluation    a question judged in several ways, Pass@k, a question that was seen
   experts       where tokens go
   kernels       programs, tiles, rooflines
   kinds         MHA, GQA, MQA, MLA compared
@@ -58,6 +59,12 @@ from dsv2_ref.figures.cache import (
     cache_growth,
     cache_slider,
     saving_steps,
+)
+from dsv2_ref.figures.evaluation import (
+    choice_bars,
+    pass_curves,
+    seen_and_unseen,
+    tokens_and_bytes,
 )
 from dsv2_ref.figures.experts import expert_load, router_heat_map
 from dsv2_ref.figures.kernels import (
@@ -162,8 +169,8 @@ __all__ = [
     "answer_tokens", "architecture", "attention_study", "attention_tiles", "balance_cost",
     "balance_curves", "batch_bars", "batch_slider", "benchmark_scores", "bit_budget",
     "bubble_curves", "building_order", "bytes_moved", "cache_against_context", "cache_bars",
-    "cache_growth", "cache_slider", "calibration_curves", "clipped_gain", "code_steps",
-    "curves_by_position", "decode_floors", "decode_roofline", "device_limit_slider",
+    "cache_growth", "cache_slider", "calibration_curves", "choice_bars", "clipped_gain",
+    "code_steps", "curves_by_position", "decode_floors", "decode_roofline", "device_limit_slider",
     "device_messages", "device_traffic", "dropped_against_capacity", "dropped_over_training",
     "error_by_bits", "errors_by_position", "exam_table", "expert_load", "expert_shares",
     "flops_against_context", "flops_by_part", "format_error", "found_by_length", "gradient_norm",
@@ -174,10 +181,11 @@ __all__ = [
     "matrices", "memory_bars", "memory_over_step", "mistakes_by_factor", "mla_flow",
     "needle_attention", "needle_grid", "needle_grids", "optimizer_paths", "outlier_errors",
     "overlap_spans", "packed_windows", "pair_clocks", "pair_wavelengths", "parameter_shares",
-    "phase_bars", "pipeline_slider", "position_slider", "program_grid", "rank_traffic",
-    "rank_traffic_slider", "rate_curve", "resume_gaps", "reward_curves", "reward_loop",
-    "rotated_row", "rounding_paths", "router_heat_map", "rows_by_hand", "run_figures", "run_lives",
-    "save", "saving_cost", "saving_steps", "scale_map", "schedule_curves", "schedule_gantt",
-    "seeds_and_differences", "shared_heads", "slots_by_device", "softmax_in_pieces", "stage_memory",
-    "study_changes", "styled", "token_routing", "turned_pair", "word_layout", "yarn_pairs",
+    "pass_curves", "phase_bars", "pipeline_slider", "position_slider", "program_grid",
+    "rank_traffic", "rank_traffic_slider", "rate_curve", "resume_gaps", "reward_curves",
+    "reward_loop", "rotated_row", "rounding_paths", "router_heat_map", "rows_by_hand",
+    "run_figures", "run_lives", "save", "saving_cost", "saving_steps", "scale_map",
+    "schedule_curves", "schedule_gantt", "seeds_and_differences", "seen_and_unseen", "shared_heads",
+    "slots_by_device", "softmax_in_pieces", "stage_memory", "study_changes", "styled",
+    "token_routing", "tokens_and_bytes", "turned_pair", "word_layout", "yarn_pairs",
 ]

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Held-out bits per byte: how well a model predicts text, whatever its tokenizer.
+"""What a model makes of given text: log-probabilities, and held-out bits per byte.
 
-A model that gives a text the probability p can code it in -log2 p bits, so this number stands
-beside a compressor's. The paper reports it on Pile-test (0.606 for V2).
+A model that gives a text the probability p can code it in -log2 p bits, so bits per byte stand
+beside a compressor's, and beside those of a model with another tokenizer. The paper reports them
+on Pile-test (0.606 for V2). Benchmarks with choices compare the probabilities of the answers:
+`score_continuations`; what is done with them is in scoring.py.
 """
 
 import gzip
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dsv2_ref.cross_entropy import linear_log_probs
+from dsv2_ref.cross_entropy import linear_log_probs, linear_scores
 from dsv2_ref.model import DeepSeekV2
 from dsv2_ref.text.corpora import Document
 
@@ -43,6 +45,43 @@ def token_log_probs(
         return log_p
     real = torch.arange(1, T) < torch.tensor(lengths)[:, None]               # (B, T-1)
     return log_p.where(real.to(log_p.device), 0.0)
+
+
+@torch.no_grad()
+def score_continuations(
+    model: DeepSeekV2, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], batch: int = 16,
+    progress: bool = False,
+) -> list[tuple[float, bool]]:
+    """(log p of all tokens of the continuation in nats, whether each is the most likely one).
+
+    pairs: ids of a context and of what follows it, both of at least one. Where the two are longer
+    than the model's positions and one more (the last token is not read), the context loses its
+    first tokens. Pairs that read the same, as the letters of a multiple choice do, are read once.
+    """
+    most = model.config.max_positions
+    readers: dict[tuple[int, ...], list[int]] = {}         # what is read -> the pairs that need it
+    for i, (context, following) in enumerate(pairs):
+        if not context or not 1 <= len(following) <= most:
+            raise ValueError(f"pairs[{i}]: {len(context)} and {len(following)} tokens, expected at "
+                             f"least one of both and at most max_positions = {most} of the second")
+        if wrong := [id for id in following if not 0 <= id < model.config.vocab]:
+            raise ValueError(f"pairs[{i}]: id {wrong[0]}, expected 0 to {model.config.vocab - 1}")
+        readers.setdefault((*context, *following)[-most - 1 : -1], []).append(i)
+    found: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
+    texts = sorted(readers, key=len, reverse=True)         # what does not fit fails at once
+    for start in tqdm(range(0, len(texts), batch), "scored", disable=not progress, leave=False):
+        rows = texts[start : start + batch]
+        padded = torch.tensor([[*ids, *[ids[-1]] * (len(rows[0]) - len(ids))] for ids in rows])
+        h = model.hidden(padded.to(model.like.device))                       # (B, T, d)
+        mine = [(b, i) for b, ids in enumerate(rows) for i in readers[ids]]
+        ends = [h[b, len(rows[b]) - len(pairs[i][1]) : len(rows[b])] for b, i in mine]
+        targets = [target for _, i in mine for target in pairs[i][1]]
+        log_p, first = linear_scores(torch.cat(ends), model.head,
+                                     torch.tensor(targets, device=h.device))
+        sizes = [len(pairs[i][1]) for _, i in mine]
+        for (_, i), p, is_first in zip(mine, log_p.split(sizes), first.split(sizes), strict=True):
+            found[i] = p.sum(dtype=torch.float64).item(), bool(is_first.all())
+    return found
 
 
 @torch.no_grad()
