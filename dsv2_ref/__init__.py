@@ -76,7 +76,7 @@ Where something new goes, and what it meets:
   a measurement     of one model: inference/; against a peer or another form: bench/
   a command         a file in commands/ with `add_options`, and a line in __main__.COMMANDS
 
-Not there yet: serving against peers, products in FP8, and a GPU's numbers.
+Not there yet: products in FP8, the published weights' scores, and a GPU's numbers.
 """
 
 __version__ = "0.1.0"

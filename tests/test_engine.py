@@ -284,6 +284,25 @@ def test_attention_takes_the_form_of_each_piece(model, monkeypatch):
                      (21, 21, "attend_expanded")]
 
 
+@KINDS
+def test_short_ones_are_not_as_long_as_the_longest(model, kind, monkeypatch):
+    """Four of 9 and one of 50 tokens: what is gathered has at most twice their pages."""
+    asks = [Ask([i] * 8, 3) for i in range(4)] + [Ask([5] * 49, 3)]
+    engine, shapes = engine_of(model, 60, kind, chunk=128), []
+    plain = engine.cache._gather
+
+    def gather(store, table):
+        shapes.append(tuple(table.shape))
+        return plain(store, table)
+
+    monkeypatch.setattr(type(engine.cache), "_gather", staticmethod(gather))
+    served(engine, asks)
+    decoding = [(B, P) for B, P in shapes if P in (3, 13)]
+    assert set(decoding) == {(4, 3), (1, 13)}
+    monkeypatch.undo()
+    assert [a.got for a in asks] == [a.alone(model, kind) for a in asks]
+
+
 # ---- memory
 
 @KINDS

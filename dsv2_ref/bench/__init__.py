@@ -8,6 +8,7 @@
   experts         the routed experts of a layer, on a GPU
   train           a training step beside transformers
   cpu_decode      decoding on a CPU beside transformers
+  serve           the engine beside transformers, and batch bought with cache bytes
   cache_quality   what a quantised cache costs in quality
   fp8_quality     what FP8 weights cost in quality
   ablations       what the paper's choices cost or bring, in small

@@ -21,6 +21,7 @@
   rewards       a group of answers, the clip, how a policy learned, calibration
   routing       what experts are for, and the limit on devices
   scale_out     a cluster on paper: memory, hours, growth
+  serving       pages, passes, and what a larger batch brings
   sliders       what moves, with ipywidgets and without
   studies       ablations
   pretraining   schedules, memory and rounding; a run as it goes on
@@ -159,6 +160,7 @@ from dsv2_ref.figures.run import (
     saving_cost,
 )
 from dsv2_ref.figures.scale_out import hour_ranges, hours_by_devices, stage_memory
+from dsv2_ref.figures.serving import page_pool, serving_timeline, throughput_curves
 from dsv2_ref.figures.sliders import live_image
 from dsv2_ref.figures.studies import balance_cost, study_changes
 from dsv2_ref.figures.style import COLORS, GIB, INK, LENGTHS, MORE_COLORS, Picture, save, styled
@@ -180,12 +182,13 @@ __all__ = [
     "load_over_training", "loss_arrows", "loss_curve", "loss_floor", "losses_by_position",
     "matrices", "memory_bars", "memory_over_step", "mistakes_by_factor", "mla_flow",
     "needle_attention", "needle_grid", "needle_grids", "optimizer_paths", "outlier_errors",
-    "overlap_spans", "packed_windows", "pair_clocks", "pair_wavelengths", "parameter_shares",
-    "pass_curves", "phase_bars", "pipeline_slider", "position_slider", "program_grid",
-    "rank_traffic", "rank_traffic_slider", "rate_curve", "resume_gaps", "reward_curves",
-    "reward_loop", "rotated_row", "rounding_paths", "router_heat_map", "rows_by_hand",
-    "run_figures", "run_lives", "save", "saving_cost", "saving_steps", "scale_map",
-    "schedule_curves", "schedule_gantt", "seeds_and_differences", "seen_and_unseen", "shared_heads",
-    "slots_by_device", "softmax_in_pieces", "stage_memory", "study_changes", "styled",
-    "token_routing", "tokens_and_bytes", "turned_pair", "word_layout", "yarn_pairs",
+    "overlap_spans", "packed_windows", "page_pool", "pair_clocks", "pair_wavelengths",
+    "parameter_shares", "pass_curves", "phase_bars", "pipeline_slider", "position_slider",
+    "program_grid", "rank_traffic", "rank_traffic_slider", "rate_curve", "resume_gaps",
+    "reward_curves", "reward_loop", "rotated_row", "rounding_paths", "router_heat_map",
+    "rows_by_hand", "run_figures", "run_lives", "save", "saving_cost", "saving_steps", "scale_map",
+    "schedule_curves", "schedule_gantt", "seeds_and_differences", "seen_and_unseen",
+    "serving_timeline", "shared_heads", "slots_by_device", "softmax_in_pieces", "stage_memory",
+    "study_changes", "styled", "throughput_curves", "token_routing", "tokens_and_bytes",
+    "turned_pair", "word_layout", "yarn_pairs",
 ]

@@ -40,7 +40,7 @@ from torch import Tensor
 
 from dsv2_ref.inference.generate import NOT_A_NUMBER, _check, _prompts, _room, _stops, sample
 from dsv2_ref.inference.paged_cache import paged_cache
-from dsv2_ref.inference.pieces import Pieces, through_pieces
+from dsv2_ref.inference.pieces import Pieces, alike, through_pieces
 from dsv2_ref.model import DeepSeekV2
 
 
@@ -172,7 +172,7 @@ class Engine:
         return len(request.tokens) - self.cache.read(request.slot)
 
     def _schedule(self) -> list[tuple[Request, int]]:
-        """Who takes part in the next pass and with how many tokens; pieces of one length together.
+        """Who takes part in the next pass and with how many tokens; groups stand together.
 
         Oldest first: one that does not fit lets none pass. Those who decode always take part.
         """
@@ -193,7 +193,7 @@ class Engine:
         if not pieces and self._suspects:              # it does not fit beside those read before
             self._suspects.clear()
             return self._schedule()
-        return sorted(pieces, key=lambda piece: piece[1])
+        return sorted(pieces, key=lambda piece: alike(self.cache, piece[0].slot, piece[1]))
 
     def _let_in(self, request: Request) -> bool:
         """Give it a slot if there are pages for all tokens that it knows, beside others' own."""

@@ -134,9 +134,11 @@ class Paged(Cache):
 
         At least one token is left to be read, without which there would be no logits.
         """
+        before, last = len(self.tables.get(slot, ())), (len(tokens) - 1) // self.page
+        if before >= last:                             # as whenever one decodes
+            return []
         table = list(self.tables.get(slot, ()))        # a page without a name leads nowhere
-        before = len(table)
-        for i in range(before, (len(tokens) - 1) // self.page):
+        for i in range(before, last):
             page = self.pages.named.get(self._name(table, i, tokens))
             if page is None:
                 break

@@ -6,10 +6,11 @@ of it would be padding, and every padded token costs what a real one does. So th
 long row, as far as a token alone matters: embedding, norms, projections, experts. To the model each
 is a sequence of its own with one new token, (N, 1).
 
-Only attention has to know better. Pieces of one length are a group, an ordinary pass of (B, T)
+Only attention has to know better. Pieces that are `alike` are a group, an ordinary pass of (B, T)
 through the cache, with the form that is the cheapest for it: absorbed for decoding, expanded for
-prompts. Every layer writes the rows of all groups before it reads any, so a piece may attend to
-what another one of the same pass writes.
+prompts. A group reads as many rows of each as of its longest, so those that have read much and
+those that have read little are not in one. Every layer writes the rows of all groups before it
+reads any, so a piece may attend to what another one of the same pass writes.
 
 Shapes: N tokens of a pass, B sequences of a group, T new tokens, S = cached + new tokens.
 """
@@ -20,9 +21,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dsv2_ref.attention.kv_cache import Cache
 from dsv2_ref.forms import attention_form
+from dsv2_ref.inference.paged_cache import Paged
 from dsv2_ref.model import DeepSeekV2
+
+FEW = 4                                  # pages, below which parting a group brings nothing
+
+
+def alike(cache: Paged, slot: int, n: int) -> tuple[int, int]:
+    """Equal for pieces of one group: n new tokens, and pages of the same power of two."""
+    return n, max(cache.pages_for(cache.read(slot) + n), FEW).bit_length()
 
 
 class Pieces:
@@ -30,13 +38,13 @@ class Pieces:
 
     queries = None                       # each group has its own
 
-    def __init__(self, cache: Cache, pieces: Sequence[tuple[int, int]]) -> None:
-        """pieces: (slot, number of new tokens), those of one number next to each other."""
-        slots: dict[int, list[int]] = {}
+    def __init__(self, cache: Paged, pieces: Sequence[tuple[int, int]]) -> None:
+        """pieces: (slot, number of new tokens), those that are `alike` next to each other."""
+        slots: dict[tuple[int, int], list[int]] = {}
         for slot, n in pieces:
-            slots.setdefault(n, []).append(slot)
-        self.groups = [(cache.select(those), T) for T, those in slots.items()]
-        self.kind, self.sizes = cache.kind, [len(those) * T for T, those in slots.items()]
+            slots.setdefault(alike(cache, slot, n), []).append(slot)
+        self.groups = [(cache.select(those), T) for (T, _), those in slots.items()]
+        self.kind, self.sizes = cache.kind, [group.batch * T for group, T in self.groups]
         self.lengths = [old + t for group, T in self.groups for old in group.lengths
                         for t in range(T)]
         self.batch = len(self.lengths)

@@ -5,6 +5,7 @@
   gpu       kernels on one GPU, beside what the card does at most
   one_card  training steps of a model that fills a card
   peer      transformers on our weights
+  serving   requests, who answers them, a full house, a queue
   power     how large a difference so many seeds notice
   study     a model trained and judged, several seeds
 """
