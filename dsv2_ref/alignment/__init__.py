@@ -7,6 +7,7 @@
   reward            reward models, and the rewards of both stages
   grpo              advantages and the loss of GRPO
   rollout           answers of the policy as batches for the trainer, and the objective
+  bodies            function bodies to be written: questions, where an answer ends, rewards
   feedback          how far a program comes: read, run, checked; which answers to compare
   sandbox           one program in a process of its own, and what became of it
   sandbox_launcher  how that process shuts itself in before it becomes the program

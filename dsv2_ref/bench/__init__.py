@@ -13,5 +13,6 @@
   ablations       what the paper's choices cost or bring, in small
   needle          what YaRN, a short tuning, six bits and mistakes do to the needle grid
   long_context    what a length costs, to 128K tokens
+  grpo_code       what GRPO makes of a compiler's word, and of a reward that is hacked
   harness         what the benches share
 """
