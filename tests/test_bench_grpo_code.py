@@ -33,12 +33,12 @@ def test_the_record_is_complete(monkeypatch):
     assert json.loads(json.dumps(record)) == record
     assert record["name"] == "grpo_code" and record["quick"] is True and record["torch"]
     assert [(run["seed"], run["reward"]) for run in record["runs"]] == [
-        (0, "does_something"), (0, "parses")]
+        (0, "finished"), (0, "parses")]
     for run in record["runs"]:
-        assert [entry["step"] for entry in run["curve"]] == [1, 2] and run["steps"] == 2
+        assert [entry["step"] for entry in run["curve"]] == [1, 2]
         for entry in run["curve"]:
             assert set(entry) == set(bench.KEPT) and entry["reward"] == entry[run["reward"]]
-            assert entry["does_something"] <= entry["parses"]
+            assert entry["finished"] <= entry["does_something"] <= entry["parses"]
         for judged in (run["before"], run["after"]):
             assert set(bench.MEASURES) < set(judged) and judged["bits_per_byte"] > 1
             assert len(judged["samples"]) == run["held_out_functions"] == 3
@@ -55,10 +55,30 @@ def test_the_model_stays_and_both_rewards_meet_the_same_first_answers(model):
             for reward in bench.REWARDS}
     one, two = runs.values()
     assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
-    for name in ("length", "entropy", "parses", "does_something", "ended"):
+    for name in ("length", "entropy", "ended", *bench.SHARES):
         assert one["curve"][0][name] == two["curve"][0][name]
     assert one["before"] == two["before"] and one["curve"][0]["kl_to_reference"] == 0
     refused(lambda: bench.learned(model, None, 0, "passes"), "reward: 'passes'", "parses")
+
+
+def test_training_ends_at_the_goal_and_knows_both_rewards(model, monkeypatch):
+    seen = bench.tasks(CORPUS, TOKENIZER, SIZES)[0]
+    paid = iter([0.0, 0.2, 0.09, 0.11, 0.08, 0.2])            # a mean of 0.1, then 0.145
+    monkeypatch.setitem(bench.GOALS, "finished", 0.145)
+    monkeypatch.setattr(Bodies, "parses", lambda self, which, answers: [1.0] * len(answers))
+
+    def finished(self, which, answers):
+        share = next(paid)
+        return [share] * len(answers)
+
+    monkeypatch.setattr(Bodies, "finished", finished)
+    policy, log = bench.learned(model, seen, 0, steps=9, sizes=SIZES)
+    assert [entry["reward"] for entry in log] == pytest.approx([0.0, 0.2, 0.09])
+    assert all(entry["parses"] == 1 and entry["finished"] == entry["reward"] for entry in log)
+    assert all(torch.equal(w, v) for w, v in zip(policy.parameters(), model.parameters(),
+                                                  strict=True))        # no spread, no penalty yet
+    _, log = bench.learned(model, seen, 0, steps=2, sizes=SIZES)
+    assert len(log) == 2
 
 
 def test_questions_are_of_their_own_files():
@@ -109,8 +129,8 @@ def test_the_summary_goes_seed_by_seed():
         return {"seed": seed, "reward": reward, "before": dict.fromkeys(bench.MEASURES, before),
                 "after": dict.fromkeys(bench.MEASURES, after)}
 
-    found = bench.summary([one(0, "does_something", 0.1, 0.5), one(0, "parses", 0.0, 0.5),
-                           one(1, "does_something", 0.2, 0.6), one(1, "parses", 0.1, 0.5)])
-    assert found["does_something"]["length"] == pytest.approx(
+    found = bench.summary([one(0, "finished", 0.1, 0.5), one(0, "parses", 0.0, 0.5),
+                           one(1, "finished", 0.2, 0.6), one(1, "parses", 0.1, 0.5)])
+    assert found["finished"]["length"] == pytest.approx(
         {"before": 0.15, "after": 0.55, "times": 4, "least": 3, "most": 5})
     assert found["parses"]["parses"] == pytest.approx({"before": 0.05, "after": 0.5})

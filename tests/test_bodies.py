@@ -141,6 +141,8 @@ def test_what_bodies_are_worth(answer, parses, does):
     assert bodies.parses([1], [ids]) == [parses]
     assert bodies.does_something([1], [ids]) == [does]
     assert bodies.does_something([0, 1], [[], ids]) == [0, does]      # each by its own head
+    over = "\n    def" in answer or "\n    x" in answer
+    assert bodies.finished([0, 1], [[], ids]) == [0, does and over]
 
 
 def test_no_function_is_refused():

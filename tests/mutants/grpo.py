@@ -3,8 +3,8 @@
 
 from mutants import Mutant
 
-LOSS, ROLLOUT, REWARD, BODIES = (
-    f"alignment/{name}.py" for name in ("grpo", "rollout", "reward", "bodies"))
+LOSS, ROLLOUT, REWARD, BODIES, FEEDBACK = (
+    f"alignment/{name}.py" for name in ("grpo", "rollout", "reward", "bodies", "feedback"))
 _loop = "test_grpo.py::test_the_loss_is_the_loop_over_tokens"
 _advantages = "test_grpo.py::test_advantages_are_those_of_the_statistics_module"
 _batch = "test_rollout.py::test_a_batch_holds_what_the_loss_needs"
@@ -79,6 +79,11 @@ MUTANTS = [
     Mutant("dedent_to_the_head_missed", "task", BODIES, "<= indent:", "< indent:", _own),
     Mutant("the_def_is_counted", "task", BODIES, "feedback.LEAST + 1", "feedback.LEAST",
            "test_bodies.py::test_what_bodies_are_worth"),
+    Mutant("over_without_a_dedent", "task", BODIES, "float(r and o)", "float(r)",
+           "test_bodies.py::test_what_bodies_are_worth"),
+    Mutant("what_is_never_reached_counts", "task", FEEDBACK,
+           "                    break  ", "                    pass  ",
+           "test_feedback.py::test_only_different_statements_that_do_something_count"),
     Mutant("what_follows_the_dedent_is_judged", "task", BODIES,
            "body = text[: dedent(text, head.indent)]", "body = text", _own),
     Mutant("the_margin_stays", "task", BODIES, 'margin = " " * head.indent', 'margin = ""', _own),
