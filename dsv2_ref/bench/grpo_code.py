@@ -96,12 +96,12 @@ def tasks(corpus: Corpus, tokenizer: TextTokenizer, sizes: Sizes = FULL) -> tupl
 
 def learned(
     model: DeepSeekV2, bodies: Bodies, seed: int, reward: str = "finished",
-    steps: int = STEPS, sizes: Sizes = FULL, beta: float = BETA, rate: float = RATE,
+    steps: int = STEPS, sizes: Sizes = FULL,
 ) -> tuple[DeepSeekV2, list[dict[str, Any]]]:
     """A copy of the model after GRPO with a reward of `REWARDS`, and the log; one update a batch.
 
-    It ends at the reward's goal, as the module says, or after so many steps.
-    The log has all shares, whichever was learned from.
+    It ends at the reward's goal, as the module says, or after so many steps. The log has all
+    shares, whichever was learned from.
     """
     if reward not in REWARDS:
         raise ValueError(f"reward: {reward!r}, expected one of {', '.join(REWARDS)}")
@@ -114,10 +114,10 @@ def learned(
 
     batches = Rollouts(policy, copy.deepcopy(model), bodies.questions, judge, sizes.group,
                        sizes.new_tokens, seed, bodies.cut, only_spread=True)
-    recipe = Recipe(steps=steps, batch=sizes.questions * sizes.group, micro_batch=64, lr=rate,
+    recipe = Recipe(steps=steps, batch=sizes.questions * sizes.group, micro_batch=64, lr=RATE,
                     optimizer="adamw", weight_decay=0.0, protected=0.0, precision="fp32",
                     schedule="step", decay_at=(2.0, 2.0), seed=seed)              # no decay
-    trainer = Trainer(policy, recipe, batches, objective(CLIP, beta, "token"))
+    trainer = Trainer(policy, recipe, batches, objective(CLIP, BETA, "token"))
     log: list[dict[str, Any]] = []
     while len(log) < steps and not (len(log) > 1 and log[-1]["reward"] + log[-2]["reward"]
                                     >= 2 * GOALS[reward]):
@@ -170,12 +170,12 @@ def distinct(things: Iterable[tuple[int, ...]]) -> float:
 
 def one_seed(
     model: DeepSeekV2, tokenizer: TextTokenizer, seed: int, reward: str = "finished",
-    steps: int = STEPS, corpus: Corpus | None = None, sizes: Sizes = FULL, **how: float,
+    steps: int = STEPS, corpus: Corpus | None = None, sizes: Sizes = FULL,
 ) -> dict[str, Any]:
     """`before` and `after`, as the module says, and the `curve` between them; JSON-able.
 
-    The model stays as it is. corpus: what it was trained on, None for the running Python's library.
-    how: `beta` and `rate` of `learned`.
+    The model stays as it is. steps: at most so many. corpus: what the model was trained on, None
+    for the running Python's library.
     """
     corpus = corpus or open_corpus("python")
     seen, held = tasks(corpus, tokenizer, sizes)
@@ -188,10 +188,10 @@ def one_seed(
         return measured(of, held, seed, sizes) | {"bits_per_byte": bits}
 
     before, began = judged(model), time.process_time()
-    policy, log = learned(model, seen, seed, reward, steps, sizes, **how)
+    policy, log = learned(model, seen, seed, reward, steps, sizes)
     seconds = time.process_time() - began
     curve = [{name: round(entry[name], 5) for name in KEPT} for entry in log]
-    return {"seed": seed, "reward": reward, "steps": steps, "cpu_seconds": seconds,
+    return {"seed": seed, "reward": reward, "steps": len(log), "cpu_seconds": seconds,
             "functions": len(seen.heads), "held_out_functions": len(held.heads),
             "before": before, "after": judged(policy), "curve": curve}
 
@@ -223,7 +223,7 @@ def record(
     shape = {key: getattr(config, key) for key in "d n_layers n_h d_h d_r d_v d_c vocab".split()}
     return {"name": "grpo_code", "quick": quick, **machine(), "model": shape,
             "parameters": cost.parameters(config).total, "start": start,
-            "grpo": {"rate": RATE, "clip": CLIP, "beta": BETA, **FULL._asdict()},
+            "grpo": {"rate": RATE, "clip": CLIP, "beta": BETA, "goals": GOALS, **FULL._asdict()},
             "summary": summary(runs), "runs": runs}
 
 
