@@ -46,6 +46,11 @@ def test_how_far_a_program_comes(code, check, expected):
 @pytest.mark.parametrize(("code", "n"), [
     ("", 0), ("return self", 1), ("pass\npass", 0), ("'''words'''\n1\nx\n...", 0),
     ("x = 1\nx = 1\nx = 1", 1), ("x = 1\ny = x\nprint(y)", 3), ("x = (", 0),
+    ("return\nreturn None\nreturn self", 1),
+    ("if a:\n    return 1\n    b()\nelse:\n    c()\nd()", 4),
+    ("for a in b:\n    if a:\n        break\n        c()\n    continue\n    e()\nraise f\ng()", 5),
+    ("try:\n    a()\nexcept B:\n    c()\n    raise\n    d()\nfinally:\n    e()", 5),
+    ("match a:\n    case 1:\n        b()\n    case _:\n        c()", 3),
     ("def f():\n    '''words'''\n    pass", 1), (WORKS, 3), ("if a:\n    b()\nelse:\n    c()", 3),
 ])
 def test_only_different_statements_that_do_something_count(code, n):

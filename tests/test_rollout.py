@@ -77,6 +77,50 @@ def test_log_probabilities_are_those_of_the_whole_text():
     assert abs(said.entropy - statistics.fmean(entropies)) < 1e-10
 
 
+def test_what_follows_a_cut_is_as_if_it_had_not_been_written():
+    model = policy()
+    whole = sample_answers(model, QUESTIONS, GROUP, NEW, draws())
+    said = sample_answers(model, QUESTIONS, GROUP, NEW, draws(), lambda n, row:
+                          min(2 + n, len(row)))
+    entropies, cut = [], []
+    for i, n in enumerate(whole.lengths):
+        q = len(QUESTIONS[i // GROUP])
+        kept = min(2 + i // GROUP, n - q)
+        cut.append(kept < n - q)
+        assert said.lengths[i] == q + kept
+        assert said.ids[i, : q + kept].tolist() == whole.ids[i, : q + kept].tolist()
+        assert said.mask[i].nonzero().flatten().tolist() == list(range(q - 1, q + kept - 1))
+        assert torch.equal(said.logp[i], (whole.logp[i] * said.mask.new_tensor(
+            [q - 1 <= t < q + kept - 1 for t in range(whole.mask.shape[1])]))[: said.mask.shape[1]])
+        assert said.answers[i] == [t for t in whole.ids[i, q : q + kept].tolist() if t != STOP]
+        assert said.ended[i] == (cut[i] or whole.ended[i])
+        log_p = model(said.ids[i : i + 1, : q + kept])[0].log_softmax(-1)[q - 1 : q + kept - 1]
+        entropies += (-(log_p.exp() * log_p).sum(-1)).tolist()
+    assert 0 < sum(cut) < len(cut) and not all(said.ended)
+    assert abs(said.entropy - statistics.fmean(entropies)) < 1e-10
+    assert abs(said.entropy - whole.entropy) > 1e-3
+
+
+def test_a_batch_is_cut_by_its_questions():
+    """The reward sees what is left, and no token behind it is in the mask."""
+    seen = {}
+
+    def cut(n, row):
+        return min(n + 1, len(row))
+
+    def noted(which, answers):
+        seen.update(which=list(which), answers=answers)
+        return [float(len(answer)) for answer in answers]
+
+    rollouts = Rollouts(policy(), policy(2), QUESTIONS, noted, GROUP, NEW, seed=1, cut=cut)
+    _, mask, *_ = rollouts.next_batch(4 * GROUP)
+    assert sorted(seen["which"]) == sorted(GROUP * [0, 1, 2, 3]) != seen["which"]
+    tokens = mask.sum(-1).tolist()
+    assert all(m <= n + 1 for n, m in zip(seen["which"], tokens, strict=True))
+    assert {1, 2, 3, 4} <= set(tokens)
+    assert all(m - 1 <= len(a) <= m for m, a in zip(tokens, seen["answers"], strict=True))
+
+
 def test_a_batch_holds_what_the_loss_needs():
     model, reference = policy(), policy(2)
     before = copy.deepcopy(reference.state_dict())
@@ -99,6 +143,34 @@ def test_a_batch_holds_what_the_loss_needs():
     assert 0 < report["sampler_gap"] < 1e-5
     assert all(torch.equal(w, before[name]) for name, w in reference.state_dict().items())
     assert not any(w.requires_grad for w in reference.parameters())
+
+
+def test_only_groups_with_spread_are_kept():
+    """All that is left of a batch is what it would hold of them; the report is of all answers."""
+
+    def judge(which, answers):                               # to question 1 all answers are equal
+        return [0.5 if n == 1 else r for n, r in zip(which, liked(which, answers), strict=True)]
+
+    def batch(reward, **how):
+        rollouts = Rollouts(policy(), policy(2), QUESTIONS, reward, GROUP, NEW, seed=3, **how)
+        return rollouts.next_batch(4 * GROUP), rollouts.report
+
+    whole, of_all = batch(judge)
+    some, report = batch(judge, only_spread=True)
+    spread = (whole[4] != 0).view(4, GROUP).any(1)
+    kept = spread.repeat_interleave(GROUP)
+    assert 0 < spread.sum() < 4
+    T = some[0].shape[1]
+    for name, a, b in zip(("ids", "mask", "old", "ref", "A"), whole, some, strict=False):
+        a = a[kept] if name == "A" else a[kept][:, : T - (name != "ids")]
+        assert a.shape == b.shape and (a.double() - b.double()).abs().max() < 1e-10, name
+    assert whole[1][kept][:, T - 1 :].sum() == 0 and some[1].any(0)[-1]
+    assert some[5].tolist() == [some[1].sum().item() / len(b)] * len(b)
+    for name in ("reward", "no_spread", "length", "ended", "entropy"):
+        assert report[name] == of_all[name], name
+    assert report["no_spread"] == 1 - spread.double().mean().item() > 0
+    equal, _ = batch(lambda which, answers: [1.0] * len(answers), only_spread=True)
+    assert len(equal[0]) == 4 * GROUP and not equal[4].any()         # nothing else to give
 
 
 def test_every_epoch_asks_every_question_once_in_an_order_of_its_own():
@@ -222,6 +294,9 @@ def test_refusals():
     refused(lambda: sample_answers(model, [[]], 2, 3), "questions: an empty one")
     refused(lambda: sample_answers(model, QUESTIONS, 0, 3), "group: 0")
     refused(lambda: sample_answers(model, QUESTIONS, 2, 0), "max_new_tokens: 0")
+    for wrong in (0, 9):
+        refused(lambda: sample_answers(model, QUESTIONS, 2, 3, draws(), lambda n, row: wrong),  # noqa: B023
+                f"cut: {wrong}", "expected 1 to")
     state = make().state()
     refused(lambda: make(questions=QUESTIONS[:2]).load(state), "questions 4", "expected 2")
     refused(lambda: make().load(state | {"seed": 9}), "seed 9")

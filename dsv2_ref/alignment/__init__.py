@@ -12,6 +12,7 @@
   grpo              advantages and the loss of GRPO
   rollout           answers of the policy as batches for the trainer, and the objective
   addition          a task whose truth a program knows, and a small model for it
+  bodies            function bodies to be written: questions, where an answer ends, rewards
   feedback          how far a program comes: read, run, checked; which answers to compare
   sandbox           one program in a process of its own, and what became of it
   sandbox_launcher  how that process shuts itself in before it becomes the program

@@ -11,7 +11,9 @@ and each of the three says more than the one before:
 What is rewarded will be found, whether it was meant or not. "It parses" is won by the shortest body
 there is (`return self`), and credit for a part of the way is won in the same way. That is why
 `does_something` is a floor and no slope: a program of fewer than `LEAST` different statements is
-worth nothing, however well it parses. Docstrings, `pass`, bare names and constants do not count.
+worth nothing, however well it parses. Docstrings, `pass`, bare names and constants do not count,
+nor does what is never reached: a policy that is paid for statements finds `return`, `return None`
+and `return self`, one below the other.
 """
 
 import ast
@@ -44,14 +46,22 @@ def parsed(code: str) -> ast.Module | None:
 
 def statements(code: str) -> int:
     """Different statements of a program that do something; 0 for what is no Python."""
-    found = set()
-    for node in ast.walk(parsed(code) or ast.Module([], [])):
-        if not isinstance(node, ast.stmt) or isinstance(node, ast.Pass):
-            continue
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant | ast.Name):
-            continue
-        found.add(ast.unparse(node))
+    found, waiting = set(), [parsed(code) or ast.Module([], [])]
+    while waiting:
+        for block in vars(waiting.pop()).values():
+            for node in block if isinstance(block, list) else []:
+                if isinstance(node, ast.stmt | ast.excepthandler | ast.match_case):
+                    waiting.append(node)
+                if isinstance(node, ast.stmt) and _does_something(node):
+                    found.add(ast.unparse(node))
+                if isinstance(node, ast.Return | ast.Raise | ast.Break | ast.Continue):
+                    break                                # nothing behind it is reached
     return len(found)
+
+
+def _does_something(node: ast.stmt) -> bool:
+    idle = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant | ast.Name)
+    return not idle and not isinstance(node, ast.Pass)
 
 
 def does_something(code: str, least: int = LEAST) -> float:

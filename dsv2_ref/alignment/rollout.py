@@ -37,6 +37,8 @@ from dsv2_ref.training.trainer import Trainer
 
 # the numbers of questions and their answers' ids, without the end mark -> a reward for each
 Reward = Callable[[Sequence[int], Sequence[list[int]]], Sequence[float]]
+# the number of a question and the ids of an answer to it -> how many of them count, at least one
+Cut = Callable[[int, list[int]], int]
 
 
 @dataclass
@@ -55,9 +57,13 @@ class Answers:
 @torch.no_grad()
 def sample_answers(
     model: DeepSeekV2, questions: Sequence[Sequence[int]], group: int, max_new_tokens: int,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | None = None, cut: Cut | None = None,
 ) -> Answers:
-    """`group` answers to each question (ids), of at most so many tokens, the end mark included."""
+    """`group` answers to each question (ids), of at most so many tokens, the end mark included.
+
+    cut: where an answer ends that has no end mark of its own. What follows is left out of all that
+    is returned, as if the last token that counts had been an end mark.
+    """
     if group < 1 or max_new_tokens < 1:
         raise ValueError(f"group: {group}, max_new_tokens: {max_new_tokens}, expected at least 1")
     if not questions or not all(map(len, questions)):
@@ -66,7 +72,7 @@ def sample_answers(
     asked = model.new_cache(len(questions), longest + max_new_tokens - 1)
     h = read(model, questions, asked).repeat_interleave(group, 0)                # (N, d)
     cache = asked.fork(range(len(questions)), group)
-    running, new, logp, entropy = [True] * len(h), [[] for _ in h], [[] for _ in h], []
+    running, new, logp, entropy = [True] * len(h), *([[] for _ in h] for _ in range(3))
     for n in range(max_new_tokens):
         if n:
             last = torch.tensor([row[-1] for row in new], device=h.device)
@@ -85,17 +91,23 @@ def sample_answers(
                                  "expected numbers; the policy is damaged")
             new[i].append(token)
             logp[i].append(its_log_p)
-            entropy.append(its_spread)
+            entropy[i].append(its_spread)
             running[i] = token not in stops
         if not any(running):
             break
+    for i, row in enumerate(new if cut else []):
+        kept = cut(i // group, list(row))
+        if not 1 <= kept <= len(row):
+            raise ValueError(f"cut: {kept}, expected 1 to {len(row)}, the tokens of the answer")
+        running[i] &= kept == len(row)
+        del row[kept:], logp[i][kept:], entropy[i][kept:]
     prompts = [question for question in questions for _ in range(group)]
-    return _laid_out(model, prompts, new, logp, sum(entropy) / len(entropy), running)
+    return _laid_out(model, prompts, new, logp, entropy, running)
 
 
 def _laid_out(
     model: DeepSeekV2, prompts: Sequence[Sequence[int]], new: list[list[int]],
-    logp: list[list[float]], entropy: float, running: list[bool],
+    logp: list[list[float]], entropy: list[list[float]], running: list[bool],
 ) -> Answers:
     lengths = [len(p) + len(row) for p, row in zip(prompts, new, strict=True)]
     N, T = len(new), max(lengths)
@@ -109,7 +121,8 @@ def _laid_out(
         sampled[i, answer] = torch.tensor(logp[i])
     device = model.like.device
     stops = set(model.config.stops)
-    return Answers(ids.to(device), lengths, mask.to(device), sampled.to(device), entropy,
+    return Answers(ids.to(device), lengths, mask.to(device), sampled.to(device),
+                   sum(map(sum, entropy)) / sum(map(len, entropy)),
                    [[t for t in row if t not in stops] for row in new],
                    [not runs for runs in running])
 
@@ -117,12 +130,16 @@ def _laid_out(
 class Rollouts:
     """Batches of answers for the trainer: (N, ·) ids, mask, old and reference log p, advantages.
 
-    The policy is the model in training, sampled as it stands when a batch is asked for.
+    The policy is the model in training, sampled as it stands when a batch is asked for. cut: where
+    an answer ends that has no end mark of its own. only_spread: leave out of a batch the answers to
+    questions whose rewards are all equal, unless there are no others. They teach nothing, and where
+    a reward is rare they are most of the work; with them goes what the penalty would say of them.
     """
 
     def __init__(
         self, policy: DeepSeekV2, reference: DeepSeekV2, questions: Sequence[Sequence[int]],
-        reward: Reward, group: int, max_new_tokens: int, seed: int = 0,
+        reward: Reward, group: int, max_new_tokens: int, seed: int = 0, cut: Cut | None = None,
+        only_spread: bool = False,
     ) -> None:
         if group < 2:
             raise ValueError(f"group: {group}, expected at least 2 answers to compare")
@@ -133,6 +150,7 @@ class Rollouts:
         self.policy, self.reference = policy, reference.eval().requires_grad_(False)
         self.questions, self.reward, self.seed = questions, reward, seed
         self.group, self.max_new_tokens = group, max_new_tokens
+        self.cut, self.only_spread = cut, only_spread
         self.asked = 0                   # questions so far
         self.report: dict[str, float] = {}
 
@@ -144,29 +162,43 @@ class Rollouts:
         draws = torch.Generator(self.policy.like.device)
         draws.manual_seed(self.seed * 1_000_003 + self.asked)
         said = sample_answers(self.policy, [self.questions[i] for i in which], self.group,
-                              self.max_new_tokens, draws)
+                              self.max_new_tokens, draws, self._cut_of(which))
         self.asked += len(which)
         rewards = torch.tensor(self.reward([i for i in which for _ in range(self.group)],
                                            said.answers), dtype=torch.float64)
         if tuple(rewards.shape) != (batch,):
             raise ValueError(f"reward: shape {tuple(rewards.shape)}, expected ({batch},)")
         by_question = rewards.view(-1, self.group)                               # (Q, G)
-        A = advantages(by_question).flatten().to(said.ids.device, torch.float32)
+        A = advantages(by_question).flatten()                                    # (N,)
+        spread = by_question.amax(1) > by_question.amin(1)                       # (Q,)
+        self.report = {
+            "reward": rewards.mean().item(),
+            "no_spread": 1 - spread.double().mean().item(),
+            "length": said.mask.sum(-1).double().mean().item(),
+            "ended": sum(said.ended) / batch,
+            "entropy": said.entropy,
+        }
+        if self.only_spread and spread.any():
+            kept = spread.repeat_interleave(self.group).nonzero().flatten()      # of N
+            said, A = _rows(said, kept.tolist()), A[kept]
+        return self._with_log_probs(said, A.to(said.ids.device, torch.float32))
+
+    def _with_log_probs(self, said: Answers, A: Tensor) -> tuple[Tensor, ...]:
         old = _log_probs(self.policy, said)
         home = self.reference.like.device
         ref = _log_probs(self.reference.to(said.ids.device), said)
         self.reference.to(home)
         tokens = said.mask.sum(-1)                                               # (N,)
-        self.report = {
-            "reward": rewards.mean().item(),
-            "no_spread": (by_question.amax(1) == by_question.amin(1)).double().mean().item(),
-            "length": tokens.double().mean().item(),
-            "ended": sum(said.ended) / batch,
-            "entropy": said.entropy,
+        self.report |= {
             "kl_to_reference": ((old - ref) * said.mask).sum().item() / int(tokens.sum()),
             "sampler_gap": ((old - said.logp).abs() * said.mask).max().item(),
         }
-        return said.ids, said.mask, old, ref, A, tokens.double().mean().expand(batch)
+        return said.ids, said.mask, old, ref, A, tokens.double().mean().expand(len(A))
+
+    def _cut_of(self, which: list[int]) -> Cut | None:
+        """`cut`, of questions by their place in a batch."""
+        cut = self.cut
+        return None if cut is None else lambda place, answer: cut(which[place], answer)
 
     def _question(self, n: int) -> int:
         """The n-th question: every epoch in an order of its own."""
@@ -184,6 +216,14 @@ class Rollouts:
                 raise ValueError(f"cannot resume: {name} {state.get(name)!r}, expected "
                                  f"{mine if name != 'asked' else 'a number'}")
         self.asked = state["asked"]
+
+
+def _rows(said: Answers, kept: list[int]) -> Answers:
+    """Some of the answers; the entropy stays that of all."""
+    T = max(said.lengths[i] for i in kept)
+    return Answers(said.ids[kept, :T], [said.lengths[i] for i in kept], said.mask[kept, : T - 1],
+                   said.logp[kept, : T - 1], said.entropy, [said.answers[i] for i in kept],
+                   [said.ended[i] for i in kept])
 
 
 @torch.no_grad()

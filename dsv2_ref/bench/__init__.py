@@ -15,5 +15,6 @@
   needle          what YaRN, a short tuning, six bits and mistakes do to the needle grid
   long_context    what a length costs, to 128K tokens
   grpo            GRPO on sums beside rejection sampling and more SFT
+  grpo_code       what GRPO makes of a compiler's word, and of a reward that is hacked
   harness         what the benches share
 """

@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: MIT
-"""Wrong variants of GRPO, of the answers it learns from, and of rewards."""
+"""Wrong variants of GRPO, of the answers it learns from, of its tasks, and of rewards."""
 
 from mutants import Mutant
 
-LOSS, ROLLOUT, REWARD = (f"alignment/{name}.py" for name in ("grpo", "rollout", "reward"))
+LOSS, ROLLOUT, REWARD, BODIES, FEEDBACK = (
+    f"alignment/{name}.py" for name in ("grpo", "rollout", "reward", "bodies", "feedback"))
 _loop = "test_grpo.py::test_the_loss_is_the_loop_over_tokens"
 _advantages = "test_grpo.py::test_advantages_are_those_of_the_statistics_module"
 _batch = "test_rollout.py::test_a_batch_holds_what_the_loss_needs"
 _draws = "test_rollout.py::test_answers_are_what_generate_draws_with_the_same_generator"
 _log_p = "test_rollout.py::test_log_probabilities_are_those_of_the_whole_text"
 _epochs = "test_rollout.py::test_every_epoch_asks_every_question_once_in_an_order_of_its_own"
+_cut = "test_rollout.py::test_what_follows_a_cut_is_as_if_it_had_not_been_written"
+_spread = "test_rollout.py::test_only_groups_with_spread_are_kept"
+_own = "test_bodies.py::test_a_functions_own_body_comes_back"
 _micro = "test_rollout.py::test_micro_batches_give_the_gradient_of_the_whole_batch"
 _values = "test_reward.py::test_an_answer_is_worth_what_its_last_token_says"
 
@@ -56,7 +60,33 @@ MUTANTS = [
     Mutant("answers_at_another_temperature", "policy", ROLLOUT,
            "sample(logits, 1.0, 1.0, generator)", "sample(logits, 0.7, 1.0, generator)", _draws),
     Mutant("entropy_of_the_ended_too", "policy", ROLLOUT,
-           "sum(entropy) / len(entropy)", "sum(entropy) / len(entropy) * 1.1", _log_p),
+           "/ sum(map(len, entropy))", "/ sum(map(len, entropy)) * 1.1", _log_p),
+    Mutant("what_follows_a_cut_learns", "policy", ROLLOUT, "del row[kept:], logp", "del logp",
+           _cut),
+    Mutant("entropy_behind_a_cut", "policy", ROLLOUT, "logp[i][kept:], entropy[i][kept:]",
+           "logp[i][kept:]", _cut),
+    Mutant("cut_by_another_question", "policy", ROLLOUT, "cut(which[place], answer)",
+           "cut(place, answer)", "test_rollout.py::test_a_batch_is_cut_by_its_questions"),
+    Mutant("cut_at_the_limit", "policy", ROLLOUT, "running[i] &= kept == len(row)",
+           "running[i] &= True", _cut),
+    Mutant("groups_without_spread_are_kept", "policy", ROLLOUT, "> by_question.amin(1) ",
+           ">= by_question.amin(1) ", _spread),
+    Mutant("advantages_of_other_rows", "policy", ROLLOUT, "A[kept]", "A[: len(kept)]", _spread),
+    Mutant("report_of_the_kept_alone", "policy", ROLLOUT, "1 - spread.double().mean()",
+           "0 * spread.double().mean()", _spread),
+    Mutant("dedent_counts_no_end_mark", "task", BODIES, "min(1 + bisect", "min(bisect", _own),
+    Mutant("dedent_from_the_margin", "task", BODIES, "<= indent:", "<= 0:", _own),
+    Mutant("dedent_to_the_head_missed", "task", BODIES, "<= indent:", "< indent:", _own),
+    Mutant("the_def_is_counted", "task", BODIES, "feedback.LEAST + 1", "feedback.LEAST",
+           "test_bodies.py::test_what_bodies_are_worth"),
+    Mutant("over_without_a_dedent", "task", BODIES, "float(r and o)", "float(r)",
+           "test_bodies.py::test_what_bodies_are_worth"),
+    Mutant("what_is_never_reached_counts", "task", FEEDBACK,
+           "                    break  ", "                    pass  ",
+           "test_feedback.py::test_only_different_statements_that_do_something_count"),
+    Mutant("what_follows_the_dedent_is_judged", "task", BODIES,
+           "body = text[: dedent(text, head.indent)]", "body = text", _own),
+    Mutant("the_margin_stays", "task", BODIES, 'margin = " " * head.indent', 'margin = ""', _own),
     Mutant("old_log_p_of_the_reference", "policy", ROLLOUT, "old = _log_probs(self.policy, said)",
            "old = _log_probs(self.reference, said)", _batch),
     Mutant("advantages_across_questions", "policy", ROLLOUT, "rewards.view(-1, self.group)",
