@@ -24,6 +24,7 @@
   yarn_and_needles  of notebook 18
   sft_and_reward_models  of notebook 19
   grpo              of notebook 20
+  serving           of notebook 21
   evaluation        of notebook 22
   build_it          of notebook 30, the capstone: parts of a model, from stubs
   stub              a part that is built: which token is off, which mistake that looks like
