@@ -91,13 +91,14 @@ def test_the_generated_set_is_answered_and_judged(base, tmp_path, capsys, monkey
 
     monkeypatch.setattr(command, "_judge", lambda: judge)
     monkeypatch.setattr(command, "HELD_OUT", 6)
+    monkeypatch.setattr(command, "GROUP", 3)
     code, out, err = reward(capsys, base, tmp_path / "out", "--steps", "2", "--questions", "5",
                             "--loss", "point", data="builtin")
     result = json.loads(out)
-    assert code == 0 and (result["steps"], result["rows"], len(told)) == (2, 5 * 8, 11 * 8)
-    assert "8 answers to each of 5 questions, and of 6 held-out ones" in err
-    assert sum(count for *_, count in result["after"]["calibration"]) == 6 * 8
-    assert {e.key for e in told[:40]}.isdisjoint(e.key for e in told[40:])
+    assert code == 0 and (result["steps"], result["rows"], len(told)) == (2, 5 * 3, 11 * 3)
+    assert "3 answers to each of 5 questions, and of 6 held-out ones" in err
+    assert sum(count for *_, count in result["after"]["calibration"]) == 6 * 3
+    assert {e.key for e in told[:15]}.isdisjoint(e.key for e in told[15:])
 
 
 def test_without_a_sandbox_code_is_not_run(monkeypatch, capsys):
