@@ -322,3 +322,23 @@ def test_with_changes_a_copy_and_refuses_unknown_fields() -> None:
 def test_which_layers_have_experts() -> None:
     assert [TINY.with_(n_dense=2).is_moe(i) for i in range(3)] == [False, False, True]
     assert TINY.with_(n_dense=3).is_moe(2) is False
+
+
+def test_own_keys_say_what_other_programs_would_take_otherwise() -> None:
+    """With greedy routing n_group limits the groups elsewhere; a length is what is read."""
+    greedy = TINY.with_(max_devices=None)
+    said = greedy.to_hf()
+    assert (said["n_group"], said["topk_group"], said["n_devices"]) == (1, 1, 4)
+    assert Config.from_hf(said) == greedy
+    older = {k: v for k, v in said.items() if k != "n_devices"} | {"n_group": 4, "topk_group": 4}
+    assert Config.from_hf(older) == greedy                   # as it was written before
+    assert "n_devices" not in TINY.to_hf() | LITE.to_hf()
+    short = TINY.with_(trained_positions=100)
+    said = short.to_hf()
+    assert (said["max_position_embeddings"], said["readable_positions"]) == (100, 512)
+    assert "readable_positions" not in TINY.to_hf() | V2.to_hf()
+    for bad in (TINY.to_hf() | {"n_devices": 2}, older | {"n_devices": 2}):
+        refused(lambda bad=bad: Config.from_hf(bad), "n_devices: 2", "greedy")
+    for bad in (0, 512, 513):
+        refused(lambda bad=bad: TINY.with_(trained_positions=bad), f"trained_positions: {bad}")
+    refused(lambda: V2.with_(trained_positions=4096), "trained_positions: 4096", "no YaRN")

@@ -26,9 +26,8 @@ MODEL = DATA / "model"
 TOKENIZER = load_tokenizer(MODEL / "tokenizer.json")
 FILES = {"config.json", "generation_config.json", "manifest.json", "model.safetensors",
          "tokenizer.json", "tokenizer_config.json"}
-TEXTS = ["Once upon a time", " two  spaces", "小红喜欢苹果，", "🙂 é\r\n\tx",
-         "don't stop_here 1234",
-         ""]
+TEXTS = ["Once upon a time", " two  spaces", "小红喜欢苹果，", "🙂 é\r\n\tx", "",
+         "don't stop_here 1234"]
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 

@@ -48,6 +48,18 @@ def test_a_ready_model_needs_its_tokenizer_and_its_positions(corpus, tokenizer):
             f"tokenizer: {tokenizer.vocab} tokens", f"{tokenizer.vocab - 1}")
 
 
+def test_a_new_model_says_at_which_length_it_is_trained(corpus, tokenizer):
+    """Fewer positions than it can read; all of them; under YaRN as before."""
+    def said(length, **changes):
+        recipe = RECIPE.with_(sequence=length)
+        config = set_up(TINY.with_(**changes), recipe, corpus, tokenizer).model.config
+        return config.trained_positions, config.max_positions
+
+    assert said(20) == (20, 512) and said(30, max_positions=30) == (None, 30)
+    assert said(40, max_positions=30) == (None, 40)
+    assert said(20, yarn_factor=4.0) == (None, 512)
+
+
 def test_what_cannot_fit_is_refused_where_the_memory_is_known(corpus, tokenizer, monkeypatch):
     monkeypatch.setattr(setup, "memory", lambda device: (None, 2**30))
     refused(lambda: set_up(LITE, RECIPE, corpus, tokenizer), "preset", "fits in 1 GiB")
