@@ -23,6 +23,7 @@
   pipelines         of notebook 17
   yarn_and_needles  of notebook 18
   grpo              of notebook 20
+  serving           of notebook 21
   build_it          of notebook 30, the capstone: parts of a model, from stubs
   stub              a part that is built: which token is off, which mistake that looks like
   given             what is given to the parts when they are checked
