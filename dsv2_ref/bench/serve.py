@@ -191,7 +191,7 @@ def _memory(model: DeepSeekV2, plan: Plan) -> list[dict[str, Any]]:
                      "budget_bytes": budget, "bytes_per_token": engine.cache.nbytes_per_token,
                      "predicted_batch": should, "batch": batch,
                      "times_the_one_before": None if before is None else batch / before})
-        before = batch
+        before, engine = batch, None                   # its memory is the next one's
     return rows
 
 
