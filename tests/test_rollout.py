@@ -148,8 +148,9 @@ def test_a_batch_holds_what_the_loss_needs():
 def test_only_groups_with_spread_are_kept():
     """All that is left of a batch is what it would hold of them; the report is of all answers."""
 
-    def judge(which, answers):                               # to question 1 all answers are equal
-        return [0.5 if n == 1 else r for n, r in zip(which, liked(which, answers), strict=True)]
+    def judge(which, answers):                               # to the second all answers are equal
+        equal = which[GROUP]
+        return [0.5 if n == equal else r for n, r in zip(which, liked(which, answers), strict=True)]
 
     def batch(reward, **how):
         rollouts = Rollouts(policy(), policy(2), QUESTIONS, reward, GROUP, NEW, seed=3, **how)
@@ -159,7 +160,7 @@ def test_only_groups_with_spread_are_kept():
     some, report = batch(judge, only_spread=True)
     spread = (whole[4] != 0).view(4, GROUP).any(1)
     kept = spread.repeat_interleave(GROUP)
-    assert 0 < spread.sum() < 4
+    assert spread[0] and not spread[1] and spread[2:].any()
     T = some[0].shape[1]
     for name, a, b in zip(("ids", "mask", "old", "ref", "A"), whole, some, strict=False):
         a = a[kept] if name == "A" else a[kept][:, : T - (name != "ids")]
