@@ -9,6 +9,9 @@ each as long as GRPO takes for its steps, in CPU seconds:
   rejection  as grpo, but the answers that are right are learned like examples, others forgotten
   control    SFT goes on: the same examples, the same optimiser, and no question outside them
 
+Groups without spread are left out of both: their answers would cost as much as others and teach
+nothing.
+
 What is judged are pairs that nobody asks in training, nor in the other order (`held_out` of
 alignment/addition.py). In the curves, by CPU seconds without judging: `right` is the share that the
 most likely answer gets right, `sampled` that of one answer drawn at temperature 1. `crossover` is
@@ -48,7 +51,7 @@ from dsv2_ref.training.recipe import Recipe
 from dsv2_ref.training.trainer import Trainer
 
 LEAST = 0.42                         # SFT stops when so many of other questions are right
-STEPS, QUESTIONS, GROUP, LR = 200, 32, 16, 2e-4       # of GRPO
+STEPS, QUESTIONS, GROUP, LR = 300, 32, 16, 2e-4       # of GRPO
 POINTS = 10                          # of a curve
 Judge = Callable[[DeepSeekV2], dict[str, float]]
 
@@ -139,7 +142,7 @@ def one_seed(seed: int, quick: bool = False) -> dict[str, Any]:
     def way(objective: Callable[[DeepSeekV2, Batch], Named]) -> Trainer:
         policy = copy.deepcopy(start)
         answers = Rollouts(policy, copy.deepcopy(start), prompts(questions, tokenizer),
-                           truth(questions, tokenizer), GROUP, ANSWER, seed)
+                           truth(questions, tokenizer), GROUP, ANSWER, seed, only_spread=True)
         return Trainer(policy, grpo_recipe(seed, steps, rows), answers, objective)
 
     stopped = sft.steps
