@@ -29,7 +29,7 @@ def base(tmp_path, monkeypatch):
     checkpoint.save(DeepSeekV2(config).bfloat16(), tmp_path / "base",
                     {"tokenizer.json": tokenizer.to_json()})
     few = [Document("a", text) for text in TEXTS[:2]]
-    monkeypatch.setattr(align, "open_corpus", lambda name: Corpus(name, "", few, few, few))
+    monkeypatch.setattr(align, "open_corpus", lambda name: Corpus(name, few, few, few, ""))
     monkeypatch.setattr(align, "ANSWER", 4)
     monkeypatch.setattr(align, "examples", lambda n, seed=0, kinds=TRAINED_KINDS, held_out=False:
                         examples(min(n, 18), seed, kinds, held_out))

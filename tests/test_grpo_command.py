@@ -19,12 +19,16 @@ from dsv2_ref.alignment.addition import (
     addition_tokenizer,
     addition_trainer,
 )
+from dsv2_ref.alignment.bodies import Bodies
 from dsv2_ref.alignment.chat import TEMPLATE, conversation_ids, tokenizer_config
 from dsv2_ref.alignment.exam import truth
 from dsv2_ref.alignment.rollout import greedy_reward, grpo_trainer
-from dsv2_ref.bench import grpo
+from dsv2_ref.bench import grpo, grpo_code
 from dsv2_ref.commands import grpo as command
 from dsv2_ref.commands import sft as sft_command
+from dsv2_ref.config import TINY
+from dsv2_ref.model import DeepSeekV2
+from dsv2_ref.text.corpora import Corpus, Document
 from dsv2_ref.text.instructions import pair_is_held_out
 from dsv2_ref.training.recipe import Recipe
 from dsv2_ref.training.run_folder import load_state
@@ -151,8 +155,38 @@ def test_the_control_goes_on_with_its_examples(start, few, tmp_path, capsys, mon
     assert talks == [e.messages for e in addition()[0][:8]] and recipe.seconds == run["seconds"]
 
 
+def test_bodies_of_functions_are_a_task_too(tmp_path, capsys, monkeypatch):
+    """The second reward is the control's; what is judged is the same."""
+    tokenizer = addition_tokenizer()
+    config = TINY.with_(vocab=tokenizer.vocab, bos=tokenizer.bos, eos=tokenizer.eos)
+    start = tmp_path / "start"
+    checkpoint.save(DeepSeekV2(config).bfloat16(), start, {"tokenizer.json": tokenizer.to_json()})
+    files = [Document("a", "def f(x):\n    y = x + 1\n    return y\n\n\n" * 4)] * 2
+    corpus = Corpus("python", files, files, files, "")
+    sizes = grpo_code.QUICK._replace(new_tokens=3)
+    monkeypatch.setattr(command, "open_corpus", lambda name: corpus)
+    monkeypatch.setattr(grpo_code, "FULL", sizes)
+    of = grpo_code.tasks
+    monkeypatch.setattr(grpo_code, "tasks", lambda corpus, tokenizer: of(corpus, tokenizer, sizes))
+    monkeypatch.setattr(grpo_code, "measured", partial(grpo_code.measured, sizes=sizes))
+    paid = []
+    for name in ("finished", "parses"):
+        true = getattr(Bodies, name)
+        monkeypatch.setattr(Bodies, name, lambda self, which, answers, name=name, true=true: (
+            paid.append((name, len(which))) or true(self, which, answers)))
+    code, out, err = call(capsys, "grpo", "--task", "code", "--from", start, "--out",
+                        tmp_path / "out", "--quiet", "--steps", "2", "--questions", "2")
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["task"] == "code" and 0 <= result["control"] <= 1
+    rollouts = [name for name, n in paid if n == 16]             # 2 questions, 8 answers each
+    assert list(dict.fromkeys(rollouts)) == ["finished", "parses"] == sorted(set(rollouts))
+    assert rollouts == sorted(rollouts) and rollouts.count("finished") >= 2
+    assert [name for name, n in paid if n == 3 * sizes.answers].count("finished") == 3
+
+
 @pytest.mark.parametrize("more, said", [
-    (("--from", "nowhere"), "--from: 'nowhere' is no folder, expected a saved chat model"),
+    (("--from", "nowhere"), "--from: 'nowhere' is no folder, expected a saved model"),
     (("--group", "1"), "group: 1, expected at least 2"),
     (("--questions", "0"), "questions: 0, expected at least 1"),
     (("--seeds", "0"), "seeds: 0, expected at least 1"),

@@ -253,15 +253,16 @@ def objective(
 def grpo_trainer(
     model: DeepSeekV2, questions: Sequence[Sequence[int]], reward: Reward, recipe: Recipe,
     group: int, max_new_tokens: int, clip: float = 0.2, beta: float = 0.02,
-    normalise: str = "sequence", only_spread: bool = True,
+    normalise: str = "sequence", cut: Cut | None = None, only_spread: bool = True,
 ) -> Trainer:
     """A trainer of the model itself; the reference is a copy of what it is now.
 
     Its batch counts answers: `group` to each question (ids). To go on with a saved state, make the
-    trainer from the model that the run began with, then restore. only_spread: as of `Rollouts`.
+    trainer from the model that the run began with, then restore. cut, only_spread: as of
+    `Rollouts`.
     """
     answers = Rollouts(model, copy.deepcopy(model), questions, reward, group, max_new_tokens,
-                       recipe.seed, only_spread=only_spread)
+                       recipe.seed, cut, only_spread)
     model.requires_grad_()
     return Trainer(model, recipe, answers, objective(clip, beta, normalise))
 

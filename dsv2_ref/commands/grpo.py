@@ -6,7 +6,7 @@ from argparse import ArgumentParser
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,13 +19,14 @@ from dsv2_ref.alignment.addition import (
 )
 from dsv2_ref.alignment.chat import prompt_ids
 from dsv2_ref.alignment.exam import truth
-from dsv2_ref.alignment.rollout import greedy_reward, grpo_trainer
+from dsv2_ref.alignment.rollout import Reward, greedy_reward, grpo_trainer
 from dsv2_ref.alignment.sft import sft_trainer
+from dsv2_ref.bench import grpo_code
 from dsv2_ref.commands.common import say, write_chat_model
 from dsv2_ref.commands.options import filled
 from dsv2_ref.files.whole import write_text
 from dsv2_ref.model import DeepSeekV2
-from dsv2_ref.text.instructions import Example
+from dsv2_ref.text.corpora import open_corpus
 from dsv2_ref.text.tokenizer import TextTokenizer, load_tokenizer
 from dsv2_ref.training.machine import autocast, default_device, keep_freed_memory
 from dsv2_ref.training.pretrain import train
@@ -37,25 +38,30 @@ from dsv2_ref.training.trainer import Trainer
 
 def add_options(parser: ArgumentParser) -> None:
     parser.description = (
-        "Group relative policy optimisation of a saved chat model on sums that a program judges; "
-        "beside it, from the same model and for as many seconds, more SFT on the sums that it was "
-        "shown. Judged are sums that neither of them was ever asked. Ctrl-C and signals that ask "
-        "to stop save and end the run between two steps; --resume goes on from there."
+        "Group relative policy optimisation of a saved model. addition: sums that a program "
+        "judges; the control is more SFT on the sums that the model was shown, for as many "
+        "seconds; judged are sums that neither was ever asked. code: bodies of Python functions, "
+        "which must parse, do something and be over; the control is a reward for what parses; "
+        "judged on functions of files that were not trained on. Ctrl-C and signals that ask to "
+        "stop save and end a run of addition between two steps; --resume goes on from there."
     )
     add = parser.add_argument
-    add("--from", dest="source", type=filled, metavar="MODEL", default="data/addition",
-        help="folder of a chat model that gets some of the answers right; default: data/addition")
-    add("--task", choices=("addition",), default="addition")
+    add("--from", dest="source", type=filled, metavar="MODEL",
+        help="folder of a saved model that is right sometimes; default: data/addition; for code "
+             "build/model, which `make run` writes")
+    add("--task", choices=("addition", "code"), default="addition")
     add("--seeds", type=int, default=1, metavar="N", help="N runs, of seeds 0 to N - 1")
     add("--out", type=filled, default="build/grpo", help="a folder seed-S in it for each seed S")
     add("--resume", action="store_true", help="go on from the states in --out")
-    add("--steps", type=int, default=100)
+    add("--steps", type=int, help="default: 100; for code 20")
     add("--questions", type=int, default=32, help="in a step")
-    add("--group", type=int, default=16, help="answers to each question")
+    add("--group", type=int, help="answers to each question; default: 16; for code 8")
     add("--clip", type=float, default=0.2, help="epsilon of the ratio's range")
-    add("--beta", type=float, default=0.02, help="weight of the penalty for leaving the start")
-    add("--normalise", choices=("sequence", "token"), default="sequence",
-        help="mean over each answer's tokens, then over answers; or over all tokens")
+    add("--beta", type=float,
+        help="weight of the penalty for leaving the start; default: 0.02; for code 0.05")
+    add("--normalise", choices=("sequence", "token"),
+        help="mean over each answer's tokens, then over answers (default), or over all tokens (for "
+             "code, where a rare reward would make answers long)")
     add("--lr", type=float, default=2e-4, help="peak rate")
     add("--no-control", dest="control", action="store_false", help="GRPO alone")
     add("--save-every", type=int, default=50, help="steps; 0: at both ends alone")
@@ -64,30 +70,44 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def grpo_command(
-    source: str, task: str, seeds: int, out: str, resume: bool, steps: int, questions: int,
-    group: int, clip: float, beta: float, normalise: str, lr: float, control: bool,
-    save_every: int, progress: bool,
+    source: str | None, task: str, seeds: int, out: str, resume: bool, questions: int, lr: float,
+    clip: float, control: bool, save_every: int, progress: bool, steps: int | None = None,
+    group: int | None = None, beta: float | None = None, normalise: str | None = None,
 ) -> dict[str, Any]:
-    """Into out/seed-S: log.jsonl, states and model/. Shares of held-out questions that the most
-    likely answer gets right, means over the seeds."""
+    """Into out/seed-S: log.jsonl, states and model/. Shares of held-out questions that are answered
+    rightly, means over the seeds."""
+    of = TASKS[task]
+    source = of.source if source is None else source
+    steps, group = of.steps if steps is None else steps, of.group if group is None else group
     for name, value, least in (("seeds", seeds, 1), ("questions", questions, 1),
                                ("group", group, 2), ("save_every", save_every, 0)):
         if value < least:
             raise ValueError(f"{name}: {value}, expected at least {least}")
     if not Path(source).is_dir():
-        raise ValueError(f"--from: {source!r} is no folder, expected a saved chat model, as "
-                         "data/addition")
+        raise ValueError(f"--from: {source!r} is no folder, expected a saved model, as {of.source}")
     keep_freed_memory()
-    runs = []
+    loss = {"clip": clip, "beta": of.beta if beta is None else beta,
+            "normalise": normalise or of.normalise}
+    tokenizer, runs = load_tokenizer(Path(source) / "tokenizer.json"), []
     for seed in range(seeds):
         recipe = Recipe(steps=steps, batch=questions * group, optimizer="adamw", lr=lr,
-                        weight_decay=0.0, protected=0.0, seed=seed)
-        folder = RunFolder(Path(out) / f"seed-{seed}")
-        runs.append(_one_seed(source, folder, resume, recipe, control, save_every, progress,
-                              group=group, clip=clip, beta=beta, normalise=normalise))
+                        weight_decay=0.0, protected=0.0, seed=seed, micro_batch=of.micro_batch)
+        asked = of.asked(tokenizer, recipe, group, loss)
+        runs.append(_one_seed(source, RunFolder(Path(out) / f"seed-{seed}"), resume, asked, control,
+                              save_every, progress))
     names = ("before", "after", "control") if control else ("before", "after")
     means = {name: statistics.fmean(run[name] for run in runs) for name in names}
     return {"task": task, **means, "seeds": runs, "out": out}
+
+
+class Asked(NamedTuple):
+    """A task with its seed: trainers of a model, and a judge."""
+
+    seed: int
+    make: Callable[[DeepSeekV2], Trainer]
+    right: Callable[[Trainer], float]                            # share of held-out questions
+    control: Callable[[DeepSeekV2, Trainer], Trainer]            # of the model as it was
+    control_is: str
 
 
 def rewarded(
@@ -120,45 +140,73 @@ def rewarded(
 
 
 def _one_seed(
-    source: str, run: RunFolder, resume: bool, recipe: Recipe, control: bool, save_every: int,
-    progress: bool, **asked: Any,
+    source: str, run: RunFolder, resume: bool, asked: Asked, control: bool, save_every: int,
+    progress: bool,
 ) -> dict[str, Any]:
     """One run and its control."""
-    tokenizer = load_tokenizer(Path(source) / "tokenizer.json")
-    questions, held_out = addition()             # of seed 0: the examples are the first of them
-    ids = [prompt_ids(example.prompt, tokenizer) for example in questions]
-    result: dict[str, Any] = {"seed": recipe.seed}
-
-    def make(model: DeepSeekV2) -> Trainer:
-        return grpo_trainer(model, ids, truth(questions, tokenizer), recipe,
-                            max_new_tokens=ANSWER, **asked)
-
-    trainer = rewarded(source, run, resume, make, save_every, progress, lambda trainer:
-                       result.update(before=_right(trainer, tokenizer, held_out)))
-    result |= {"after": _right(trainer, tokenizer, held_out), "seconds": trainer.elapsed}
+    result: dict[str, Any] = {"seed": asked.seed}
+    trainer = rewarded(source, run, resume, asked.make, save_every, progress, lambda trainer:
+                       result.update(before=asked.right(trainer)))
+    result |= {"after": asked.right(trainer), "seconds": trainer.elapsed}
     if control:
-        say(f"control: SFT for {trainer.elapsed:.0f} seconds")
-        other = _control(source, tokenizer, questions[:EXAMPLES], trainer.elapsed, recipe.seed,
-                         progress)
-        result |= {"control": _right(other, tokenizer, held_out), "control_steps": other.steps}
+        other = asked.control(checkpoint.load(source, torch.float32, default_device()), trainer)
+        say(f"control: {asked.control_is}")
+        train(other, progress=progress)
+        result |= {"control": asked.right(other), "control_steps": other.steps}
     return result
 
 
-def _control(
-    source: str, tokenizer: TextTokenizer, shown: list[Example], seconds: float, seed: int,
-    progress: bool,
-) -> Trainer:
-    """The same model after as many seconds of SFT on the examples that it was shown."""
-    model = checkpoint.load(source, torch.float32, default_device())
-    recipe = addition_recipe(seed=seed + 1).with_(seconds=seconds)
-    trainer = sft_trainer(model, tokenizer, [e.messages for e in shown], recipe)
-    train(trainer, progress=progress)
-    return trainer
+def _addition(
+    tokenizer: TextTokenizer, recipe: Recipe, group: int, loss: dict[str, Any]
+) -> Asked:
+    """Judged are the most likely answers."""
+    questions, held_out = addition()             # of seed 0: the examples are the first of them
+    ids, held = ([prompt_ids(example.prompt, tokenizer) for example in part]
+                 for part in (questions, held_out))
+
+    def right(trainer: Trainer) -> float:
+        with autocast(trainer.device, trainer.precision):
+            return greedy_reward(trainer.model.eval(), held, truth(held_out, tokenizer), ANSWER)
+
+    def control(model: DeepSeekV2, beside: Trainer) -> Trainer:
+        again = addition_recipe(seed=recipe.seed + 1).with_(seconds=beside.elapsed)
+        return sft_trainer(model, tokenizer, [e.messages for e in questions[:EXAMPLES]], again)
+
+    return Asked(recipe.seed, lambda model: grpo_trainer(
+        model, ids, truth(questions, tokenizer), recipe, group, ANSWER, **loss), right, control,
+        "SFT on the examples for as many seconds")
 
 
-def _right(trainer: Trainer, tokenizer: TextTokenizer, held_out: list[Example]) -> float:
-    """Share of the held-out questions that the most likely answer gets right."""
-    model: DeepSeekV2 = trainer.model.eval()
-    ids = [prompt_ids(example.prompt, tokenizer) for example in held_out]
-    with autocast(trainer.device, trainer.precision):
-        return greedy_reward(model, ids, truth(held_out, tokenizer), ANSWER)
+def _code(
+    tokenizer: TextTokenizer, recipe: Recipe, group: int, loss: dict[str, Any]
+) -> Asked:
+    """Judged are answers that are drawn."""
+    seen, held_out = grpo_code.tasks(open_corpus("python"), tokenizer)
+
+    def of(reward: Reward) -> Callable[..., Trainer]:
+        return lambda model, *_: grpo_trainer(
+            model, seen.questions, reward, recipe, group, grpo_code.FULL.new_tokens, cut=seen.cut,
+            **loss)
+
+    def right(trainer: Trainer) -> float:
+        with autocast(trainer.device, trainer.precision):
+            return grpo_code.measured(trainer.model.eval(), held_out, recipe.seed)["finished"]
+
+    return Asked(recipe.seed, of(seen.finished), right, of(seen.parses),
+                 "as many steps with a reward for what parses")
+
+
+class Task(NamedTuple):
+    """Where a task begins and what its run is like, unless it is said otherwise."""
+
+    asked: Callable[[TextTokenizer, Recipe, int, dict[str, Any]], Asked]
+    source: str
+    steps: int
+    group: int
+    beta: float
+    normalise: str
+    micro_batch: int | None = None
+
+
+TASKS = {"addition": Task(_addition, "data/addition", 100, 16, 0.02, "sequence"),
+         "code": Task(_code, "build/model", 20, 8, 0.05, "token", 64)}
