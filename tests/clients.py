@@ -68,7 +68,7 @@ def small(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def lm(request):
+def lm():
     huggingface = pytest.importorskip("lm_eval.models.huggingface", reason="needs lm-eval")
     return huggingface.HFLM(str(MODEL), dtype="float32", device="cpu", batch_size=2)
 
@@ -78,25 +78,27 @@ def asked(kind: str, *arguments: tuple) -> list:
     return [Instance(kind, {}, each, i) for i, each in enumerate(arguments)]
 
 
-def log_prob(*texts: str) -> float:
-    """Of the second text behind the first; of one text alone, all of it."""
+def log_prob(*texts: str, marks: int = 1) -> float:
+    """Of the second text behind the first; of one text alone, all of it and all marks but one."""
     model, tokenizer = checkpoint.load(MODEL, torch.float32), load_tokenizer(
         MODEL / "tokenizer.json")
-    ids = torch.tensor([[tokenizer.bos, *tokenizer.encode("".join(texts))]])
+    ids = torch.tensor([[tokenizer.bos] * marks + tokenizer.encode("".join(texts))])
     behind = len(tokenizer.encode(texts[0])) if len(texts) > 1 else 0
     with torch.no_grad():
         return token_log_probs(model, ids)[0, behind:].double().sum().item()
 
 
-def test_lm_eval_reads_the_same_numbers(lm):
+def test_lm_eval_reads_the_same_numbers(lm, monkeypatch):
     pairs = [("Once upon a time", " there was a little girl"), ("One day,", " a kite")]
     found = lm.loglikelihood(asked("loglikelihood", *pairs))
     for (value, greedy), pair, right in zip(found, pairs, (True, False), strict=True):
         assert value == pytest.approx(log_prob(*pair), rel=1e-5) and greedy is right
-    texts = ["Lily had a red kite.", "小红喜欢苹果。"]
-    found = lm.loglikelihood_rolling(asked("loglikelihood_rolling", *((t,) for t in texts)))
-    assert found == pytest.approx([log_prob(text) for text in texts], rel=1e-5)
     assert lm.max_length == 256
+    texts = ["Lily had a red kite.", "小红喜欢苹果。"]
+    for add, marks in ((None, 2), (False, 1)):           # as the page says
+        monkeypatch.setattr(lm, "add_bos_token", add)
+        found = lm.loglikelihood_rolling(asked("loglikelihood_rolling", *((t,) for t in texts)))
+        assert found == pytest.approx([log_prob(t, marks=marks) for t in texts], rel=1e-5)
 
 
 def test_lm_eval_writes_the_same_text(lm):
@@ -125,7 +127,7 @@ def test_vllm_writes_the_same_text(name, small, tmp_path):
     (tmp_path / "write.py").write_text(snippet("write.py"), encoding="utf-8")
     out = run(python, tmp_path / "write.py", folder, *PROMPTS, VLLM_MLA_DISABLE="1",
               VLLM_CPU_KVCACHE_SPACE="1", PYTHONPATH="")
-    found = json.loads(out.strip().splitlines()[-1])
+    found = next(json.loads(line) for line in out.splitlines() if line.startswith('["'))   # no log
     for text, mine in zip(found, ours(folder), strict=False):
         mine = mine.rstrip("�")                        # half a character is not written
         assert text[: len(mine)] == mine and len(mine) > 20

@@ -58,6 +58,20 @@ def test_train_writes_everything(trained):
     assert len((trained / "log.jsonl").read_text().splitlines()) == 6
 
 
+def test_transformers_takes_what_train_writes(trained):
+    """With the folder's name alone; tests/test_export.py has more of it."""
+    library, folder = pytest.importorskip("transformers"), trained / "model"
+    tokenizer = library.AutoTokenizer.from_pretrained(folder)
+    theirs = library.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ours, own = checkpoint.load(folder, torch.float32), load_tokenizer(folder / "tokenizer.json")
+    ids = tokenizer("def f1(x):\n", return_tensors="pt").input_ids
+    assert ids.tolist() == [[own.bos, *own.encode("def f1(x):\n")]]
+    with torch.no_grad():
+        mine, found = ours(ids), theirs(ids).logits
+    assert (mine - found).abs().max() < 1e-5 * mine.abs().max()
+    assert (tokenizer.pad_token_id, tokenizer.model_max_length) == (own.eos, 32)
+
+
 def test_a_preset_of_the_ladder_comes_with_its_recipe(texts, tmp_path, capsys):
     code, _, err = call(capsys, "train", "--preset", "10m", "--corpus", texts, "--steps", 1,
                         "--sequence", 16, "--batch", 1, "--no-save", "--quiet", "--out", tmp_path)
