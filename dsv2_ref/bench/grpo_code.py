@@ -23,10 +23,10 @@ repeats itself. `bits_per_byte` is of held-out files: what the training costs el
 `curve` has the same shares of the training batches, and KL and entropy, step by step.
 
 Training ends when two batches in a row got `GOALS` on average. Further on the share still rises,
-and the bodies become alike: `distinct_4` was halved when two of five parsed and did something. The
-loss is averaged over tokens: a mean over each answer's own tokens punishes a short wrong answer
-more than a long one, and with a rare reward, where most answers are wrong, all grow long. Batches
-hold the answers to questions with some spread alone. Drawn, not greedy, at temperature 1.
+and the bodies become alike: `distinct_4` was nearly halved when two of five parsed and did
+something. The loss is averaged over each answer's tokens, then over answers: with a mean over all
+tokens at once, bodies became a third shorter. Batches hold the answers to questions with some
+spread alone. data/README.md says which of this was measured, and what came out.
 """
 
 import copy
@@ -55,7 +55,7 @@ from dsv2_ref.training.recipe import Recipe
 from dsv2_ref.training.setup import set_up
 from dsv2_ref.training.trainer import Trainer
 
-GOALS = {"finished": 0.15, "parses": 0.9}
+GOALS = {"finished": 0.1, "parses": 0.9}
 REWARDS = tuple(GOALS)
 SHARES = ("parses", "does_something", "finished")
 STEPS, RATE, CLIP, BETA = 40, 2e-4, 0.2, 0.05
@@ -117,7 +117,7 @@ def learned(
     recipe = Recipe(steps=steps, batch=sizes.questions * sizes.group, micro_batch=64, lr=RATE,
                     optimizer="adamw", weight_decay=0.0, protected=0.0, precision="fp32",
                     schedule="step", decay_at=(2.0, 2.0), seed=seed)              # no decay
-    trainer = Trainer(policy, recipe, batches, objective(CLIP, BETA, "token"))
+    trainer = Trainer(policy, recipe, batches, objective(CLIP, BETA))
     log: list[dict[str, Any]] = []
     while len(log) < steps and not (len(log) > 1 and log[-1]["reward"] + log[-2]["reward"]
                                     >= 2 * GOALS[reward]):
