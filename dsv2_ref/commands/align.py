@@ -47,7 +47,7 @@ from dsv2_ref.training.run_folder import RunFolder
 TO_REFUSE = ("unknown", "refusal")
 REASONING = tuple(kind for kind in TRAINED_KINDS if kind not in (*TO_REFUSE, "words"))
 C_HELPFUL, C_SAFETY, C_RULE = 0.2, 1.0, 0.5          # of (36); the paper does not name them
-SOMETIMES = (0.03, 0.97)                             # shares of right answers
+SOMETIMES = (0.1, 0.9)                               # shares of right answers
 ANSWER = 40                                          # most tokens of one
 PICTURE = "align.png"
 
@@ -66,7 +66,7 @@ def add_options(parser: ArgumentParser) -> None:
     add("--sft-steps", type=int, default=1000, help="of 32 conversations")
     add("--reward-questions", type=int, default=480, help="8 answers to each are judged")
     add("--grpo-steps", type=int, default=60,
-        help="of stage 1, 16 questions with 8 answers each; stage 2 has half as many")
+        help="of stage 1, 32 questions with 8 answers each; stage 2 has half as many")
     add("--quiet", dest="progress", action="store_false", help="no progress bar")
     parser.set_defaults(act=align_command)
 
@@ -141,8 +141,8 @@ def _grpo(
     if judge is not None:
         helpful = load_reward_model(judge, torch.float32, default_device())
         reward = preference(asked, tokenizer, as_reward(helpful, ids, tokenizer))
-    recipe = Recipe(steps=steps, batch=128, optimizer="adamw", lr=2e-4, weight_decay=0.0,
-                    protected=0.0)
+    recipe = Recipe(steps=steps, batch=256, optimizer="adamw", lr=3e-4, warmup=0.2,
+                    weight_decay=0.0, protected=0.0)
     rewarded(before, run, True, lambda model: grpo_trainer(model, ids, reward, recipe, 8, ANSWER),
              20, progress)
 
