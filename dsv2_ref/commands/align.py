@@ -97,7 +97,7 @@ def align_command(
         source, "builtin", str(folder / "sft"), states("sft"), None, 100, progress,
         n_examples=max(sft_steps, 1) * 16, steps=sft_steps))
     stage("reward", lambda: write_text(folder / "reward.json", json.dumps(reward_command(
-        str(models["sft"]), "builtin", "pair", str(folder / "reward"), states("reward"), 1.0, 32,
+        str(models["sft"]), "builtin", "pair", str(folder / "reward"), states("reward"), 3.0, 32,
         100, progress, reward_questions))))
     tokenizer = load_tokenizer(models["sft"] / "tokenizer.json")
     stage("stage-1", lambda: _grpo(
