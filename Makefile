@@ -78,6 +78,7 @@ copies: ready
 bench: ready
 	$(BIN)/python -m dsv2_ref bench cpu_decode
 	$(BIN)/python -m dsv2_ref bench train
+	OMP_NUM_THREADS=1 $(BIN)/python -m dsv2_ref bench serve
 
 # the course as static pages under build/site; `make site EXTERNAL=--external` asks for other sites' pages too
 site: EXTRAS := $(EXTRAS),site

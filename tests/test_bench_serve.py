@@ -113,7 +113,7 @@ def test_a_full_engine_goes_on_as_if_it_had_read_its_prompts(model) -> None:
     asked = asks(TINY.vocab, 9, (161, 161), (16, 16))
     engine = Engine(model, pages * 16 * int(cache_bytes(TINY, "latent", 4)), "latent", 16)
     assert filled(engine, asked) == 4
-    assert len(engine._requests) == 4 and all(r.slot is not None for r in engine._running())
+    assert [engine._missing(r) for r in engine._running()] == [1] * len(engine._requests) == [1] * 4
     got = [id for id, _, _ in engine.run()]
     assert len(got) == 4 * 16 and sorted(set(got)) == [0, 1, 2, 3] and not engine.pages_in_use
 
