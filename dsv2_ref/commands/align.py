@@ -102,11 +102,11 @@ def align_command(
     tokenizer = load_tokenizer(models["sft"] / "tokenizer.json")
     stage("stage-1", lambda: _grpo(
         models["sft"], RunFolder(folder / "stage-1"), tokenizer,
-        examples(2000, seed=1, kinds=_sometimes_right(models["sft"], tokenizer)), grpo_steps, None,
-        progress))
+        examples(2000, seed=1, kinds=_sometimes_right(models["sft"], tokenizer)), grpo_steps, 3e-4,
+        None, progress))
     stage("stage-2", lambda: _grpo(
         models["stage-1"], RunFolder(folder / "stage-2"), tokenizer, examples(2000, seed=2),
-        max(grpo_steps // 2, 1), models["reward"], progress))
+        max(grpo_steps // 2, 1), 1e-4, models["reward"], progress))
     began = time.perf_counter()
     table = {name: _judged(models[name], tokenizer, corpus)
              for name in ("base", "sft", "stage-1", "stage-2")}
@@ -133,18 +133,19 @@ def _sometimes_right(sft: Path, tokenizer: TextTokenizer) -> list[str]:
 
 def _grpo(
     before: Path, run: RunFolder, tokenizer: TextTokenizer, asked: Sequence[Example], steps: int,
-    judge: Path | None, progress: bool,
+    lr: float, judge: Path | None, progress: bool,
 ) -> None:
-    """A stage: 1 without a reward model, 2 with one."""
+    """A stage: 1 without a reward model, 2 with one, which is followed more slowly."""
     ids = [prompt_ids(example.prompt, tokenizer) for example in asked]
     reward = truth(asked, tokenizer)
     if judge is not None:
         helpful = load_reward_model(judge, torch.float32, default_device())
         reward = preference(asked, tokenizer, as_reward(helpful, ids, tokenizer))
-    recipe = Recipe(steps=steps, batch=256, optimizer="adamw", lr=3e-4, warmup=0.2,
+    recipe = Recipe(steps=steps, batch=256, optimizer="adamw", lr=lr, warmup=0.2,
                     weight_decay=0.0, protected=0.0)
-    rewarded(before, run, True, lambda model: grpo_trainer(model, ids, reward, recipe, 8, ANSWER),
-             20, progress)
+    beta = 0.02 if judge is None else 0.1
+    rewarded(before, run, True, lambda model: grpo_trainer(
+        model, ids, reward, recipe, 8, ANSWER, beta=beta), 20, progress)
 
 
 def preference(

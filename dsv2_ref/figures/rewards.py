@@ -177,7 +177,9 @@ def exam_table(models: Mapping[str, Mapping[str, float]]) -> Figure:
     for y, kind in enumerate(shown):
         for x, of in enumerate(models.values()):
             text = f"{of[kind]:.3f}" if kind == "bits_per_byte" else f"{of[kind]:.0%}"
-            ax.text(x, y, text, ha="center", va="center", fontsize=9)
+            dark = kind in kinds and of[kind] > 0.6
+            ax.text(x, y, text, ha="center", va="center", fontsize=9,
+                    color="white" if dark else INK)
     ax.set_xticks(range(len(models)), list(models))
     ax.set_yticks(range(len(shown)), [kind.replace("_", " ") for kind in shown])
     ax.tick_params(length=0, top=False, labeltop=True, labelbottom=False)
