@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The adapter beside lm-eval's own `hf` adapter on the same folder: `make parity_lm_eval`.
 
-data/model, with what transformers needs beside it: the marks by name, and a tokenizer that puts the
-begin mark first. Tasks of all four kinds in fp32, with transformers' eager experts: each request,
-and each metric to its last digit. Odd requests in fp64 too, where less hides behind rounding.
+data/model, read at all its positions and as it is. Tasks of all four kinds in fp32, with
+transformers' eager experts: each request, and each metric to its last digit. Odd requests in fp64
+too, where less hides behind rounding.
 
 In fp32 a logit of 20 is known to 2e-6, however small the log p that is made of it. So what is near
 0 is compared to 2e-5, all else to a relative 1e-6. In fp64 everything is compared to a relative
@@ -21,11 +21,12 @@ import yaml
 from calling import call
 
 from dsv2_ref import checkpoint
-from dsv2_ref.alignment.chat import CONFIG_FILE, tokenizer_config
 from dsv2_ref.alignment.tasks import COLOURS, LOCAL, SANDBOXED, colour_rows
+from dsv2_ref.commands.common import files_for_others
 from dsv2_ref.inference.benchmarks import BENCHMARKS
 from dsv2_ref.inference.evaluate import score_continuations
 from dsv2_ref.inference.scoring import choose
+from dsv2_ref.stretch import with_config
 from dsv2_ref.text.tokenizer import BEGIN, END, load_tokenizer
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs the extra `eval`")
@@ -46,20 +47,12 @@ def offline():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A copy as transformers takes it."""
+    """data/model as if it had been trained at all positions that it can read: room for tasks."""
     model = checkpoint.load("data/model", torch.float32)
-    tokenizer = load_tokenizer("data/model/tokenizer.json")
-    told = json.loads(tokenizer.to_json())
-    told["post_processor"] = {
-        "type": "TemplateProcessing", "single": [{"SpecialToken": {"id": BEGIN, "type_id": 0}},
-                                                 {"Sequence": {"id": "A", "type_id": 0}}],
-        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-        "special_tokens": {BEGIN: {"id": BEGIN, "ids": [tokenizer.bos], "tokens": [BEGIN]}},
-    }
+    model = with_config(model, model.config.with_(trained_positions=None))
     path = tmp_path_factory.mktemp("parity") / "model"
-    checkpoint.save(model, path, {
-        CONFIG_FILE: tokenizer_config(model.config.max_positions),
-        "tokenizer.json": json.dumps(told, ensure_ascii=False)})
+    checkpoint.save(model, path, files_for_others(load_tokenizer("data/model/tokenizer.json"),
+                                                  model.config))
     return path
 
 
@@ -84,6 +77,18 @@ def both(folder):
 @pytest.fixture(scope="module")
 def exact(folder):
     return adapters(folder, torch.float64)
+
+
+def test_a_folder_that_says_its_trained_length_is_read_to_it():
+    """data/model as it is: 256 tokens."""
+    ours, theirs = adapters("data/model", torch.float32)
+    assert theirs.max_length == 256 == ours.model.config.max_positions
+    text = "Once upon a time there was a little girl named Lily. " * 40
+    for kind, *arguments in (("loglikelihood", text, " She was happy."),
+                             ("loglikelihood_rolling", text)):
+        mine, its = (getattr(adapter, kind)(asked(kind, tuple(arguments)))[0]
+                     for adapter in (ours, theirs))
+        equal(mine, its)
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,9 @@ adapter takes, so the numbers are the same (`make parity_lm_eval` compares them)
   2. The begin mark stands before every text that does not start with it, as our exported
      tokenizer.json asks transformers to do. Text that spells a mark becomes the mark here, as in
      transformers and unlike in training: chat templates need it.
-  3. What is too long loses tokens on the left, the begin mark first.
-  4. A whole text is read in windows of max_positions tokens, of which only the first token of a
+  3. What is too long loses tokens on the left, the begin mark first. Too long is what is longer
+     than the trained length, where the config says it: others read to that.
+  4. A whole text is read in windows of that many tokens, of which only the first token of a
      later one is context. The begin mark is *predicted too*, behind another one: lm-eval does so.
      A trained model finds it unlikely, which adds to the bits per byte of short texts;
      evaluate.bits_per_byte counts no such token and overlaps its windows.
@@ -32,6 +33,7 @@ from tokenizers import Tokenizer
 from dsv2_ref.inference.evaluate import score_continuations
 from dsv2_ref.inference.until import Ask, continue_until
 from dsv2_ref.model import DeepSeekV2
+from dsv2_ref.stretch import with_config
 from dsv2_ref.text.tokenizer import BEGIN, END, TextTokenizer
 
 MAX_GEN_TOKS = 256       # of a task that does not say; the `hf` adapter's number
@@ -49,6 +51,9 @@ class Adapter(TemplateLM):
         memory_bytes: int = 2**30, progress: bool = False,
     ) -> None:
         super().__init__()
+        if (trained := model.config.trained_positions) is not None:
+            model = with_config(model, model.config.with_(max_positions=trained,
+                                                          trained_positions=None))
         self.model, self.text_tokenizer = model.eval(), tokenizer
         self.batch, self.memory_bytes, self.progress = batch, memory_bytes, progress
         self.encoder = Tokenizer.from_str(tokenizer.to_json())       # reads marks in texts as marks
