@@ -19,7 +19,11 @@ PANELS = {"reward": "mean reward", "held": "greedy, held out", "entropy": "entro
 BINS = [(0.05, 0.1, 40), (0.45, 0.3, 10), (0.9, 1.0, 50)]         # chance, share, how many
 TABLE = {"base": {"sort": 0.0, "count": 0.1, "bits_per_byte": 0.115},
          "stage-1": {"sort": 0.6, "count": 1.0, "bits_per_byte": 0.31}}
+WAYS = [{"curves": {way: [{"seconds": 0.0, "right": 0.4}, {"seconds": 9.0 + seed, "right": end}]
+                    for way, end in (("grpo", 0.8 + seed / 10), ("control", 0.6))}}
+        for seed in (0, 1)]
 DRAW = {
+    "learning_ways": lambda: figures.learning_ways(WAYS),
     "reward_loop": lambda: figures.reward_loop("sort 3 1 2", ANSWERS, [0.8, 0, 0.2, 0.2], A),
     "reward_loop, equal": lambda: figures.reward_loop("?", ["a", "b"], [1, 1], [0, 0]),
     "clipped_gain": lambda: figures.clipped_gain(0.2),
@@ -122,7 +126,16 @@ def test_the_table_writes_every_share_and_colours_no_bits():
     assert ax.get_title(loc="left") == "right: 5% → 80%"
 
 
+def test_ways_are_drawn_seed_by_seed_and_as_their_mean():
+    ax = DRAW["learning_ways"]().axes[0]
+    assert len(ax.lines) == 6 and ax.get_title(loc="left") == "from 40% to grpo 85%, control 60%"
+    mean = next(line for line in ax.lines if line.get_label() == "grpo")
+    assert np.allclose(mean.get_xydata(), [(0, 0.4), (9.5, 0.85)])
+    assert len({line.get_color() for line in ax.lines}) == 2
+
+
 def test_refusals():
+    refused(lambda: figures.learning_ways([]), "runs: expected at least one")
     refused(lambda: figures.exam_table({}), "models: 0 with different kinds")
     refused(lambda: figures.exam_table({"a": {"x": 1}, "b": {"y": 1}}), "models: 2 with different")
     refused(lambda: figures.reward_loop("?", ["a"], [1.0, 2.0], [0.0]), "answers: 1 with 2 rewards")

@@ -212,3 +212,30 @@ def answer_tokens(tokens: Sequence[str], learned: Sequence[bool], across: int = 
            title=f"{sum(learned)} of {len(tokens)} tokens are learned, the others are read")
     ax.set_axis_off()
     return figure
+
+
+@styled
+def learning_ways(runs: Sequence[Mapping[str, Any]]) -> Figure:
+    """The runs of `bench grpo`: held-out questions right by CPU seconds, each way a colour, a thin
+    line for each seed and a thick one for their mean."""
+    if not runs:
+        raise ValueError("runs: expected at least one")
+    figure = Picture(8.0, 4.0)
+    ax = figure.subplots()
+    ends = []
+    for color, way in zip(_LINES, runs[0]["curves"], strict=False):
+        curves = [run["curves"][way] for run in runs]
+        for curve in curves:
+            ax.plot([p["seconds"] for p in curve], [p["right"] for p in curve], color=color, lw=0.8,
+                    alpha=0.5)
+        mean = {key: np.mean([[p[key] for p in curve] for curve in curves], 0)
+                for key in ("seconds", "right")}
+        ax.plot(mean["seconds"], mean["right"], color=color, lw=2.2, label=way)
+        ends.append(f"{way} {mean['right'][-1]:.0%}")
+    start = np.mean([run["curves"][way][0]["right"] for run in runs])
+    ax.set_title(f"from {start:.0%} to " + ", ".join(ends), loc="left")
+    ax.set_xlabel("CPU seconds")
+    ax.set_ylabel("held-out questions right")
+    ax.set_ylim(0, 1)
+    ax.legend(loc="lower right")
+    return figure
