@@ -81,7 +81,7 @@ def exact(folder):
 
 def test_a_folder_that_says_its_trained_length_is_read_to_it():
     """data/model as it is: 256 tokens."""
-    ours, theirs = adapters("data/model", torch.float32)
+    ours, theirs = adapters(pathlib.Path("data/model"), torch.float32)
     assert theirs.max_length == 256 == ours.model.config.max_positions
     text = "Once upon a time there was a little girl named Lily. " * 40
     for kind, *arguments in (("loglikelihood", text, " She was happy."),
