@@ -75,8 +75,19 @@ def test_every_stage_builds_on_the_one_before_and_is_done_once(base, tmp_path, c
     assert "-- stage-2\n" in err and "-- sft\n" not in err
     assert (folder / "sft" / "model" / "model.safetensors").stat().st_mtime_ns == before
 
-    code, out, err = call(capsys, "align", "--from", "nowhere")
-    assert (code, out) == (2, "") and "--from: 'nowhere' is no folder" in err
+    shutil.rmtree(folder / "stage-2" / "model")
+    (folder / "reward.json").unlink()                                    # as if killed in between
+    code, out, err = call(capsys, *ask)
+    assert code == 0 and json.loads(out)["table"] == result["table"] and "-- reward\n" in err
+
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "align.png").write_text("a person's")
+    for more, said in ((("--from", "nowhere"), "--from: 'nowhere' is no folder"),
+                       (("--grpo-steps", "0"), "grpo_steps: 0, expected at least 1"),
+                       (("--grpo-steps", "2"), "grpo_steps: 2, expected 1, with which"),
+                       (("--out", tmp_path / "mine"), "holds other files, expected a new or")):
+        code, out, err = call(capsys, *ask, *more)
+        assert (code, out) == (2, "") and said in err
 
 
 def test_preference_adds_three_rewards_up():

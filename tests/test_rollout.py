@@ -283,8 +283,8 @@ def test_a_damaged_policy_is_refused_in_one_line():
 def test_refusals():
     model, reference = policy(), policy(2)
 
-    def make(questions=QUESTIONS, group=GROUP, reference=reference, reward=liked):
-        return Rollouts(model, reference, questions, reward, group, NEW)
+    def make(questions=QUESTIONS, group=GROUP, reference=reference, reward=liked, **more):
+        return Rollouts(model, reference, questions, reward, group, NEW, **more)
 
     refused(lambda: make(group=1), "group: 1", "at least 2")
     refused(lambda: make(questions=[]), "questions: none")
@@ -299,6 +299,9 @@ def test_refusals():
         refused(lambda: sample_answers(model, QUESTIONS, 2, 3, draws(), lambda n, row: wrong),  # noqa: B023
                 f"cut: {wrong}", "expected 1 to")
     state = make().state()
-    refused(lambda: make(questions=QUESTIONS[:2]).load(state), "questions 4", "expected 2")
+    for other in ({"questions": QUESTIONS[:2]}, {"group": 4}, {"settings": "0.1"},
+                  {"reference": DeepSeekV2(model.config)}):
+        refused(lambda: make(**other).load(state), "cannot resume: questions")  # noqa: B023
+    assert make().state() == state
     refused(lambda: make().load(state | {"seed": 9}), "seed 9")
     refused(lambda: make().load(state | {"asked": "x"}), "asked 'x'")

@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,6 +32,7 @@ from dsv2_ref.alignment.grpo import advantages, grpo_terms
 from dsv2_ref.inference.evaluate import token_log_probs
 from dsv2_ref.inference.generate import NOT_A_NUMBER, generate, read, sample, step
 from dsv2_ref.model import DeepSeekV2
+from dsv2_ref.text.data import fingerprint
 from dsv2_ref.training.objective import Batch, Named
 from dsv2_ref.training.recipe import Recipe
 from dsv2_ref.training.trainer import Trainer
@@ -134,12 +136,13 @@ class Rollouts:
     an answer ends that has no end mark of its own. only_spread: leave out of a batch the answers to
     questions whose rewards are all equal, unless there are no others. They teach nothing, and where
     a reward is rare they are most of the work; with them goes what the penalty would say of them.
+    settings: what else a run that goes on must share with the one before.
     """
 
     def __init__(
         self, policy: DeepSeekV2, reference: DeepSeekV2, questions: Sequence[Sequence[int]],
         reward: Reward, group: int, max_new_tokens: int, seed: int = 0, cut: Cut | None = None,
-        only_spread: bool = False,
+        only_spread: bool = False, settings: str = "",
     ) -> None:
         if group < 2:
             raise ValueError(f"group: {group}, expected at least 2 answers to compare")
@@ -151,6 +154,10 @@ class Rollouts:
         self.questions, self.reward, self.seed = questions, reward, seed
         self.group, self.max_new_tokens = group, max_new_tokens
         self.cut, self.only_spread = cut, only_spread
+        first = reference.embedding.weight[:, 0].float().cpu().numpy()
+        flat = np.array([i for question in questions for i in (len(question), *question)], np.int64)
+        self.fingerprint = fingerprint(flat, str(group), str(max_new_tokens), settings,
+                                       str(fingerprint(first)))
         self.asked = 0                   # questions so far
         self.report: dict[str, float] = {}
 
@@ -207,14 +214,15 @@ class Rollouts:
         return int(torch.randperm(len(self.questions), generator=draws)[place])
 
     def state(self) -> dict[str, Any]:
-        return {"asked": self.asked, "seed": self.seed, "questions": len(self.questions)}
+        return {"asked": self.asked, "seed": self.seed, "questions": self.fingerprint}
 
     def load(self, state: dict[str, Any]) -> None:
         """ValueError if the place is one among other questions."""
         for name, mine in self.state().items():
             if not isinstance(state.get(name), int) or name != "asked" and state[name] != mine:
                 raise ValueError(f"cannot resume: {name} {state.get(name)!r}, expected "
-                                 f"{mine if name != 'asked' else 'a number'}")
+                                 f"{mine if name != 'asked' else 'a number'}: the same questions, "
+                                 "group, room, loss and reference")
         self.asked = state["asked"]
 
 
@@ -262,7 +270,7 @@ def grpo_trainer(
     `Rollouts`.
     """
     answers = Rollouts(model, copy.deepcopy(model), questions, reward, group, max_new_tokens,
-                       recipe.seed, cut, only_spread)
+                       recipe.seed, cut, only_spread, f"{clip} {beta} {normalise}")
     model.requires_grad_()
     return Trainer(model, recipe, answers, objective(clip, beta, normalise))
 

@@ -14,6 +14,7 @@ Every stage has a run folder in --out; one that is done is not done again.
 """
 
 import json
+import shutil
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
@@ -36,7 +37,7 @@ from dsv2_ref.commands.reward import reward_command
 from dsv2_ref.commands.sft import sft_command
 from dsv2_ref.files.whole import write_text
 from dsv2_ref.inference.evaluate import bits_per_byte
-from dsv2_ref.text.corpora import byte_count, open_corpus
+from dsv2_ref.text.corpora import Document, byte_count, open_corpus
 from dsv2_ref.text.data import marked
 from dsv2_ref.text.instructions import HELD_OUT_KINDS, TRAINED_KINDS, Example, examples
 from dsv2_ref.text.tokenizer import TextTokenizer, load_tokenizer
@@ -61,12 +62,14 @@ def add_options(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--from", dest="source", type=filled, metavar="MODEL", default="data/model",
         help="folder of a base model; default: data/model")
-    add("--corpus", type=filled, default="stories", help="that the base was trained on")
-    add("--out", type=filled, default="build/align")
-    add("--sft-steps", type=int, default=1000, help="of 32 conversations")
-    add("--reward-questions", type=int, default=480, help="8 answers to each are judged")
+    add("--corpus", type=filled, default="stories",
+        help="that the base was trained on; default: stories")
+    add("--out", type=filled, default="build/align", help="default: build/align")
+    add("--sft-steps", type=int, default=1000, help="of 32 conversations; default: 1000")
+    add("--reward-questions", type=int, default=480,
+        help="8 answers to each are judged; default: 480")
     add("--grpo-steps", type=int, default=60,
-        help="of stage 1, 32 questions with 8 answers each; stage 2 has half as many")
+        help="of stage 1, 32 questions with 8 answers each; stage 2 has half as many; default: 60")
     add("--quiet", dest="progress", action="store_false", help="no progress bar")
     parser.set_defaults(act=align_command)
 
@@ -78,10 +81,17 @@ def align_command(
     """All stages into `out`, and the table. Times are of this call: 0 for what was done before."""
     if not Path(source).is_dir():
         raise ValueError(f"--from: {source!r} is no folder, expected a saved model, as data/model")
+    for name, value in (("sft_steps", sft_steps), ("reward_questions", reward_questions),
+                        ("grpo_steps", grpo_steps)):
+        if value < 1:
+            raise ValueError(f"{name}: {value}, expected at least 1")
+    held_out = open_corpus(corpus).validation[:200]
     folder = output_folder(out)
+    _check_same(folder, {"from": str(Path(source).resolve()), "corpus": corpus, "sft_steps":
+                         sft_steps, "reward_questions": reward_questions, "grpo_steps": grpo_steps})
     models = {"base": Path(source)} | {
         name: folder / name / "model" for name in ("sft", "reward", "stage-1", "stage-2")}
-    seconds = {}
+    told, seconds = folder / "reward.json", {}
 
     def stage(name: str, work: Callable[[], object]) -> None:
         began = time.perf_counter()
@@ -96,7 +106,9 @@ def align_command(
     stage("sft", lambda: sft_command(
         source, "builtin", str(folder / "sft"), states("sft"), None, 100, progress,
         n_examples=max(sft_steps, 1) * 16, steps=sft_steps))
-    stage("reward", lambda: write_text(folder / "reward.json", json.dumps(reward_command(
+    if models["reward"].exists() and not told.exists():      # stopped before it was judged
+        shutil.rmtree(models["reward"])
+    stage("reward", lambda: write_text(told, json.dumps(reward_command(
         str(models["sft"]), "builtin", "pair", str(folder / "reward"), states("reward"), 3.0, 32,
         100, progress, reward_questions))))
     tokenizer = load_tokenizer(models["sft"] / "tokenizer.json")
@@ -108,14 +120,29 @@ def align_command(
         models["stage-1"], RunFolder(folder / "stage-2"), tokenizer, examples(2000, seed=2),
         max(grpo_steps // 2, 1), 1e-4, models["reward"], progress))
     began = time.perf_counter()
-    table = {name: _judged(models[name], tokenizer, corpus)
+    table = {name: _judged(models[name], tokenizer, held_out)
              for name in ("base", "sft", "stage-1", "stage-2")}
     seconds["exams"] = round(time.perf_counter() - began, 1)
     figures.save(figures.exam_table(table), folder / PICTURE)
     say(_lines(table))
-    judge = json.loads((folder / "reward.json").read_text(encoding="utf-8"))
+    judge = json.loads(told.read_text(encoding="utf-8"))
     accuracy = {when: judge[when]["pair_accuracy"] for when in ("before", "after")}
     return {"table": table, "reward_accuracy": accuracy, "seconds": seconds, "out": str(folder)}
+
+
+def _check_same(folder: Path, asked: dict[str, Any]) -> None:
+    """ValueError where the folder holds other things than an earlier part of the same."""
+    note = folder / "align.json"
+    if not note.exists():
+        if any(folder.iterdir()):
+            raise ValueError(f"{folder}: holds other files, expected a new or empty folder, or an "
+                             "earlier alignment")
+        write_text(note, json.dumps(asked, indent=2) + "\n")
+    before = json.loads(note.read_text(encoding="utf-8"))
+    for name, value in asked.items():
+        if before.get(name) != value:
+            raise ValueError(f"{name}: {value!r}, expected {before.get(name)!r}, with which "
+                             f"{folder} was begun, or another --out")
 
 
 def _sometimes_right(sft: Path, tokenizer: TextTokenizer) -> list[str]:
@@ -169,12 +196,13 @@ def preference(
     return of
 
 
-def _judged(folder: Path, tokenizer: TextTokenizer, corpus: str) -> dict[str, float]:
+def _judged(
+    folder: Path, tokenizer: TextTokenizer, documents: list[Document]
+) -> dict[str, float]:
     """Shares of held-out questions answered rightly by kind, and bits per byte of held-out text."""
     model = checkpoint.load(folder, torch.float32, default_device())
     kinds = (*TRAINED_KINDS, *HELD_OUT_KINDS)
     asked = examples(20 * len(kinds), 0, kinds, held_out=True)
-    documents = open_corpus(corpus).validation[:200]
     bits = bits_per_byte(model, list(marked(documents, tokenizer)), byte_count(documents),
                          min(256, model.config.max_positions))
     return exact_match(model, tokenizer, asked) | {"bits_per_byte": bits}
