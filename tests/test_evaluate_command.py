@@ -9,7 +9,9 @@ import sys
 import pytest
 from calling import call
 
+from dsv2_ref.alignment.sandbox import Uncontained
 from dsv2_ref.alignment.tasks import LOCAL
+from dsv2_ref.commands import evaluate
 from dsv2_ref.commands.evaluate import named, told
 from dsv2_ref.inference.benchmarks import BENCHMARKS, benchmark
 
@@ -29,6 +31,7 @@ def test_a_missing_lm_eval_is_one_line_with_the_extra(capsys, monkeypatch):
     (["data/model", "--tasks", "mmlu", "--batch", "0"], "batch: 0, expected at least 1"),
     (["data/model", "--tasks", "mmlu", "--memory", "many"], "memory: 'many'"),
     (["data/model", "--tasks", "mmlu", "--out", "data"], "out: 'data' cannot be written"),
+    (["data/model", "--tasks", "mmlu", "--out", "README.md"], "is no result of this command"),
     (["data/model", "--tasks", "mmlu,CHID"], "CHID is not available: lm-eval has no such task"),
     (["data/model", "--tasks", "cmath"], "CMath is not available"),
     (["data/model", "--tasks", ","], "tasks: ',', expected at least one name"),
@@ -37,6 +40,16 @@ def test_what_is_refused_before_anything_is_loaded(args, told, capsys, monkeypat
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     code, out, err = call(capsys, "evaluate", *args)
     assert code == 2 and out == "" and err.count("\n") == 1 and told in err
+
+
+def test_programs_that_cannot_be_contained_are_refused_at_once(capsys, monkeypatch):
+    def none(code):
+        raise Uncontained("no namespaces, no Landlock")
+
+    monkeypatch.setattr(evaluate, "run_program", none)
+    for task in ("code_questions", "HumanEval", "mbpp"):
+        code, out, err = call(capsys, "evaluate", "data/model", "--tasks", task)
+        assert (code, out) == (2, "") and "programs cannot be run here: no namespaces" in err
 
 
 def test_help_names_our_tasks_and_the_paper_s(capsys):

@@ -4,13 +4,15 @@
 import sys
 from argparse import ArgumentParser
 from contextlib import redirect_stdout
-from json import dumps
+from json import dumps, loads
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dsv2_ref import checkpoint
+from dsv2_ref.alignment.sandbox import Uncontained
+from dsv2_ref.alignment.sandbox import run as run_program
 from dsv2_ref.alignment.tasks import LOCAL, SANDBOXED
 from dsv2_ref.commands.common import say
 from dsv2_ref.commands.options import filled
@@ -20,6 +22,7 @@ from dsv2_ref.inference.benchmarks import BENCHMARKS, Benchmark, benchmark
 from dsv2_ref.text.tokenizer import load_tokenizer
 from dsv2_ref.training.machine import default_device
 
+RUN = {"code_questions", *(spec["task"] for spec in SANDBOXED.values())}      # programs are run
 PAPERS = ", ".join(b.name for b in BENCHMARKS if b.task is not None)
 
 
@@ -35,8 +38,10 @@ def add_options(parser: ArgumentParser) -> None:
         "benchmarks, else the task's own or none")
     add("--limit", type=int, help="the first so many questions of each task")
     add("--batch", type=int, default=16, help="texts that are read at once; default: 16")
-    add("--memory", default="1GB", help="for the caches of all texts that are written at once")
-    add("--out", type=filled, metavar="FILE", help="the JSON goes here too")
+    add("--memory", default="1GB",
+        help="for the caches of all texts that are written at once; default: 1GB")
+    add("--out", type=filled, metavar="FILE",
+        help="the JSON goes here too, after each task; a file of an earlier one is replaced")
     add("--quiet", dest="progress", action="store_false", help="no progress bar")
     parser.set_defaults(act=evaluate_command)
 
@@ -54,9 +59,17 @@ def evaluate_command(
             raise ValueError(f"{name}: {value}, expected at least {least}")
     if out and (Path(out).is_dir() or not Path(out).parent.is_dir()):
         raise ValueError(f"out: {out!r} cannot be written, expected a file in a folder that exists")
+    if out and Path(out).exists() and not _is_ours(Path(out)):
+        raise ValueError(f"out: {out!r} exists and is no result of this command, expected a new "
+                         "file or an earlier result")
     asked = {name: named(name) for name in tasks.replace(",", " ").split()}
     if not asked:
         raise ValueError(f"tasks: {tasks!r}, expected at least one name")
+    if any(isinstance(spec, dict) and spec["task"] in RUN for spec, _ in asked.values()):
+        try:
+            run_program("")                            # before hours of writing programs
+        except Uncontained as error:
+            raise ValueError(f"tasks: programs cannot be run here: {error}") from None
     lm_eval = harness()
     from dsv2_ref.inference.lm_eval import Adapter
 
@@ -83,9 +96,18 @@ def evaluate_command(
             why = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(f"tasks: {name!r} cannot be loaded: {why}") from error
         result["tasks"][name] = told(found, spec if isinstance(spec, str) else spec["task"], paper)
-    if out:
-        write_text(out, dumps(result, indent=2) + "\n")
+        if out:                                        # a later task may fail
+            write_text(out, dumps(result, indent=2) + "\n")
     return result
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file is what this command writes."""
+    try:
+        found = loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and {"model", "lm_eval", "tasks"} <= found.keys()
 
 
 def named(name: str) -> tuple[str | dict[str, Any], Benchmark | None]:
