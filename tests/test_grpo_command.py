@@ -105,6 +105,7 @@ def test_sft_of_sums_as_it_is_typed(tmp_path, capsys, monkeypatch):
     model = checkpoint.load(tmp_path / "out" / "model")
     assert model.config.max_positions == POSITIONS
     for more, said in ((("--from", "data/model"), "expected none with sums, whose model is new"),
+                       (("--examples", "9"), "--examples: 9, expected none with sums"),
                        (("--epochs", "2"), "--epochs: 2.0, expected --steps with sums")):
         code, out, err = call(capsys, *ask, *more)
         assert (code, out) == (2, "") and said in err

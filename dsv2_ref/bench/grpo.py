@@ -2,12 +2,13 @@
 """GRPO on addition: does a policy learn more from its own answers than from more of the examples?
 
 A small model learns to add two numbers of two digits from `EXAMPLES` conversations (SFT), until
-about four of ten of its answers to other questions are right. From there it goes on in three ways,
-each as long as GRPO takes for its steps, in CPU seconds:
+about four of ten of its answers to other questions are right. From there it goes on in three ways:
 
   grpo       its own answers, judged by a program, to questions whose answers it was never shown
-  rejection  as grpo, but the answers that are right are learned like examples, others forgotten
-  control    SFT goes on: the same examples, the same optimiser, and no question outside them
+  rejection  as many steps, but the answers that are right are learned like examples, others
+             forgotten
+  control    SFT goes on for as many CPU seconds as GRPO took: the same examples, the same
+             optimiser, and no question outside them
 
 Groups without spread are left out of both: their answers would cost as much as others and teach
 nothing.

@@ -16,7 +16,7 @@ from dsv2_ref.text.tokenizer import load_tokenizer
 def add_options(parser: ArgumentParser) -> None:
     parser.description = (
         "Write a saved model anew, number for number, into a folder that transformers, lm-eval, "
-        "vLLM and llama.cpp take. `train`, `sft` and the main job write theirs so already."
+        "vLLM and llama.cpp take. The main job, `train`, `sft` and `grpo` write theirs so already."
     )
     add = parser.add_argument
     add("source", type=filled, metavar="MODEL", help="folder of a saved model, as data/model")

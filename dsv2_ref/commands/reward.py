@@ -103,6 +103,10 @@ def reward_command(
         model = checkpoint.load(source, torch.float32, default_device())
         seen, held_out = _judged(model, tokenizer, data, questions, changes.get("seed") or 0)
         rows, _ = rows_of(seen, loss)
+        if not rows or not (pairs := held_out.pairs()):
+            raise ValueError(f"answers: {len(rows)} to train on, {len(held_out.pairs())} pairs held "
+                             "out, expected some of both: answers to one question that are worth "
+                             "different; more --questions, or a model that is right sometimes")
         recipe = recipe_for(len(rows), epochs, batch, **changes)
         trainer = reward_trainer(RewardModel(model), seen, loss, recipe)
         result = {"loss": loss, "before": _judgement(trainer, held_out, loss)}
@@ -118,7 +122,7 @@ def reward_command(
         log = train(trainer, run, save_every, load_every=0, progress=progress)
         _write(trainer.model, tokenizer, run.path / "model")
         after = _judgement(trainer, held_out, loss, run.path / PICTURE)
-        return {"steps": trainer.steps, "rows": len(rows), "held_out_pairs": len(held_out.pairs()),
+        return {"steps": trainer.steps, "rows": len(rows), "held_out_pairs": len(pairs),
                 **result, "after": after, "last_loss": (log or read_log(run.path))[-1]["loss"],
                 "out": str(run.path)}
 

@@ -45,8 +45,7 @@ def add_options(parser: ArgumentParser) -> None:
     add("--data", type=filled, default="builtin", metavar="FILE.jsonl|builtin|addition",
         help='a file with {"messages": [{"role": ..., "content": ...}, ...]} on each line; the '
              "generated instruction set (default), whose held-out questions are then asked; or "
-             f"{EXAMPLES} sums, which a new small model learns until it gets others right now and "
-             "then, without --from")
+             f"addition: {EXAMPLES} sums, which a new small model learns, without --from")
     add("--examples", dest="n_examples", type=int, help="of the generated set; default: 3200")
     add("--out", type=filled, default="build/sft")
     add("--resume", action="store_true", help="go on from the state in --out")
@@ -73,7 +72,7 @@ def sft_command(
     model/, which carries the chat template."""
     if save_every < 0:
         raise ValueError(f"save_every: {save_every}, expected a number of steps, 0 for never")
-    job = _sums(source, epochs, changes) if data == "addition" else _tuning(
+    job = _sums(source, epochs, n_examples, changes) if data == "addition" else _tuning(
         source, data, n_examples, epochs, changes)
     run, tokenizer = RunFolder(out), job.tokenizer
     with ExitStack() as opened:
@@ -132,8 +131,12 @@ def _tuning(
     return _Job(f"{source}: {len(talks)} conversations", len(talks), tokenizer, make, asked)
 
 
-def _sums(source: str | None, epochs: float | None, changes: dict[str, Any]) -> _Job:
+def _sums(
+    source: str | None, epochs: float | None, n: int | None, changes: dict[str, Any]
+) -> _Job:
     """A new model that learns sums."""
+    if n is not None:
+        raise ValueError(f"--examples: {n}, expected none with sums, which are {EXAMPLES}")
     if source is not None:
         raise ValueError(f"--from: {source!r}, expected none with sums, whose model is new")
     if epochs is not None:
