@@ -103,9 +103,10 @@ def reward_command(
         model = checkpoint.load(source, torch.float32, default_device())
         seen, held_out = _judged(model, tokenizer, data, questions, changes.get("seed") or 0)
         rows, _ = rows_of(seen, loss)
-        if not rows or not (pairs := held_out.pairs()):
-            raise ValueError(f"answers: {len(rows)} to train on, {len(held_out.pairs())} pairs held "
-                             "out, expected some of both: answers to one question that are worth "
+        pairs = held_out.pairs()
+        if not rows or not pairs:
+            raise ValueError(f"answers: {len(rows)} to train on, {len(pairs)} held-out pairs, "
+                             "expected some of both: answers to one question that are worth "
                              "different; more --questions, or a model that is right sometimes")
         recipe = recipe_for(len(rows), epochs, batch, **changes)
         trainer = reward_trainer(RewardModel(model), seen, loss, recipe)
