@@ -14,7 +14,7 @@ from dsv2_ref.text.tokenizer import train_tokenizer
 
 FOLDER = Path(dsv2_ref.__file__).parent
 FILES = [Document(name, (FOLDER / name).read_text(encoding="utf-8"))
-         for name in ("text/stories.py", "text/data.py", "model.py")]
+         for name in ("text/stories.py", "text/grammar.py", "model.py")]
 TOKENIZER = train_tokenizer([document.text for document in FILES], 500)
 SOURCE = '''
 import os, sys, re, random, statistics

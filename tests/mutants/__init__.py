@@ -47,6 +47,7 @@ PITFALLS = {
     "plan": "a cluster planned with bytes, messages or waiting that a real one would not have",
     "policy": "answers, probabilities or advantages of another policy or question than said",
     "chat": "a turn, an answer's tokens, padding or what is held out taken for something else",
+    "task": "an answer cut, moved or judged otherwise than its task has it",
     "serving": "a page, a name, a budget or a request of the engine taken for another's",
     "fp8": "codes or scales of FP8 weights taken for something else, or too much put into FP8",
 }

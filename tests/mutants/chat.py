@@ -5,6 +5,7 @@ from mutants import Mutant
 
 CHAT, SFT, BLOCK = "alignment/chat.py", "alignment/sft.py", "block.py"
 KINDS, SET, FILES = "text/questions.py", "text/instructions.py", "text/conversations.py"
+DATA = "text/data.py"
 _template = "test_chat.py::test_the_text_is_the_templates"
 _marked = "test_chat.py::test_answers_are_marked_from_their_space_to_their_end_mark"
 _prompt = "test_chat.py::test_a_prompt_is_the_beginning_of_what_is_learned"
@@ -59,10 +60,11 @@ MUTANTS = [
            _loss),
     Mutant("padding_in_the_load", "chat", BLOCK,
            "torch.arange(n) + b * T for b, n", "torch.arange(T) + b * T for b, n", _padding),
-    Mutant("every_epoch_in_the_same_order", "chat", SFT,
-           "default_rng([self.seed, epoch])", "default_rng([self.seed, 0])",
+    Mutant("every_epoch_in_the_same_order", "chat", DATA,
+           "default_rng([self.seed, epoch]).permutation(self.n)",
+           "default_rng([self.seed, 0]).permutation(self.n)",
            "test_sft.py::test_each_epoch_reads_each_conversation_once_in_an_order_of_its_own"),
-    Mutant("epoch_begun_anew_on_resuming", "chat", SFT,
+    Mutant("epoch_begun_anew_on_resuming", "chat", DATA,
            'self._enter(state["epoch"], state["place"])', 'self._enter(state["epoch"], 0)',
            "test_sft.py::test_a_resumed_run_has_the_same_losses_and_weights_bit_for_bit[1]"),
     Mutant("mirrored_pair_is_another", "chat", KINDS,
