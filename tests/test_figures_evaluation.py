@@ -41,6 +41,15 @@ def test_each_way_fills_its_choice_and_frames_the_right_one():
         assert framed == [True, False, False]
 
 
+def test_the_legend_says_what_is_filled_and_what_is_framed():
+    (legend,) = DRAW["choice_bars"]().legends
+    filled, framed = legend.get_patches()
+    assert [text.get_text() for text in legend.get_texts()] == ["chosen: the largest score",
+                                                                "right"]
+    assert to_hex(filled.get_facecolor()).upper() == PICKED
+    assert to_hex(framed.get_edgecolor()).upper() == RIGHT and framed.get_facecolor()[3] == 0
+
+
 def test_titles_follow_from_the_numbers():
     def titles(name):
         return [ax.get_title(loc="left") for ax in DRAW[name]().axes]
@@ -62,6 +71,9 @@ def test_curves_and_dots_are_the_data():
     dots = {line.get_label(): line.get_data() for line in DRAW["seen_and_unseen"]().axes[0].lines}
     assert np.allclose(dots["was in the training text"], [[-2.0, -2.5], [-0.1, -0.4]])
     assert np.allclose(dots["was not"], [[-3.0], [-3.2]])
+    assert np.array_equal(*dots["no change"]) and np.ptp(dots["no change"][0]) > 0
+    (legend,) = DRAW["seen_and_unseen"]().legends
+    assert {text.get_text() for text in legend.get_texts()} == dots.keys()
 
 
 def test_refusals():

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from dsv2_ref.figures.style import COLORS, INK, MORE_COLORS, Picture, styled
@@ -25,7 +26,7 @@ def choice_bars(
                          "choices, expected one for each, in some way")
     if not 0 <= right < len(choices):
         raise ValueError(f"right: {right}, expected 0 to {len(choices) - 1}")
-    figure = Picture(3.6 * len(scores), 0.8 + 0.36 * len(choices))
+    figure = Picture(3.6 * len(scores), 1.1 + 0.36 * len(choices))
     axes = figure.subplots(1, len(scores), sharey=True, squeeze=False)[0]
     for ax, (way, row) in zip(axes, scores.items(), strict=True):
         best = max(range(len(row)), key=row.__getitem__)
@@ -38,6 +39,9 @@ def choice_bars(
         ax.grid(True, axis="x")
     axes[0].set_yticks(range(len(choices)), [c.strip() for c in choices])
     axes[0].invert_yaxis()
+    figure.legend(handles=[Patch(color=PICKED, label="chosen: the largest score"),
+                           Patch(facecolor="none", edgecolor=RIGHT, lw=2.5, label="right")],
+                  loc="outside lower center", ncols=2)
     return figure
 
 
@@ -97,7 +101,7 @@ def seen_and_unseen(
     ax = figure.subplots()
     flags, before, after = np.array(seen), np.array(before), np.array(after)
     left, low = before.min() - 0.3, min(before.min(), after.min()) - 0.4
-    ax.plot([left, 0], [left, 0], color=MORE_COLORS[3], lw=1.4)
+    ax.plot([left, 0], [left, 0], color=MORE_COLORS[3], lw=1.4, label="no change")
     for flag, color, marker, name in ((True, COLORS["MHA"], "s", "was in the training text"),
                                       (False, PICKED, "o", "was not")):
         ax.plot(before[flags == flag], after[flags == flag], marker, color=color, ms=6, label=name)
@@ -106,5 +110,5 @@ def seen_and_unseen(
            xlim=(left, 0.2), ylim=(low, 0.4),
            title=f"Seen: {gains[0]:+.1f} nat, unseen: {gains[1]:+.1f} nat")
     ax.grid(True)
-    figure.legend(loc="outside lower center", ncols=2)
+    figure.legend(loc="outside lower center", ncols=3)
     return figure
