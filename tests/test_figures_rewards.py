@@ -75,7 +75,18 @@ def test_what_was_predicted_stands_beside_what_happened():
     assert "the first one wins" in ax.get_xlabel()
     both = DRAW["calibration_curves, more"]()
     assert both.axes[0].get_title(loc="left") == "chances are off by 0.09 and 0.00"
-    assert [t.get_text() for t in both.legends[0].get_texts()] == ["pair-wise", "point-wise"]
+    assert [t.get_text() for t in both.legends[0].get_texts()] == [
+        "perfectly calibrated", "pair-wise", "point-wise"]
+
+
+def test_the_line_of_calibration_leaves_bins_with_few_out():
+    bins = [(0.05, 0.1, 40), (0.3, 0.9, 4), (0.45, 0.3, 5), (0.9, 1.0, 50)]
+    ax = figures.calibration_curves({"a": bins}, "it wins").axes[0]
+    assert np.allclose(ax.lines[1].get_xydata(), [bins[0][:2], bins[2][:2], bins[3][:2]])
+    (dots,) = ax.collections
+    assert np.allclose(dots.get_offsets(), [bin_[:2] for bin_ in bins])       # all are drawn
+    dark, pale, *others = dots.get_facecolors()[:, 3]
+    assert pale < 0.5 * dark and others == [dark, dark]
 
 
 def test_learned_tokens_have_colour():

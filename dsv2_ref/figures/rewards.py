@@ -19,6 +19,7 @@ _LINES = (COLORS["MLA"], COLORS["MHA"], MORE_COLORS[1], COLORS["GQA"])
 _HEADS = ("question", "policy writes\nG answers", "reward of each", "advantage (34)", "loss (32)")
 _X = (0.0, 2.2, 4.4, 6.2, 8.4)                       # middle of each column
 _WIDE = (1.4, 1.9, 1.1, 1.6, 2.0)
+FEW = 0.1                        # bins with less than this share of the largest are not joined
 
 
 def _box(ax: Axes, column: int, y: float, text: str, color: str = INK) -> None:
@@ -138,24 +139,27 @@ def calibration_curves(models: Mapping[str, Sequence[tuple[float, float, int]]],
     """What was predicted beside what happened: for each model its bins (chance, share, count).
 
     what: that which is predicted, as in "the first answer wins". A dot is as large as many are in
-    its bin; on the dashed line chances are what they say.
+    its bin; where they are few, chance decides, so the dot is pale and the line leaves it out. On
+    the dashed line chances are what they say.
     """
     if not models or not all(models.values()):
         raise ValueError("models: expected at least one, each with at least one bin")
-    figure = Picture(5.6, 5.2 + 0.3 * (len(models) > 1))
+    figure = Picture(5.6, 5.5)
     ax = figure.subplots()
-    ax.plot([0, 1], [0, 1], color=CALM, ls="--", lw=1.5)
+    ax.plot([0, 1], [0, 1], color=CALM, ls="--", lw=1.5, label="perfectly calibrated")
     off = []
     for color, (name, bins) in zip(_LINES, models.items(), strict=False):
         chance, share, count = np.array(bins, float).T
-        ax.plot(chance, share, color=color, lw=1.4, label=name)
-        ax.scatter(chance, share, s=20 + 180 * count / count.max(), color=color, alpha=0.75)
+        many = count >= FEW * count.max()
+        ax.plot(chance[many], share[many], color=color, lw=1.4, label=name)
+        ax.scatter(chance, share, s=20 + 180 * count / count.max(), color=color,
+                   alpha=np.where(many, 0.75, 0.3))
         off.append(f"{float((abs(chance - share) * count).sum() / count.sum()):.2f}")
     ax.set(xlabel=f"predicted: {what}", ylabel="share that happened", xlim=(-0.03, 1.03),
            ylim=(-0.05, 1.05), aspect="equal", title=f"chances are off by {' and '.join(off)}")
     ax.grid(True)
-    if len(models) > 1:
-        figure.legend(handles=ax.get_lines()[1:], loc="outside lower left", ncols=len(models))
+    handles: list[Any] = ax.get_lines()
+    figure.legend(handles=handles, loc="outside lower left", ncols=len(handles))
     return figure
 
 
