@@ -58,6 +58,8 @@ def test_every_stage_builds_on_the_one_before_and_is_done_once(base, tmp_path, c
         assert set(shares) == {*TRAINED_KINDS, *HELD_OUT_KINDS, "bits_per_byte"}
     folder = tmp_path / "out"
     assert (folder / align.PICTURE).stat().st_size > 5000 and "stage-2" in err
+    trusted = result["reward_accuracy"]["after"] >= align.TRUSTED
+    assert trusted or "of held-out pairs rightly, and is not asked" in err
     for stage in ("sft", "reward", "stage-1", "stage-2"):
         assert f"-- {stage}\n" in err and (folder / stage / "model").is_dir()
     said = next(line for line in err.splitlines() if line.startswith("sometimes right: "))
@@ -111,3 +113,5 @@ def test_preference_adds_three_rewards_up():
         10 * h + s + r,
         10 * h + s,                      # Chinese to an English question
         10 * h + s])                     # comes to no end
+    unasked = align.preference(asked, tokenizer, helpful, 0.0)([1], ids[3:4])
+    assert unasked == pytest.approx([s + r])

@@ -8,7 +8,8 @@
              that sft gets right sometimes: where all or no answers are right there is no spread
     stage 2  GRPO on preference, three rewards added up (36): the reward model's number is helpful;
              safe is to refuse what should be refused and nothing else; the rule is to come to an
-             end, and to write Chinese only where Chinese was asked
+             end, and to write Chinese only where Chinese was asked. A reward model that is hardly
+             better than chance on held-out pairs is not asked: what follows one forgets a lot
 
 Every stage has a run folder in --out; one that is done is not done again.
 """
@@ -49,6 +50,7 @@ TO_REFUSE = ("unknown", "refusal")
 REASONING = tuple(kind for kind in TRAINED_KINDS if kind not in (*TO_REFUSE, "words"))
 C_HELPFUL, C_SAFETY, C_RULE = 0.2, 1.0, 0.5          # of (36); the paper does not name them
 SOMETIMES = (0.1, 0.9)                               # shares of right answers
+TRUSTED = 0.6                                        # least share of pairs that it judges rightly
 ANSWER = 40                                          # most tokens of one
 PICTURE = "align.png"
 
@@ -116,16 +118,20 @@ def align_command(
         models["sft"], RunFolder(folder / "stage-1"), tokenizer,
         examples(2000, seed=1, kinds=_sometimes_right(models["sft"], tokenizer)), grpo_steps, 3e-4,
         None, progress))
+    judge = json.loads(told.read_text(encoding="utf-8"))
+    trusted = judge["after"]["pair_accuracy"] >= TRUSTED
+    if not trusted:
+        say(f"the reward model judges {judge['after']['pair_accuracy']:.0%} of held-out pairs "
+            "rightly, and is not asked")
     stage("stage-2", lambda: _grpo(
         models["stage-1"], RunFolder(folder / "stage-2"), tokenizer, examples(2000, seed=2),
-        max(grpo_steps // 2, 1), 1e-4, models["reward"], progress))
+        max(grpo_steps // 2, 1), 1e-4, models["reward"], progress, C_HELPFUL * trusted))
     began = time.perf_counter()
     table = {name: _judged(models[name], tokenizer, held_out)
              for name in ("base", "sft", "stage-1", "stage-2")}
     seconds["exams"] = round(time.perf_counter() - began, 1)
     figures.save(figures.exam_table(table), folder / PICTURE)
     say(_lines(table))
-    judge = json.loads(told.read_text(encoding="utf-8"))
     accuracy = {when: judge[when]["pair_accuracy"] for when in ("before", "after")}
     return {"table": table, "reward_accuracy": accuracy, "seconds": seconds, "out": str(folder)}
 
@@ -160,14 +166,14 @@ def _sometimes_right(sft: Path, tokenizer: TextTokenizer) -> list[str]:
 
 def _grpo(
     before: Path, run: RunFolder, tokenizer: TextTokenizer, asked: Sequence[Example], steps: int,
-    lr: float, judge: Path | None, progress: bool,
+    lr: float, judge: Path | None, progress: bool, c_helpful: float = 0.0,
 ) -> None:
     """A stage: 1 without a reward model, 2 with one, which is followed more slowly."""
     ids = [prompt_ids(example.prompt, tokenizer) for example in asked]
     reward = truth(asked, tokenizer)
     if judge is not None:
         helpful = load_reward_model(judge, torch.float32, default_device())
-        reward = preference(asked, tokenizer, as_reward(helpful, ids, tokenizer))
+        reward = preference(asked, tokenizer, as_reward(helpful, ids, tokenizer), c_helpful)
     recipe = Recipe(steps=steps, batch=256, optimizer="adamw", lr=lr, warmup=0.2,
                     weight_decay=0.0, protected=0.0)
     beta = 0.02 if judge is None else 0.1
@@ -176,7 +182,8 @@ def _grpo(
 
 
 def preference(
-    asked: Sequence[Example], tokenizer: TextTokenizer, helpful: Reward
+    asked: Sequence[Example], tokenizer: TextTokenizer, helpful: Reward,
+    c_helpful: float = C_HELPFUL,
 ) -> Reward:
     """(36) on these questions, from a reward model's numbers and two rules."""
     refusals = {e.answer for kind in TO_REFUSE for e in examples(40, kinds=(kind,))}
@@ -191,7 +198,7 @@ def preference(
             rule.append(float(len(answer) < ANSWER and chinese <= (asked[i].language == "zh")))
         scored = torch.tensor(helpful(which, answers), dtype=torch.float64)
         return preference_reward(scored, torch.tensor(safety).double(), torch.tensor(rule).double(),
-                                 C_HELPFUL, C_SAFETY, C_RULE).tolist()
+                                 c_helpful, C_SAFETY, C_RULE).tolist()
 
     return of
 
