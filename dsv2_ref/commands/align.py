@@ -81,12 +81,7 @@ def align_command(
     progress: bool,
 ) -> dict[str, Any]:
     """All stages into `out`, and the table. Times are of this call: 0 for what was done before."""
-    if not Path(source).is_dir():
-        raise ValueError(f"--from: {source!r} is no folder, expected a saved model, as data/model")
-    for name, value in (("sft_steps", sft_steps), ("reward_questions", reward_questions),
-                        ("grpo_steps", grpo_steps)):
-        if value < 1:
-            raise ValueError(f"{name}: {value}, expected at least 1")
+    _check(source, sft_steps=sft_steps, reward_questions=reward_questions, grpo_steps=grpo_steps)
     held_out = open_corpus(corpus).validation[:200]
     folder = output_folder(out)
     _check_same(folder, {"from": str(Path(source).resolve()), "corpus": corpus, "sft_steps":
@@ -119,21 +114,31 @@ def align_command(
         examples(2000, seed=1, kinds=_sometimes_right(models["sft"], tokenizer)), grpo_steps, 3e-4,
         None, progress))
     judge = json.loads(told.read_text(encoding="utf-8"))
-    trusted = judge["after"]["pair_accuracy"] >= TRUSTED
-    if not trusted:
-        say(f"the reward model judges {judge['after']['pair_accuracy']:.0%} of held-out pairs "
-            "rightly, and is not asked")
     stage("stage-2", lambda: _grpo(
         models["stage-1"], RunFolder(folder / "stage-2"), tokenizer, examples(2000, seed=2),
-        max(grpo_steps // 2, 1), 1e-4, models["reward"], progress, C_HELPFUL * trusted))
-    began = time.perf_counter()
+        max(grpo_steps // 2, 1), 1e-4, models["reward"], progress, _weight(judge["after"]["pair_accuracy"])))
     table = {name: _judged(models[name], tokenizer, held_out)
              for name in ("base", "sft", "stage-1", "stage-2")}
-    seconds["exams"] = round(time.perf_counter() - began, 1)
     figures.save(figures.exam_table(table), folder / PICTURE)
     say(_lines(table))
     accuracy = {when: judge[when]["pair_accuracy"] for when in ("before", "after")}
     return {"table": table, "reward_accuracy": accuracy, "seconds": seconds, "out": str(folder)}
+
+
+def _weight(accuracy: float) -> float:
+    """Of what the reward model says, by its accuracy on held-out pairs."""
+    if accuracy >= TRUSTED:
+        return C_HELPFUL
+    say(f"the reward model judges {accuracy:.0%} of held-out pairs rightly, and is not asked")
+    return 0.0
+
+
+def _check(source: str, **numbers: int) -> None:
+    if not Path(source).is_dir():
+        raise ValueError(f"--from: {source!r} is no folder, expected a saved model, as data/model")
+    for name, value in numbers.items():
+        if value < 1:
+            raise ValueError(f"{name}: {value}, expected at least 1")
 
 
 def _check_same(folder: Path, asked: dict[str, Any]) -> None:

@@ -52,16 +52,7 @@ def evaluate_command(
 ) -> dict[str, Any]:
     """{"model", "lm_eval", "tasks": {name: its shots, samples, metrics, and the paper's number}}"""
     folder, room = Path(model), bytes_of(memory)
-    if not folder.is_dir():
-        raise ValueError(f"model: {model!r} is no folder, expected a saved model, as data/model")
-    for name, value, least in (("shots", shots, 0), ("limit", limit, 1), ("batch", batch, 1)):
-        if value is not None and value < least:
-            raise ValueError(f"{name}: {value}, expected at least {least}")
-    if out and (Path(out).is_dir() or not Path(out).parent.is_dir()):
-        raise ValueError(f"out: {out!r} cannot be written, expected a file in a folder that exists")
-    if out and Path(out).exists() and not _is_ours(Path(out)):
-        raise ValueError(f"out: {out!r} exists and is no result of this command, expected a new "
-                         "file or an earlier result")
+    _check(folder, out, shots=(shots, 0), limit=(limit, 1), batch=(batch, 1))
     asked = {name: named(name) for name in tasks.replace(",", " ").split()}
     if not asked:
         raise ValueError(f"tasks: {tasks!r}, expected at least one name")
@@ -99,6 +90,21 @@ def evaluate_command(
         if out:                                        # a later task may fail
             write_text(out, dumps(result, indent=2) + "\n")
     return result
+
+
+def _check(folder: Path, out: str | None, **numbers: tuple[int | None, int]) -> None:
+    """ValueError for what can be refused at once; numbers: each with the least it may be."""
+    if not folder.is_dir():
+        raise ValueError(f"model: {str(folder)!r} is no folder, expected a saved model, as "
+                         "data/model")
+    for name, (value, least) in numbers.items():
+        if value is not None and value < least:
+            raise ValueError(f"{name}: {value}, expected at least {least}")
+    if out and (Path(out).is_dir() or not Path(out).parent.is_dir()):
+        raise ValueError(f"out: {out!r} cannot be written, expected a file in a folder that exists")
+    if out and Path(out).exists() and not _is_ours(Path(out)):
+        raise ValueError(f"out: {out!r} exists and is no result of this command, expected a new "
+                         "file or an earlier result")
 
 
 def _is_ours(path: Path) -> bool:
