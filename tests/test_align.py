@@ -16,6 +16,7 @@ from dsv2_ref.model import DeepSeekV2
 from dsv2_ref.text.corpora import Corpus, Document
 from dsv2_ref.text.instructions import HELD_OUT_KINDS, TRAINED_KINDS, examples
 from dsv2_ref.text.tokenizer import train_tokenizer
+from dsv2_ref.training.recipe import Recipe
 
 TEXTS = [e.prompt[-1]["content"] for e in examples(200)]
 
@@ -31,6 +32,7 @@ def base(tmp_path, monkeypatch):
     few = [Document("a", text) for text in TEXTS[:2]]
     monkeypatch.setattr(align, "open_corpus", lambda name: Corpus(name, few, few, few, ""))
     monkeypatch.setattr(align, "ANSWER", 4)
+    monkeypatch.setattr(align, "Recipe", lambda **asked: Recipe(**asked | {"batch": 16}))
     monkeypatch.setattr(align, "examples", lambda n, seed=0, kinds=TRAINED_KINDS, held_out=False:
                         examples(min(n, 18), seed, kinds, held_out))
     monkeypatch.setattr(align, "exact_match", lambda model, tokenizer, asked: dict.fromkeys(
@@ -65,7 +67,7 @@ def test_every_stage_builds_on_the_one_before_and_is_done_once(base, tmp_path, c
     said = next(line for line in err.splitlines() if line.startswith("sometimes right: "))
     assert "addition" in said and "sort" not in said and "json" not in said and "words" not in said
     assert set(result["reward_accuracy"]) == {"before", "after"}
-    assert f"{folder / 'sft' / 'model'}: 1 steps" in err                 # where stage 1 begins
+    assert f"{folder / 'sft' / 'model'}: 1 steps of 16 answers" in err    # where it begins
     assert f"{folder / 'stage-1' / 'model'}: 1 steps" in err
     bits = [shares["bits_per_byte"] for shares in result["table"].values()]
     assert len(set(bits)) == 4                                           # four different models

@@ -116,7 +116,8 @@ def align_command(
     judge = json.loads(told.read_text(encoding="utf-8"))
     stage("stage-2", lambda: _grpo(
         models["stage-1"], RunFolder(folder / "stage-2"), tokenizer, examples(2000, seed=2),
-        max(grpo_steps // 2, 1), 1e-4, models["reward"], progress, _weight(judge["after"]["pair_accuracy"])))
+        max(grpo_steps // 2, 1), 1e-4, models["reward"], progress,
+        _weight(judge["after"]["pair_accuracy"])))
     table = {name: _judged(models[name], tokenizer, held_out)
              for name in ("base", "sft", "stage-1", "stage-2")}
     figures.save(figures.exam_table(table), folder / PICTURE)
