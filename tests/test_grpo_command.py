@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,6 +33,8 @@ from dsv2_ref.text.corpora import Corpus, Document
 from dsv2_ref.text.instructions import pair_is_held_out
 from dsv2_ref.training.recipe import Recipe
 from dsv2_ref.training.run_folder import load_state
+
+ROOT = Path(__file__).parents[1]
 
 
 def pair(example):
@@ -260,3 +263,39 @@ def test_rejection_learns_right_answers_alone():
     kept = mask & (torch.arange(8) % 2 == 1)[:, None]
     assert found.item() == pytest.approx(-old[kept].mean().item(), rel=1e-4)
     assert greedy_reward(model, ids, lambda which, answers: [1.0] * len(answers), 4) == 1
+
+
+# ---- what the committed records say, and README of them
+
+def committed(name):
+    return json.loads((ROOT / "data" / "results" / name).read_text(encoding="utf-8"))
+
+
+def test_readme_says_of_sums_what_the_record_has():
+    record, readme = committed("grpo-2026-11-29.json"), (ROOT / "README.md").read_text("utf-8")
+    assert len(record["runs"]) == 3 and not record["quick"]
+    for name, of in grpo.summary(record["runs"]).items():
+        assert record["summary"][name] == pytest.approx(of)
+    for name, of in record["summary"].items():
+        assert f"{100 * of['mean']:.0f} ± {100 * of['interval']:.0f} %" in readme, name
+    for run in record["runs"]:
+        grpo_end, control_end = (run["curves"][way][-1] for way in ("grpo", "control"))
+        assert run["crossover"] == grpo.crossover(run["curves"]["grpo"], run["curves"]["control"])
+        assert grpo_end["right"] > 0.8 > control_end["right"] and grpo_end["seconds"] < 600
+        assert control_end["seconds"] >= grpo_end["seconds"]
+
+
+def test_the_record_of_bodies_holds_length_and_diversity():
+    runs = committed("grpo_code-2026-11-29.json")["runs"]
+    paid = [run for run in runs if run["reward"] == "finished"]
+    hacked = [run for run in runs if run["reward"] == "parses"]
+    assert [run["seed"] for run in paid] == [0, 1, 2] == [run["seed"] for run in hacked]
+    for run in paid:
+        before, after = run["before"], run["after"]
+        assert before["does_something"] < 0.1
+        assert after["does_something"] > 5 * before["does_something"]
+        for name in ("length", "distinct_4", "distinct_answers"):
+            assert abs(after[name] / before[name] - 1) < 0.2, name
+    for run in hacked:
+        assert run["after"]["parses"] > 0.85 and run["after"]["does_something"] < 0.01
+        assert run["after"]["length"] < 6

@@ -12,7 +12,9 @@ from dsv2_ref.inference.generate import generate
 from dsv2_ref.inference.until import Ask, continue_until, cut
 from dsv2_ref.text.tokenizer import load_tokenizer
 
-PROMPTS = ["Once upon a time", "Long ago there was a little girl named", "从前有一个", "x ="]
+# of texts that the model knows: elsewhere tokens that it never met are as good as equal
+PROMPTS = ["Once upon a time", "Long ago there was a little girl named", "从前有一个",
+           "Lily took the kite to"]
 ROOM = 10**6
 
 

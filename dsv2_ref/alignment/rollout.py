@@ -261,16 +261,16 @@ def objective(
 def grpo_trainer(
     model: DeepSeekV2, questions: Sequence[Sequence[int]], reward: Reward, recipe: Recipe,
     group: int, max_new_tokens: int, clip: float = 0.2, beta: float = 0.02,
-    normalise: str = "sequence", cut: Cut | None = None, only_spread: bool = True,
+    normalise: str = "sequence", cut: Cut | None = None,
 ) -> Trainer:
     """A trainer of the model itself; the reference is a copy of what it is now.
 
     Its batch counts answers: `group` to each question (ids). To go on with a saved state, make the
-    trainer from the model that the run began with, then restore. cut, only_spread: as of
-    `Rollouts`.
+    trainer from the model that the run began with, then restore. cut: as of `Rollouts`. Groups
+    without spread are left out.
     """
     answers = Rollouts(model, copy.deepcopy(model), questions, reward, group, max_new_tokens,
-                       recipe.seed, cut, only_spread, f"{clip} {beta} {normalise}")
+                       recipe.seed, cut, True, f"{clip} {beta} {normalise}")
     model.requires_grad_()
     return Trainer(model, recipe, answers, objective(clip, beta, normalise))
 
