@@ -106,9 +106,9 @@ execute: ready
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace \
 		--ExecutePreprocessor.record_timing=False notebooks/*.ipynb
 
-# the small trained model under data/model (5-10 minutes); data/README.md has the result
+# the small trained model under data/model (10-15 minutes); data/README.md has the result
 model: ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m dsv2_ref train --preset mini --corpus stories --steps 3000 \
+	OMP_NUM_THREADS=1 $(BIN)/python -m dsv2_ref train --preset mini --corpus stories --steps 4000 \
 		--batch 8 --precision fp32 --out build/mini
 	rm -rf data/model && cp -r build/mini/model data/model
 

@@ -196,8 +196,8 @@ TINY = Config(
     alpha_expert=0.003, alpha_device=0.05, alpha_comm=0.02, drop_capacity=1.0,
     max_positions=512, init_std=0.02, tie_embeddings=True,
 )
-MINI = TINY.with_(      # the committed checkpoint, data/model
-    vocab=1024, d=96, d_h=24, d_r=16, d_v=24, d_c=64, d_cq=72, dense_width=256, expert_width=64,
+MINI = TINY.with_(      # the committed checkpoint, data/model; d_h + d_r = 48 suits other programs
+    vocab=1024, d=96, d_h=32, d_r=16, d_v=32, d_c=64, d_cq=72, dense_width=256, expert_width=64,
     max_positions=1024,
 )
 SMALL = TINY.with_(     # the main job

@@ -12,9 +12,10 @@ loss is the mean over rows, in however many micro-batches they are read.
   3. A reward model is saved as the language model in the published format, with the head of one
      number beside it, in reward_head.json: d weights and a bias are text that can be read.
 
-Which rate and how long: `recipe_for` of sft.py, one epoch unless told otherwise. On data/model,
-after a minute of SFT and with 842 pairs of two kinds of questions, one epoch judged .77 of held-out
-pairs rightly and three .84, both with chances that were off by less than .03 (one trial each).
+Which rate and how long: `recipe_for` of sft.py, one epoch unless told otherwise. On an earlier
+data/model, after a minute of SFT and with 842 pairs of two kinds of questions, one epoch judged .77
+of held-out pairs rightly and three .84, both with chances that were off by less than .03 (one trial
+each).
 
 Shapes: R rows of a batch, A answers in each (2 in a pair), T tokens of the longest; N texts.
 """

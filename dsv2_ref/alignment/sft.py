@@ -19,8 +19,8 @@ trainer, with this objective and these batches:
      and the second would make the loss depend on the size of a micro-batch.
 
 5e-6 moves a model of 21B activated parameters. One of a million learns nothing at that rate:
-`recipe_for` takes 4e-3 with Muon unless told otherwise, which in 200 steps on data/model got
-further than 1e-3, or AdamW at 2e-3, and as far as 8e-3 (one trial each).
+`recipe_for` takes 4e-3 with Muon unless told otherwise, which in 200 steps on an earlier data/model
+got further than 1e-3, or AdamW at 2e-3, and as far as 8e-3 (one trial each).
 
 Shapes: B conversations, T tokens of the longest but one.
 """
