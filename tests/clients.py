@@ -27,10 +27,10 @@ from dsv2_ref.stretch import with_config
 from dsv2_ref.text.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
-MODEL, NEEDLE = ROOT / "data" / "model", ROOT / "data" / "needle"
+MODEL, NEEDLE, CHAT = (ROOT / "data" / name for name in ("model", "needle", "addition"))
 PAGE = (ROOT / "dsv2_ref" / "inference" / "clients.md").read_text(encoding="utf-8")
 PROMPTS = ["Once upon a time", "One day,"]
-QUESTION = [{"role": "user", "content": "Once"}]
+QUESTION = [{"role": "user", "content": "52 + 36 ="}]      # to CHAT; the others know no answers
 
 
 def snippet(name: str) -> str:
@@ -39,12 +39,12 @@ def snippet(name: str) -> str:
 
 
 def ours(folder: Path) -> list[str]:
-    """Our greedy texts: of the prompts, and the answer to the question."""
+    """Our greedy texts: of the prompts, from CHAT the answer to the question."""
     model, tokenizer = checkpoint.load(folder, torch.float32), load_tokenizer(
         folder / "tokenizer.json")
     ids = [[tokenizer.bos, *tokenizer.encode(p)] for p in PROMPTS]
-    asked = [(each, 24) for each in ids] + [(prompt_ids(QUESTION, tokenizer), 8)]
-    return [tokenizer.decode(generate(model, [each], n)[0]) for each, n in asked]
+    asked = [prompt_ids(QUESTION, tokenizer)] if folder == CHAT else ids
+    return [tokenizer.decode(generate(model, [each], 24)[0]) for each in asked]
 
 
 def run(*command: object, **settings: str) -> str:
@@ -104,7 +104,7 @@ def test_lm_eval_reads_the_same_numbers(lm, monkeypatch):
 def test_lm_eval_writes_the_same_text(lm):
     how = {"until": ["\n\n"], "max_gen_toks": 24, "do_sample": False}
     found = lm.generate_until(asked("generate_until", *((p, how) for p in PROMPTS)))
-    assert found == ours(MODEL)[:2]
+    assert found == ours(MODEL)
 
 
 def test_lm_eval_runs_the_task_of_the_page(tmp_path):
@@ -128,18 +128,18 @@ def test_vllm_writes_the_same_text(name, small, tmp_path):
     out = run(python, tmp_path / "write.py", folder, *PROMPTS, VLLM_MLA_DISABLE="1",
               VLLM_CPU_KVCACHE_SPACE="1", PYTHONPATH="")
     found = next(json.loads(line) for line in out.splitlines() if line.startswith('["'))   # no log
-    for text, mine in zip(found, ours(folder), strict=False):
+    for text, mine in zip(found, ours(folder), strict=True):
         mine = mine.rstrip("�")                        # half a character is not written
         assert text[: len(mine)] == mine and len(mine) > 20
 
 
-@pytest.mark.parametrize("name", ["model", "needle", "greedy"])
+@pytest.mark.parametrize("name", ["model", "needle", "addition", "greedy"])
 def test_llama_cpp_writes_the_same_text(name, tmp_path):
     """`greedy`: data/model with greedy routing on several devices, once an abort there."""
     xllamacpp = pytest.importorskip("xllamacpp", reason="needs xllamacpp")
     if not (checkout := os.environ.get("DSV2_LLAMA_CPP")):
         pytest.skip("needs DSV2_LLAMA_CPP, a checkout of llama.cpp")
-    folder = NEEDLE if name == "needle" else MODEL
+    folder = {"needle": NEEDLE, "addition": CHAT}.get(name, MODEL)
     if name == "greedy":
         folder, model = tmp_path / "greedy", checkpoint.load(MODEL)
         config = model.config.with_(max_devices=None)
@@ -153,7 +153,10 @@ def test_llama_cpp_writes_the_same_text(name, tmp_path):
     settings.model.path, settings.n_ctx, settings.n_parallel = str(file), 256, 1
     server = xllamacpp.Server(settings)
     how = {"temperature": 0, "max_tokens": 24}
-    texts = [server.handle_completions({"prompt": p, **how})["choices"][0]["text"] for p in PROMPTS]
-    answer = server.handle_chat_completions({"messages": QUESTION, **how, "max_tokens": 8})
-    found = [*texts, answer["choices"][0]["message"]["content"]]
+    if folder == CHAT:
+        found = [server.handle_chat_completions({"messages": QUESTION, **how})["choices"][0][
+            "message"]["content"]]
+    else:
+        found = [server.handle_completions({"prompt": p, **how})["choices"][0]["text"]
+                 for p in PROMPTS]
     assert [text.strip() for text in found] == [text.strip() for text in ours(folder)]

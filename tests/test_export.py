@@ -218,9 +218,16 @@ def test_transformers_writes_the_same_text(pipeline, model):
     for batch_size in (1, 2):
         found = pipeline(prompts, max_new_tokens=24, batch_size=batch_size)
         assert [each[0]["generated_text"] for each in found] == expected
-    messages = [{"role": "user", "content": "Once"}]
-    answer = TOKENIZER.decode(ours(model, prompt_ids(messages, TOKENIZER), 8))
-    assert pipeline(messages, max_new_tokens=8)[0]["generated_text"][-1]["content"] == answer
+
+
+def test_transformers_answers_as_we_do(transformers):
+    """Asked is a model that answers; one that read stories alone says what none of them has."""
+    chat = transformers.pipeline("text-generation", str(DATA / "addition"), dtype=torch.float32)
+    messages = [{"role": "user", "content": "52 + 36 ="}]
+    tokenizer = load_tokenizer(DATA / "addition" / "tokenizer.json")
+    model = checkpoint.load(DATA / "addition", torch.float32)
+    assert tokenizer.decode(ours(model, prompt_ids(messages, tokenizer), 8)) == " 88"
+    assert chat(messages, max_new_tokens=8)[0]["generated_text"][-1]["content"] == " 88"
 
 
 def test_transformers_stops_at_the_end_mark(pipeline, model):
