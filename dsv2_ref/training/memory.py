@@ -104,7 +104,8 @@ def _kept(model: DeepSeekV2, B: int, T: int, precision: str) -> int:
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
+        # detached: an operation that keeps its own output would keep itself alive by it for ever
+        tensor, storage = tensor.detach(), tensor.untyped_storage()
         if storage.data_ptr() not in own:
             # the tensor is held, so that its address is not given to another one
             seen[storage.data_ptr()] = storage.nbytes(), tensor
@@ -115,4 +116,6 @@ def _kept(model: DeepSeekV2, B: int, T: int, precision: str) -> int:
     tokens = torch.randint(model.config.vocab, (B, T), generator=draw).to(device)
     with autocast(device, precision), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         model.losses(tokens, tokens)
-    return sum(nbytes for nbytes, _ in seen.values())
+    kept = sum(nbytes for nbytes, _ in seen.values())
+    seen.clear()                 # `keep` lives as long as the graph does
+    return kept
