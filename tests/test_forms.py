@@ -145,13 +145,13 @@ def test_each_door_runs_what_is_said_of_it(monkeypatch, ran):
     for cast in (False, True):
         with torch.autocast(DEVICE, torch.float16, enabled=cast):
             words = said(m.describe())
-            x = tokens(8, 8)
+            x = tokens(2, 8)
             for door in ("training", "prompt", "decode"):
                 ran.clear()
                 if door == "training":
                     m.losses(x, x)
                 else:
-                    cache = m.new_cache(8, 16)
+                    cache = m.new_cache(2, 16)
                     with torch.no_grad():
                         m(x, cache)
                         ran.update() if door == "prompt" else (ran.clear(), m(x[:, :1], cache))

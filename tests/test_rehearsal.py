@@ -2,8 +2,8 @@
 """The package on a card that is not there; see rehearsal/. `make rehearse` has the full sizes."""
 
 import pytest
-from rehearsed import refused_versions, run
 from rehearsal.promises import FAST
+from rehearsed import refused_versions, run
 
 pytestmark = pytest.mark.skipif(bool(refused_versions()), reason=refused_versions())
 
