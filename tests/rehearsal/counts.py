@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""What torch does on the pretended card: launches, uploads, and bytes from birth to end."""
+"""What torch does on the pretended card: launches, uploads, bytes moved, bytes from birth to end.
+
+Bytes moved are those of an operation's operands and results, each once; of a row picked from a
+table, the row.
+"""
 
 from collections import Counter
 from typing import Any
@@ -17,16 +21,27 @@ FREE = {
     "new_empty", "new_empty_strided", "permute", "select", "slice", "split", "split_with_sizes",
     "squeeze", "t", "transpose", "unbind", "unfold", "unsqueeze", "view", "view_as_real",
 }
+PICKS = {"embedding", "index", "index_select", "gather"}
+
+
+def touched(x: Tensor) -> int:
+    """Bytes that are there: an expanded dimension is one row."""
+    n = 1
+    for size, stride in zip(x.shape, x.stride(), strict=True):
+        n *= size if stride else 1
+    return n * x.element_size()
 
 
 class Counts(Alive):
-    """`launches` by operation, `uploads` by place; bytes of what is on the card."""
+    """`launches` and bytes `moved` by operation, `uploads` by place; bytes of what is on the card.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.launches: Counter[str] = Counter()
         self.uploads: Counter[str] = Counter()
         self.places: Counter[str] = Counter()        # of launches
+        self.moved: Counter[str] = Counter()
 
     def __torch_dispatch__(
         self, func: Any, kinds: Any, args: tuple = (), kwargs: dict | None = None
@@ -45,9 +60,11 @@ class Counts(Alive):
             return out
         self.launches[name] += 1
         self.places[f"{name} {place()}"] += 1
+        read = [] if name in PICKS else [x for x in tree_leaves((args, kwargs)) if on_card(x)]
+        self.moved[name] += sum(map(touched, read)) + (1 + (name in PICKS)) * sum(map(touched, made))
         return out
 
     def clear(self) -> None:
         super().clear()
-        for counter in (self.launches, self.uploads, self.places):
+        for counter in (self.launches, self.uploads, self.places, self.moved):
             counter.clear()

@@ -74,6 +74,7 @@ def _told(mode: Card, recorder: Recorder, counts: Counts) -> dict[str, Any]:
         "launches": sum(counts.launches.values()) + sum(recorder.launches.values()),
         "waits": dict(mode.waits), "uploads": dict(counts.uploads), "wrong": recorder.wrong,
         "kernels": dict(recorder.launches), "operations": dict(counts.launches.most_common()),
+        "moved": dict(counts.moved.most_common()),
     }
 
 
