@@ -202,6 +202,8 @@ class DeepSeekV2(nn.Module):
         # not kept while torch exports: its tensors stand for others and hold no numbers
         rope = _rope.__wrapped__ if torch.compiler.is_exporting() else _rope
         cos, sin = rope_tables(positions, *rope(c, device))              # (B or 1, T, d_r/2)
+        exact = torch.promote_types(self.like.dtype, torch.float32)      # cast once, not per layer
+        cos, sin = cos.to(exact), sin.to(exact)
         forms = self._forms(B, T, S, None if cache is None else cache.kind)
         if self.across is not None:
             forms = self.across(forms)

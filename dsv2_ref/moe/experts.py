@@ -97,7 +97,7 @@ def experts_loop(
     rows = _rows(x, order, indices).split(counts.tolist())                           # E of (·, d)
     out = []
     # unbind, not W[e]: the gradient of all experts is put together once, not once an expert
-    experts = W_gate.unbind(), W_up.unbind(), W_down.unbind()
+    experts = [W.unbind() if torch.is_grad_enabled() else W for W in (W_gate, W_up, W_down)]
     for e, h in enumerate(rows):
         if len(h) or e == 0:                 # no slot at all must still give gradients of zero
             gate, up, down = (W[e] for W in experts)
