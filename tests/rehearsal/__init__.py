@@ -11,6 +11,7 @@ descriptors, and, if asked, what exactly this specialisation compiles to for the
   counts    what torch launches, uploads and allocates
   parts     what is rehearsed, each part a function that returns numbers
   promises  what must hold of them: tests/test_rehearsal.py the fast ones, tests/rehearse.py all
+  expected  what to expect on a card, from what was counted
   faults    mistakes that were made once, put back, and the promise that each breaks
 
 `python -m rehearsal '["decode", {"preset": "v2"}]'` (from tests/) prints a part's numbers as JSON;

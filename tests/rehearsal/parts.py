@@ -199,8 +199,9 @@ def flops(preset: str = "lite", layers: int = 0, sequence: int = 4096) -> dict[s
         model.losses(ids, ids).total.backward()
     slots = sequence * c.top_k * (c.n_layers - c.n_dense)
     pairs = sequence * (sequence + 1) // 2 * c.n_h * c.n_layers
-    ours = 3 * (6 * c.d * c.expert_width * slots + 2 * (c.d_h + c.d_r + c.d_v) * pairs)
-    return {"torch": counted.get_total_flops(), "kernels": ours,
+    experts = 3 * 6 * c.d * c.expert_width * slots
+    attention = 3 * 2 * (c.d_h + c.d_r + c.d_v) * pairs
+    return {"torch": counted.get_total_flops(), "experts": experts, "attention": attention,
             "cost": causal_training_flops(c, sequence) * sequence}
 
 
