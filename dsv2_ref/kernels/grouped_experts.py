@@ -53,7 +53,7 @@ from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dsv2_ref.kernels.route_tokens import sort_slots_fused
-from dsv2_ref.kernels.target import check_device, multiprocessors, target_of
+from dsv2_ref.kernels.target import check_device, multiprocessors, on_its_device, target_of
 
 # target -> BM, BN, BK, warps, stages, blocks an SM: narrow for up and back, wide for the others.
 # Not timed yet; from the code for sm_90 at Lite's widths: no spills, three buffers, and for 1,024
@@ -375,6 +375,7 @@ class _Experts(torch.autograd.Function):
         return sum_slots(rows, gates.shape[1], keep), dg, *dW, None, None, None, None
 
 
+@on_its_device
 def experts_fused(
     x: Tensor, indices: Tensor, gates: Tensor, W_gate: Tensor, W_up: Tensor, W_down: Tensor,
     keep: Tensor | None = None,

@@ -46,7 +46,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv2_ref.kernels.target import check_device
+from dsv2_ref.kernels.target import check_device, on_its_device
 
 BLOCK_TOKENS = 32
 BLOCK_SLOTS = 64
@@ -126,6 +126,7 @@ def select_greedy_fused(
     return select_device_limited_fused(s, top_k, 1, 1)
 
 
+@on_its_device
 def select_device_limited_fused(
     s: Tensor, top_k: int, n_devices: int, max_devices: int
 ) -> Tensor:
@@ -154,6 +155,7 @@ def select_device_limited_fused(
     return indices
 
 
+@on_its_device
 def sort_slots_fused(
     indices: Tensor, n_routed: int, keep: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
