@@ -39,6 +39,7 @@ from typing import TypeVar
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 Result = TypeVar("Result")
@@ -74,6 +75,26 @@ def check_device(name: str, x: Tensor, kernel: object) -> None:
     if x.dtype == torch.bfloat16:
         raise ValueError(f"{name}: {x.dtype} on {x.device}, expected a CUDA device, or float16 or "
                          "float32, for Triton's interpreter computes wrongly in bfloat16")
+
+
+@triton.jit
+def _one(x):
+    tl.store(x, 1)
+
+
+@lru_cache(maxsize=16)
+def why_not(device: torch.device) -> str:
+    """What stops a kernel on this device, in one line; empty if one was compiled and ran.
+
+    A first launch compiles a piece of C: without a compiler, or Python's header files, no kernel
+    runs, although triton can be imported.
+    """
+    try:
+        x = torch.zeros(1, dtype=torch.int32, device=device)
+        on_its_device(lambda x: _one[(1,)](x))(x)
+    except Exception as error:               # of any kind: the compiler's, the driver's, ptxas'
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return ""
 
 
 def on_its_device(function: Callable[..., Result]) -> Callable[..., Result]:
