@@ -242,7 +242,7 @@ def test_writing_a_model_makes_no_second_one_in_fp32(tied, tmp_path, monkeypatch
             alive.see(W)
         before = alive.now
         write_model(model, model.config, tmp_path / "model", {})
-    assert alive.peak - before < 1.1 * sum(2 * W.numel() for W in model.parameters())
+    assert alive.peak - before < 1.5 * sum(2 * W.numel() for W in model.parameters())
     (state,) = written
     assert tied == (state.head.weight is state.embedding.weight)
     for a, b in zip(state.parameters(), model.parameters(), strict=True):
