@@ -234,6 +234,19 @@ def shapes(build: int = 0) -> dict[str, Any]:
             "wrong": recorder.wrong, "variants": recorder.variants(), "seconds": sum(seconds)}
 
 
+def wide() -> dict[str, Any]:
+    """Decoding with latents wider than any published model's, compiled."""
+    with _stage(build=True) as (mode, recorder), torch.no_grad():
+        for d_c in (768, 1024):
+            for n_h in (16, 128):
+                c = PRESETS["lite"].with_(n_layers=1, d_c=d_c, n_h=n_h)
+                model = _model(c, mode.here).eval()
+                kept = model.new_cache(1, 4096)
+                kept.lengths = [4000]
+                model.hidden(torch.zeros(1, 1, dtype=torch.int64, device=mode.here), kept)
+    return {"failed": [], "wrong": recorder.wrong, "variants": recorder.variants()}
+
+
 def _calls(c: Config, here: torch.device) -> Iterator[tuple[str, Any]]:
     """Attention, routing and experts as a layer calls them, by name."""
     one = _model(c.with_(n_layers=1, n_dense=0), here)
@@ -308,5 +321,5 @@ def bench(name: str, card_name: str = "NVIDIA H200") -> dict[str, Any]:
             "peak": counts.peak, "wrong": recorder.wrong, "variants": recorder.variants()}
 
 
-PARTS = {f.__name__: f for f in (decode, prefill, backward, step, flops, variants, shapes,
+PARTS = {f.__name__: f for f in (decode, prefill, backward, step, flops, variants, shapes, wide,
                                  experts_of, command, bench)}

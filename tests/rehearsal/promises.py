@@ -130,6 +130,7 @@ SLOW = {
         "variants", {"preset": preset, "cache": cache, "batch": batch, "ragged": int(batch > 1)},
         compiled_twice_at_most)
         for preset in ("lite", "v2") for cache in ("latent", "six_bit") for batch in (1, 4)},
+    "wide latents": Promise("wide", {}, all_ran),
     "compiled": Promise("shapes", {"build": 1}, all_ran),
     **{f"bench {name}": Promise("bench", {"name": name}, all_ran)
        for name in ("mla_decode", "attention", "experts", "six_bit_decode")},
