@@ -7,5 +7,7 @@
   route_tokens     routing, and sorting the slots
   grouped_experts  experts as products over sorted slots
   fp8              FP8 weights in blocks of 128×128: a format of a card, in plain torch
+  fp8_products     products with such weights, which stay codes on their way
+  fp8_experts      routed experts whose weights are such codes
   target           what a card can run; what does run is decided in forms.py
 """
