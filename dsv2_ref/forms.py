@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from dsv2_ref.attention.cache_quant import attend_packed, dequantise, unpack
 from dsv2_ref.attention.mla import (
@@ -26,6 +27,8 @@ from dsv2_ref.attention.mla import (
     attend_heads,
 )
 from dsv2_ref.config import Config
+from dsv2_ref.kernels.fp8 import Fp8Linear, Fp8Stack, linear
+from dsv2_ref.kernels.fp8 import dequantise as dequantise_blocks
 from dsv2_ref.moe.dropping import keep_within_budget
 from dsv2_ref.moe.experts import experts_grouped, experts_loop, experts_padded
 from dsv2_ref.moe.routing import select_device_limited, select_greedy
@@ -56,7 +59,13 @@ KERNELS: dict[Form, tuple[str, str]] = {
     experts_loop: ("grouped_experts", "experts_fused"),
     experts_padded: ("grouped_experts", "experts_fused"),
     experts_grouped: ("grouped_experts", "experts_fused"),
+    linear: ("fp8_products", "linear_fp8"),
+    dequantise_blocks: ("fp8_products", "dequantise_fp8"),
+    Fp8Stack: ("fp8_experts", "experts_fp8"),        # of any twin, whose weights are such stacks
 }
+# from about there, by bytes and FLOPs and not by a clock, dequantising once pays: the library's
+# product is faster by more than five bytes a weight cost
+FP8_ROWS = 512
 
 
 def kernels_serve(x: Tensor) -> bool:
@@ -81,6 +90,34 @@ def kernel(twin: Form) -> Form:
     return getattr(importlib.import_module(f"dsv2_ref.kernels.{file}"), name)
 
 
+def kernels_serve_fp8(x: Tensor) -> bool:
+    """Whether products of x with FP8 weights have kernels: they have no gradient, nor autocast."""
+    return (kernels_serve(x) and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled(x.device.type))
+
+
+def multiply_fp8(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """x (..., c), codes (r, c), scales (R, C) -> x·Wᵀ (..., r): what `Fp8Linear` computes with."""
+    if kernels_serve_fp8(x) and x.numel() < FP8_ROWS * x.shape[-1]:
+        return kernel(linear)(x, codes, scale)
+    return F.linear(x, read_fp8(codes, scale, x.dtype))
+
+
+def read_fp8(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """codes (r, c), scales (R, C) -> W (r, c) of `dtype`, for absorption and for many rows."""
+    serve = kernels_serve(torch.empty(0, dtype=dtype, device=codes.device))
+    return (kernel(dequantise_blocks) if serve else dequantise_blocks)(codes, scale, dtype)
+
+
+def describe_fp8(model: nn.Module, x: Tensor) -> list[str]:
+    """What multiplies a model's FP8 layers, in one or no word; x as in `choose`."""
+    if not any(isinstance(module, Fp8Linear) for module in model.modules()):
+        return []
+    if not kernels_serve_fp8(x):
+        return ["FP8 layers: dequantised"]
+    return [f"FP8 layers: {kernel(linear).__name__} below {FP8_ROWS} rows, then dequantised"]
+
+
 def choose(
     c: Config, x: Tensor, B: int, T: int, S: int, cached: str | None = None,
     W_gate: object | None = None,
@@ -88,8 +125,7 @@ def choose(
     """The forms for B sequences of T new tokens on S keys each.
 
     x: any tensor of the stream's device and dtype. cached: the cache's `kind`, None without one.
-    W_gate: of the experts; weights that are no plain tensor (FP8, dequantised where they are used)
-    keep the twins.
+    W_gate: of the experts; weights that are no plain tensor (FP8) have a kernel of their own.
     """
     select = select_greedy if c.max_devices is None else select_device_limited
     if kernels_serve(x):
@@ -134,6 +170,8 @@ def experts_form(c: Config, x: Tensor, n_tokens: int, W_gate: object | None) -> 
     autocast = torch.is_autocast_enabled(x.device.type)
     if kernels_serve(x) and (W_gate is None or isinstance(W_gate, Tensor)):
         return experts_fused_autocast if autocast else kernel(experts_loop)
+    if type(W_gate) is Fp8Stack and kernels_serve_fp8(x):
+        return kernel(Fp8Stack)
     if torch.compiler.is_exporting():
         return experts_padded                # shapes that do not depend on who chose whom
     if n_tokens * c.top_k < 2 * c.n_routed:

@@ -10,6 +10,7 @@
   cpu_decode      decoding on a CPU beside transformers
   serve           the engine beside transformers, and batch bought with cache bytes
   cache_quality   what a quantised cache costs in quality
+  fp8             products with FP8 weights beside bf16, on a GPU
   fp8_quality     what FP8 weights cost in quality
   ablations       what the paper's choices cost or bring, in small
   needle          what YaRN, a short tuning, six bits and mistakes do to the needle grid
