@@ -91,7 +91,7 @@ class RoutedFFN(nn.Module):
         balance = self._balance(routing, B, run.lengths) if run.learns else None
         traffic = self._traffic(routing, keep, B, run.lengths) if run.with_load else None
         h = self.experts(u.flatten(0, 1), x, routing.indices, routing.gates, run.forms.experts,
-                         keep)
+                         keep, run.forms.swiglu)
         return h.unflatten(0, (B, T)), balance, traffic
 
     def _keep(self, routing: Routing, run: Pass, T: int) -> Tensor | None:
@@ -171,9 +171,9 @@ class Block(nn.Module):
 
         `place` is the layer's number in the cache. The last two are None for a dense FFN.
         """
-        h = h + self.attention(self.norm_attention(h), run.cos, run.sin, run.forms.attend,
-                               run.cache, place)
-        x = self.norm_ffn(h)
+        u = self.attention(self.norm_attention(h), run.cos, run.sin, run.forms.attend, run.cache,
+                           place, rotate=run.forms.rotate)
+        h, x = run.forms.add_norm(h, u, self.norm_ffn)
         if not self.config.is_moe(self.layer):
-            return h + self.ffn(x), None, None
+            return h + self.ffn(x, run.forms.swiglu), None, None
         return self.ffn(h, x, run)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Which of the equal algorithms runs: attention, selection, dropping, experts. Chosen once a pass.
+"""Which of the equal algorithms runs: attention, selection, experts, and the steps between.
 
-Equal algorithms are functions with one signature and one result (forms). The choice goes by
-counting multiplications (attention), by device and size (experts), by the config (selection); on a
-CUDA device a Triton kernel then takes the place of its naive twin. Triton and the kernels are
-imported on the first such question about a CUDA device, not before: the package works where Triton
-does not exist.
+Equal algorithms are functions with one signature and one result (forms), chosen once a pass. The
+choice goes by counting multiplications (attention), by device and size (experts), by the config
+(selection); on a CUDA device a Triton kernel then takes the place of its naive twin. Triton and the
+kernels are imported on the first such question about a CUDA device, not before: the package works
+where Triton does not exist.
 """
 
 import functools
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dsv2_ref.attention.cache_quant import attend_packed, dequantise, unpack
 from dsv2_ref.attention.mla import (
@@ -24,12 +24,19 @@ from dsv2_ref.attention.mla import (
     attend_expanded,
     attend_heads,
 )
+from dsv2_ref.attention.rope import rotate
 from dsv2_ref.config import Config
 from dsv2_ref.moe.dropping import keep_within_budget
-from dsv2_ref.moe.experts import experts_grouped, experts_loop, experts_padded
+from dsv2_ref.moe.experts import experts_grouped, experts_loop, experts_padded, swiglu
 from dsv2_ref.moe.routing import select_device_limited, select_greedy
 
 Form = Callable[..., Tensor]
+
+
+def add_norm(h: Tensor, u: Tensor, norm: nn.RMSNorm) -> tuple[Tensor, Tensor]:
+    """The stream h with u (..., d) added, and the norm of both."""
+    h = h + u
+    return h, norm(h)
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,9 @@ class Forms:
     select: Form
     experts: Form
     keep: Form = keep_within_budget      # which slots are not dropped; training alone
+    rotate: Form = rotate
+    swiglu: Form = swiglu
+    add_norm: Form = add_norm
 
     def names(self) -> str:
         return ", ".join(f.__name__ for f in (self.attend, self.select, self.experts))
@@ -55,6 +65,9 @@ KERNELS: dict[Form, tuple[str, str]] = {
     experts_loop: ("grouped_experts", "experts_fused"),
     experts_padded: ("grouped_experts", "experts_fused"),
     experts_grouped: ("grouped_experts", "experts_fused"),
+    rotate: ("between_products", "rotate_fused"),
+    swiglu: ("between_products", "swiglu_fused"),
+    add_norm: ("between_products", "add_norm_fused"),
 }
 
 
@@ -83,7 +96,19 @@ def choose(
     select = select_greedy if c.max_devices is None else select_device_limited
     if kernels_serve(x):
         select = kernel(select)
-    return Forms(attention_form(c, x, T, S, cached), select, experts_form(c, x, B * T, W_gate))
+    return Forms(attention_form(c, x, T, S, cached), select, experts_form(c, x, B * T, W_gate),
+                 **between(x))
+
+
+def between(x: Tensor) -> dict[str, Form]:
+    """The steps between products for tensors such as x, by their names in `Forms`."""
+    found: dict[str, Form] = {}
+    if kernels_serve(x):
+        found["rotate"] = kernel(rotate)
+        # the others have no gradient, and want all inputs of one dtype
+        if not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type):
+            found |= {"swiglu": kernel(swiglu), "add_norm": kernel(add_norm)}
+    return found
 
 
 def attention_form(c: Config, x: Tensor, T: int, S: int, cached: str | None) -> Form:

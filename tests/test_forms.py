@@ -185,7 +185,8 @@ def test_every_twin_has_a_kernel_of_its_own_kind():
     pytest.importorskip("triton")
     assert {kernel(twin).__name__ for twin in KERNELS} == {
         "attend_flash", "attend_latent", "attend_six_bit", "select_greedy_fused",
-        "select_device_limited_fused", "experts_fused"}
+        "select_device_limited_fused", "experts_fused", "rotate_fused", "swiglu_fused",
+        "add_norm_fused"}
 
 
 def test_a_cache_of_other_rows_is_refused():

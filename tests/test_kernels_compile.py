@@ -12,7 +12,8 @@ from functools import cache
 import pytest
 from audit import machine_code
 
-FILES = ("flash_attention", "grouped_experts", "latent_decode", "six_bit_decode")
+FILES = ("between_products", "flash_attention", "grouped_experts", "latent_decode",
+         "six_bit_decode")
 ENTRIES = {(f"audit.{file}", entry.name): entry for file in FILES
            for entry in importlib.import_module(f"audit.{file}").ENTRIES}
 # the first entry of these files stands for all in `make test`

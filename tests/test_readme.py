@@ -22,13 +22,14 @@ def test_the_map_is_up_to_date():
 
 
 def test_the_map_has_every_concept_file():
-    """But for the list of cards, which the paper has not and no notebook derives.
+    """But for small steps and the list of cards, which no notebook derives.
 
     Beside them stand the files of other folders that hold equations: those of alignment.
     """
     others = [file for file in FILES if file not in CONCEPTS and tags(source(file))]
     assert others and all(file.startswith("alignment/") for file in others)
-    found = sorted([*(c.file for c in concepts()), "kernels/target.py"])
+    found = sorted([*(c.file for c in concepts()), "kernels/between_products.py",
+                    "kernels/target.py"])
     assert found == sorted([*CONCEPTS, *others])
 
 

@@ -46,6 +46,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, of one shape."""
+    return F.silu(gate) * up
+
+
 class FeedForward(nn.Module):
     """SwiGLU: W_down(silu(W_gate x) * W_up x), of width w over d."""
 
@@ -55,9 +60,9 @@ class FeedForward(nn.Module):
         self.W_up = nn.Linear(d, w, bias=False)
         self.W_down = nn.Linear(w, d, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., d) -> (..., d)."""
-        return self.W_down(F.silu(self.W_gate(x)) * self.W_up(x))
+    def forward(self, x: Tensor, swiglu: Callable[..., Tensor] = swiglu) -> Tensor:
+        """(..., d) -> (..., d).  `swiglu` is a function equal to the one above."""
+        return self.W_down(swiglu(self.W_gate(x), self.W_up(x)))
 
 
 def sort_slots(
@@ -197,6 +202,7 @@ class MixtureOfExperts(nn.Module):
     def forward(
         self, u: Tensor, x: Tensor, indices: Tensor, gates: Tensor,
         form: Callable[..., Tensor] = experts_loop, keep: Tensor | None = None,
+        swiglu: Callable[..., Tensor] = swiglu,
     ) -> Tensor:
         """u (N, d) residual stream, x (N, d) its norm, indices and gates (N, K) -> (N, d).
 
@@ -205,7 +211,7 @@ class MixtureOfExperts(nn.Module):
         for it.
         """
         routed = form(x, indices, gates, self.W_gate, self.W_up, self.W_down, keep)
-        shared = self.shared(x)                      # while the rows of others are on their way
+        shared = self.shared(x, swiglu)              # while the rows of others are on their way
         if not isinstance(routed, Tensor):
             routed = routed()
         return u + shared + routed                                           # (N, d)           (20)
