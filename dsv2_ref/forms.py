@@ -11,7 +11,7 @@ where Triton does not exist.
 import functools
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 import torch
@@ -27,7 +27,13 @@ from dsv2_ref.attention.mla import (
 from dsv2_ref.attention.rope import rotate
 from dsv2_ref.config import Config
 from dsv2_ref.moe.dropping import keep_within_budget
-from dsv2_ref.moe.experts import experts_grouped, experts_loop, experts_padded, swiglu
+from dsv2_ref.moe.experts import (
+    add_up,
+    experts_grouped,
+    experts_loop,
+    experts_padded,
+    swiglu,
+)
 from dsv2_ref.moe.routing import select_device_limited, select_greedy
 
 Form = Callable[..., Tensor]
@@ -50,9 +56,11 @@ class Forms:
     rotate: Form = rotate
     swiglu: Form = swiglu
     add_norm: Form = add_norm
+    add_up: Form = add_up
+    route: Form | None = None            # all that a router does after its product
 
     def names(self) -> str:
-        return ", ".join(f.__name__ for f in (self.attend, self.select, self.experts))
+        return ", ".join(f.__name__ for f in (self.attend, self.route or self.select, self.experts))
 
 
 # twin -> the file and the name of its kernel
@@ -68,6 +76,7 @@ KERNELS: dict[Form, tuple[str, str]] = {
     rotate: ("between_products", "rotate_fused"),
     swiglu: ("between_products", "swiglu_fused"),
     add_norm: ("between_products", "add_norm_fused"),
+    add_up: ("route_tokens", "add_up_fused"),
 }
 
 
@@ -85,19 +94,30 @@ def kernel(twin: Form) -> Form:
 
 def choose(
     c: Config, x: Tensor, B: int, T: int, S: int, cached: str | None = None,
-    W_gate: object | None = None,
+    W_gate: object | None = None, alone: bool = True,
 ) -> Forms:
     """The forms for B sequences of T new tokens on S keys each.
 
     x: any tensor of the stream's device and dtype. cached: the cache's `kind`, None without one.
     W_gate: of the experts; weights that are no plain tensor (FP8, dequantised where they are used)
-    keep the twins.
+    keep the twins. alone: no other rank has a part in the experts' sum.
     """
     select = select_greedy if c.max_devices is None else select_device_limited
     if kernels_serve(x):
         select = kernel(select)
-    return Forms(attention_form(c, x, T, S, cached), select, experts_form(c, x, B * T, W_gate),
-                 **between(x))
+    forms = Forms(attention_form(c, x, T, S, cached), select, experts_form(c, x, B * T, W_gate),
+                  **between(x))
+    if alone and forms.swiglu is not swiglu and forms.experts is kernel(experts_loop):
+        forms = replace(forms, **few(B * T))
+    return forms
+
+
+def few(n_tokens: int) -> dict[str, Form]:
+    """Experts' rows, summed where they join the stream; of few tokens the router in one kernel."""
+    grouped, route = (importlib.import_module(f"dsv2_ref.kernels.{file}")
+                      for file in ("grouped_experts", "route_tokens"))
+    found: dict[str, Form] = {"experts": grouped.expert_rows, "add_up": kernel(add_up)}
+    return found | ({"route": route.route_fused} if n_tokens <= route.FEW else {})
 
 
 def between(x: Tensor) -> dict[str, Form]:

@@ -17,7 +17,7 @@ How this file differs from its twins:
      card may round a·cos - b·sin once where the twin rounds twice.
   2. Tables of cosines and sines are read in whatever dtype they have, and used in fp32.
 
-Launch: about 2,048 numbers per program, 4 warps; a row per program for the norm. Not timed yet.
+Launch: 1,024 numbers per program, 4 warps; a row per program for the norm. Not timed yet.
 
 Shapes: B batch, T tokens, n_h heads, d_r RoPE size (even), d width, w width of an expert.
 Copy with: target.py.  Needs: torch, triton.
@@ -40,7 +40,7 @@ from torch.autograd.function import once_differentiable
 
 from dsv2_ref.kernels.target import check_device
 
-BLOCK = 2048
+BLOCK = 1024
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -157,7 +157,7 @@ def swiglu_fused(gate: Tensor, up: Tensor) -> Tensor:
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
     if n := gate.numel():
-        _swiglu_kernel[(triton.cdiv(n, 1024),)](gate, up, out, n, 1024)
+        _swiglu_kernel[(triton.cdiv(n, BLOCK),)](gate, up, out, n, BLOCK)
     return out
 
 

@@ -17,8 +17,8 @@ def _entry(name: str, kernel: str, signature: dict[str, str], constexprs: dict[s
 
 
 ENTRIES = [entry for target in CARDS for entry in (
-    _entry("rotate", "rotate", ROTATE, dict(D=64, BACK=False, ROWS=32, WIDTH=64), target),
-    _entry("rotate_back", "rotate", ROTATE, dict(D=64, BACK=True, ROWS=32, WIDTH=64), target),
+    _entry("rotate", "rotate", ROTATE, dict(D=64, BACK=False, ROWS=16, WIDTH=64), target),
+    _entry("rotate_back", "rotate", ROTATE, dict(D=64, BACK=True, ROWS=16, WIDTH=64), target),
     _entry("swiglu", "swiglu", {"gate": "*bf16", "up": "*bf16", "out": "*bf16", "n": "i32"},
            dict(SIZE=1024), target),
     _entry("norm_lite", "add_norm", NORM, dict(D=2048, WIDTH=2048), target),

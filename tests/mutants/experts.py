@@ -14,7 +14,7 @@ MUTANTS = [
            "test_wiring.py::test_published_totals"),
     Mutant("shared_read_the_residual", "(20)", FILE, "self.shared(x, ", "self.shared(u, ",
            _oracle),
-    Mutant("normed_residual", "(20)", FILE, "return u + shared", "return x + shared", _oracle),
+    Mutant("normed_residual", "(20)", FILE, "add_up(u, shared, ", "add_up(x, shared, ", _oracle),
     Mutant("no_residual", "(20)", FILE, "return u + shared", "return shared", _oracle),
     Mutant("silu_on_the_wrong_half", "(20)", FILE,
            "swiglu(self.W_gate(x), self.W_up(x))", "swiglu(self.W_up(x), self.W_gate(x))",
