@@ -10,6 +10,7 @@ where Triton does not exist.
 
 import functools
 import importlib
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -81,9 +82,19 @@ KERNELS: dict[Form, tuple[str, str]] = {
 
 
 def kernels_serve(x: Tensor) -> bool:
-    """Whether there are kernels for tensors such as x."""
+    """Whether there are kernels for tensors such as x, and they run where it is."""
     return (x.device.type == "cuda" and find_spec("triton") is not None
-            and x.dtype in (torch.bfloat16, torch.float16, torch.float32))
+            and x.dtype in (torch.bfloat16, torch.float16, torch.float32) and _run_on(x.device))
+
+
+@functools.cache
+def _run_on(device: torch.device) -> bool:
+    """Whether a kernel can be launched there; if not, one warning says why."""
+    why = importlib.import_module("dsv2_ref.kernels.target").why_not(device)
+    if why:
+        warnings.warn(f"no Triton kernel runs on {device}, plain torch takes their place ({why})",
+                      stacklevel=2)
+    return not why
 
 
 def kernel(twin: Form) -> Form:

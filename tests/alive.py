@@ -38,6 +38,8 @@ class Alive(TorchDispatchMode):
 
     def see(self, x: Tensor) -> None:
         """Count a tensor's memory from now on to its end."""
+        if x.device.type == "meta":              # has none
+            return
         storage = x.untyped_storage()
         key = storage._cdata
         if key in self._alive:

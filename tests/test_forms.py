@@ -114,6 +114,18 @@ def test_cached_decoding_of_ragged_sequences(monkeypatch, ran, kind, kernel):
     assert ran["route_fused"] == 3 and ran["select_device_limited_fused"] == 1     # 22 tokens
 
 
+@torch.no_grad()
+def test_losses_without_a_gradient_drop_what_training_drops(monkeypatch, ran):
+    m, x, found = model().train(), tokens(2, 12), []
+    for kernels in (False, True):
+        use(monkeypatch, kernels)
+        losses = m.losses(x, x.roll(-1, 1), with_load=True)
+        assert losses.load[0].dropped > 0
+        found.append(losses.total)
+    close(found[1], found[0])
+    assert ran["expert_rows"] == 1
+
+
 def said(words: str) -> dict[str, list[str]]:
     """What `describe` says of each door."""
     doors = words.split("; ")[1:]
@@ -232,12 +244,42 @@ def test_which_tensors_kernels_serve(monkeypatch):
         def __init__(self, device: str, dtype: torch.dtype) -> None:
             self.device, self.dtype = torch.device(device), dtype
 
+    from dsv2_ref.kernels import target
+
+    monkeypatch.setattr(target, "why_not", lambda device: "")
+    forms._run_on.cache_clear()
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         assert forms.kernels_serve(Like("cuda:0", dtype))
         assert not forms.kernels_serve(Like("cpu", dtype))
     assert not forms.kernels_serve(Like("cuda", torch.float64))
     monkeypatch.setattr(forms, "find_spec", lambda name: None)
     assert not forms.kernels_serve(Like("cuda", torch.bfloat16))
+    forms._run_on.cache_clear()
+
+
+def test_where_no_kernel_can_be_launched_twins_serve_and_one_warning_says_why(monkeypatch):
+    """As on a machine without a C compiler: Triton is there, and its first launch fails."""
+    pytest.importorskip("triton")
+    from dsv2_ref.kernels import target
+
+    class Broken:
+        def __getitem__(self, grid):
+            return self
+
+        def __call__(self, *args):
+            raise RuntimeError("Failed to find C compiler. Please specify via CC\nenvironment")
+
+    x = torch.zeros(1, device="cpu")
+    monkeypatch.setattr(target, "_one", Broken())
+    target.why_not.cache_clear()
+    forms._run_on.cache_clear()
+    why = target.why_not(x.device)
+    assert why.startswith("RuntimeError: Failed to find C compiler") and "\n" not in why
+    with pytest.warns(UserWarning, match="plain torch takes their place .RuntimeError: Failed"):
+        assert not forms._run_on(x.device)
+    assert not forms._run_on(x.device)                   # and no second warning
+    target.why_not.cache_clear()
+    forms._run_on.cache_clear()
 
 
 def test_where_a_twin_stays_though_there_is_a_kernel(monkeypatch):

@@ -22,8 +22,8 @@ import dsv2_ref
 from dsv2_ref import copying
 
 PACKAGE = Path(dsv2_ref.__file__).parent
-FILES = ["between_products", "flash_attention", "grouped_experts", "latent_decode", "route_tokens",
-         "six_bit_decode"]
+FILES = ["adamw8_update", "between_products", "flash_attention", "grouped_experts",
+         "latent_decode", "route_tokens", "six_bit_decode"]
 MUTANTS = {f"{file}: {m.name}": m for file in FILES
            for m in importlib.import_module(f"mutants.{file}").KERNEL_MUTANTS}
 FIRST = [next(key for key in MUTANTS if key.startswith(f"{file}: ")) for file in FILES]

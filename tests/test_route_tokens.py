@@ -4,6 +4,7 @@
 Without a CUDA device the kernels run in Triton's interpreter."""
 
 import os
+from inspect import unwrap
 
 import pytest
 import torch
@@ -160,6 +161,6 @@ def test_a_cpu_without_the_interpreter_is_refused(monkeypatch):
     refused(lambda: select_greedy_fused(scores(7, 3, 4).bfloat16(), 2), "s", "bfloat16 on cpu")
     compiled = object.__new__(triton.JITFunction)
     for kernel in ("_select_kernel", "_place_kernel"):
-        monkeypatch.setitem(sort_slots_fused.__globals__, kernel, compiled)
+        monkeypatch.setitem(unwrap(sort_slots_fused).__globals__, kernel, compiled)
     refused(lambda: select_greedy_fused(scores(7, 3, 4), 2), "s", "cpu", "TRITON_INTERPRET=1")
     refused(lambda: sort_slots_fused(torch.zeros(3, 2).long(), 4), "indices", "CUDA device")

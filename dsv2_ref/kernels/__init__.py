@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What attention and moe compute, in forms for a GPU, and weights in FP8.
+"""What attention, moe and AdamW compute, in forms for a GPU; numbers of eight bits.
 
   flash_attention  causal attention in tiles, forward and backward
   latent_decode    decoding: a row read once, as key and value
@@ -8,5 +8,7 @@
   grouped_experts  experts as products over sorted slots
   between_products the small steps between products: RoPE, SwiGLU, residual and norm
   fp8              FP8 weights in blocks of 128×128: a format of a card, in plain torch
+  eight_bit_moments  AdamW with moments of a byte each, in plain torch
+  adamw8_update    that AdamW's step, a weight and all that belongs to it touched once
   target           what a card can run; what does run is decided in forms.py
 """

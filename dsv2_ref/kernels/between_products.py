@@ -38,13 +38,14 @@ import triton.language as tl
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dsv2_ref.kernels.target import check_device
+from dsv2_ref.kernels.target import check_device, on_its_device
 
 BLOCK = 1024
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@triton.jit
+# tokens and batches differ from pass to pass: no reason to compile anew
+@triton.jit(do_not_specialize=["rows", "T", "cos_b", "cos_t", "sin_b", "sin_t"])
 def _rotate_kernel(
     x, cos, sin, out, rows, T, n_h, cos_b, cos_t, sin_b, sin_t, D: tl.constexpr,
     BACK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
@@ -129,6 +130,7 @@ class _Rotate(torch.autograd.Function):
         return _turn(dy, *ctx.saved_tensors, True), None, None
 
 
+@on_its_device
 def rotate_fused(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`rotate` of rope.py: (a, b) -> (a cos - b sin, a sin + b cos) for each adjacent pair.
 
@@ -150,6 +152,7 @@ def _no_gradient(name: str, *inputs: Tensor) -> None:
                          "(torch.no_grad() for decoding, the twin for training)")
 
 
+@on_its_device
 def swiglu_fused(gate: Tensor, up: Tensor) -> Tensor:
     """`swiglu` of experts.py: silu(gate) · up of one shape and dtype. There is no gradient."""
     _check(_swiglu_kernel, gate=gate, up=up)
@@ -161,6 +164,7 @@ def swiglu_fused(gate: Tensor, up: Tensor) -> Tensor:
     return out
 
 
+@on_its_device
 def add_norm_fused(h: Tensor, u: Tensor, norm: nn.RMSNorm) -> tuple[Tensor, Tensor]:
     """h + u and its norm, (..., d) each, as `add_norm` of forms.py. There is no gradient."""
     if type(norm) is not nn.RMSNorm or norm._forward_hooks or norm._forward_pre_hooks:

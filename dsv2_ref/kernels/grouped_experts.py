@@ -53,7 +53,7 @@ from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dsv2_ref.kernels.route_tokens import sort_slots_fused, sum_slots
-from dsv2_ref.kernels.target import check_device, multiprocessors, target_of
+from dsv2_ref.kernels.target import check_device, multiprocessors, on_its_device, target_of
 
 # target -> BM, BN, BK, warps, stages, blocks an SM: narrow for up and back, wide for the others.
 # Not timed yet; from the code for sm_90 at Lite's widths: no spills, three buffers, and for 1,024
@@ -350,6 +350,7 @@ class _Experts(torch.autograd.Function):
         return sum_slots(rows, gates.shape[1], keep), dg, *dW, None, None, None, None
 
 
+@on_its_device
 def experts_fused(
     x: Tensor, indices: Tensor, gates: Tensor, W_gate: Tensor, W_up: Tensor, W_down: Tensor,
     keep: Tensor | None = None,
@@ -369,15 +370,16 @@ def experts_fused(
     return sum_slots(grouped_forward(*tensors, order, offsets, how, False)[0], gates.shape[1], keep)
 
 
+@on_its_device
 def expert_rows(
     x: Tensor, indices: Tensor, gates: Tensor, W_gate: Tensor, W_up: Tensor, W_down: Tensor,
     keep: Tensor | None = None, slots: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """What `experts_fused` sums, (N, K, d); `slots` if `route_fused` has sorted them."""
+    """What `experts_fused` sums, (N, K, d), or the sum where slots are dropped. No gradient."""
+    if keep is not None:
+        return experts_fused(x, indices, gates, W_gate, W_up, W_down, keep)
     tensors = _checked(x, indices, gates, W_gate, W_up, W_down)
-    if keep is not None or torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        raise ValueError("expert_rows: a gradient or `keep`, expected neither (experts_fused)")
-    slots = slots or sort_slots_fused(indices, len(W_gate))
+    slots = slots or sort_slots_fused(indices, len(W_gate))      # or `route_fused` has done it
     rows, _, _ = grouped_forward(*tensors, *slots, plan(x, W_gate, indices.numel()), False)
     return rows.unflatten(0, indices.shape)
 

@@ -51,7 +51,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv2_ref.kernels.target import check_device
+from dsv2_ref.kernels.target import check_device, on_its_device
 
 BLOCK_TOKENS = 32
 BLOCK_SLOTS = 64
@@ -96,7 +96,7 @@ def _select_kernel(
         values = tl.where(column[None] == winner[:, None], -float("inf"), values)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _route_kernel(
     z, s_out, indices, gates, order, offsets, factor, N, E: tl.constexpr, K: tl.constexpr,
     D: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, DEVICES: tl.constexpr,
@@ -217,6 +217,7 @@ def select_greedy_fused(
     return select_device_limited_fused(s, top_k, 1, 1)
 
 
+@on_its_device
 def select_device_limited_fused(
     s: Tensor, top_k: int, n_devices: int, max_devices: int
 ) -> Tensor:
@@ -234,6 +235,7 @@ def select_device_limited_fused(
     return indices
 
 
+@on_its_device
 def sort_slots_fused(
     indices: Tensor, n_routed: int, keep: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -263,6 +265,7 @@ def sort_slots_fused(
     return order, edges[::blocks].contiguous()
 
 
+@on_its_device
 def route_fused(
     z: Tensor, top_k: int, n_devices: int = 1, max_devices: int | None = None,
     scaling_factor: float = 1.0,
@@ -296,6 +299,7 @@ def sum_slots(rows: Tensor, top_k: int, keep: Tensor | None = None) -> Tensor:
     return _sum(rows, top_k, rows if keep is None else keep, rows, rows, keep is not None, False)
 
 
+@on_its_device
 def add_up_fused(u: Tensor, shared: Tensor, routed: Tensor) -> Tensor:
     """`add_up` of experts.py: u + shared + routed, (N, d) each, or routed (N, K, d) not summed yet.
 

@@ -19,6 +19,9 @@ Triton decides at the moment a kernel is defined whether it is compiled or inter
 neither; and the interpreter keeps bfloat16 as integers, so that sums come out wrong, by any factor,
 without a word. `check_device` refuses both in one line.
 
+A launch goes to the *current* CUDA device, not to that of its tensors: with several cards in one
+process it would read memory that is not there. What launches is decorated with `on_its_device`.
+
 Shapes: none.
 Copy with: nothing.  Needs: torch, triton.
 
@@ -30,11 +33,16 @@ Wiring, once copied:
     programs = min(multiprocessors(x.device), -(-len(x) // rows))
 """
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import TypeVar
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
+
+Result = TypeVar("Result")
 
 # compute capability -> target; what is not here is a consumer card
 CARDS = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_90", (10, 3): "sm_90"}
@@ -67,3 +75,36 @@ def check_device(name: str, x: Tensor, kernel: object) -> None:
     if x.dtype == torch.bfloat16:
         raise ValueError(f"{name}: {x.dtype} on {x.device}, expected a CUDA device, or float16 or "
                          "float32, for Triton's interpreter computes wrongly in bfloat16")
+
+
+@triton.jit
+def _one(x):
+    tl.store(x, 1)
+
+
+@lru_cache(maxsize=16)
+def why_not(device: torch.device) -> str:
+    """What stops a kernel on this device, in one line; empty if one was compiled and ran.
+
+    A first launch compiles a piece of C: without a compiler, or Python's header files, no kernel
+    runs, although triton can be imported.
+    """
+    try:
+        x = torch.zeros(1, dtype=torch.int32, device=device)
+        on_its_device(lambda x: _one[(1,)](x))(x)
+    except Exception as error:               # of any kind: the compiler's, the driver's, ptxas'
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return ""
+
+
+def on_its_device(function: Callable[..., Result]) -> Callable[..., Result]:
+    """`function` with the device of its first argument, a tensor, as the current one."""
+
+    @wraps(function)
+    def there(x: Tensor, *args: object, **kwargs: object) -> Result:
+        if not x.is_cuda or x.device.index == torch.cuda.current_device():
+            return function(x, *args, **kwargs)
+        with torch.cuda.device(x.device):
+            return function(x, *args, **kwargs)
+
+    return there

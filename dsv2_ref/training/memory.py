@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from dsv2_ref.cross_entropy import chunk_rows
+from dsv2_ref.forms import kernels_serve
+from dsv2_ref.kernels.eight_bit_moments import BLOCK, PIECE, blocks_of
 from dsv2_ref.model import DeepSeekV2
-from dsv2_ref.training.adamw8 import BLOCK, PIECE, blocks_of
 from dsv2_ref.training.machine import autocast
 from dsv2_ref.training.optim import by_muon
 from dsv2_ref.training.recipe import Recipe
@@ -83,6 +84,8 @@ def _optimizer_bytes(model: DeepSeekV2, recipe: Recipe) -> int:
     """Temporaries of an update."""
     largest = max(p.numel() for p in model.parameters())
     if recipe.optimizer == "adamw8":
+        if kernels_serve(model.embedding.weight):
+            return 0
         return 10 * 4 * min(PIECE, largest)                      # fp32: g, m, v, w, codes, bits
     return 4 * 4 * largest
 

@@ -58,7 +58,6 @@ def _entry(name: str, product: str, tiles: str, sizes: tuple[int, ...], target: 
 
 def _route(name: str, kernel: str, signature: dict[str, str], constexprs: dict[str, object],
            target: str, warps: int = 4) -> Entry:
-    signature = {argument: kind for argument, kind in signature.items() if kind is not None}
     return Entry(name, f"dsv2_ref.kernels.{kernel}_kernel", signature, constexprs, warps, 3, target)
 
 
@@ -85,8 +84,8 @@ ENTRIES = [
     *(_route(f"sum_{t}", "route_tokens:_sum", _SUM,
              dict(d=2048, K=6, KEEP=True, ADD=True, BLOCK=1024), t)
       for t in INSTRUCTION),
-    *(_route(f"route_lite_{t}", "route_tokens:_route", _ROUTE | {"N": None},
-             dict(N=1, E=64, K=6, D=1, M=1, BLOCK=1, DEVICES=1, EACH=64), t, 1)
+    *(_route(f"route_lite_{t}", "route_tokens:_route", _ROUTE,
+             dict(E=64, K=6, D=1, M=1, BLOCK=1, DEVICES=1, EACH=64), t, 1)
       for t in INSTRUCTION),
     *(_route(f"route_v2_{t}", "route_tokens:_route", _ROUTE,
              dict(E=160, K=6, D=8, M=3, BLOCK=16, DEVICES=8, EACH=32), t)

@@ -61,7 +61,7 @@ class Counts(Alive):
         self.launches[name] += 1
         self.places[f"{name} {place()}"] += 1
         read = [] if name in PICKS else [x for x in tree_leaves((args, kwargs)) if on_card(x)]
-        self.moved[name] += sum(map(touched, read)) + (1 + (name in PICKS)) * sum(map(touched, made))
+        self.moved[name] += sum(map(touched, read or made)) + sum(map(touched, made))
         return out
 
     def clear(self) -> None:
