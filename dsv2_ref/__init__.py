@@ -27,6 +27,7 @@ table is made from it (`make map`), and a test compares it with the files and th
   4.2           alignment/grpo.py          20     GRPO: advantages, the clip, the penalty (32)-(34)
   4.2           alignment/reward.py        19 20  reward models, rewards of both stages  (35) (36)
 
+  kernels/between_products.py  RoPE, SwiGLU, residual and norm in a launch each
   kernels/adamw8_update.py  that AdamW's step in one kernel
   kernels/target.py  what a card can run; what does run is decided in forms.py
 

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: MIT
-"""Which of the equal algorithms runs: attention, selection, dropping, experts. Chosen once a pass.
+"""Which of the equal algorithms runs: attention, selection, experts, and the steps between.
 
-Equal algorithms are functions with one signature and one result (forms). The choice goes by
-counting multiplications (attention), by device and size (experts), by the config (selection); on a
-CUDA device a Triton kernel then takes the place of its naive twin. Triton and the kernels are
-imported on the first such question about a CUDA device, not before: the package works where Triton
-does not exist.
+Equal algorithms are functions with one signature and one result (forms), chosen once a pass. The
+choice goes by counting multiplications (attention), by device and size (experts), by the config
+(selection); on a CUDA device a Triton kernel then takes the place of its naive twin. Triton and the
+kernels are imported on the first such question about a CUDA device, not before: the package works
+where Triton does not exist.
 """
 
 import functools
 import importlib
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 import torch
@@ -26,14 +26,27 @@ from dsv2_ref.attention.mla import (
     attend_expanded,
     attend_heads,
 )
+from dsv2_ref.attention.rope import rotate
 from dsv2_ref.config import Config
 from dsv2_ref.kernels.fp8 import Fp8Linear, Fp8Stack, linear
 from dsv2_ref.kernels.fp8 import dequantise as dequantise_blocks
 from dsv2_ref.moe.dropping import keep_within_budget
-from dsv2_ref.moe.experts import experts_grouped, experts_loop, experts_padded
+from dsv2_ref.moe.experts import (
+    add_up,
+    experts_grouped,
+    experts_loop,
+    experts_padded,
+    swiglu,
+)
 from dsv2_ref.moe.routing import select_device_limited, select_greedy
 
 Form = Callable[..., Tensor]
+
+
+def add_norm(h: Tensor, u: Tensor, norm: nn.RMSNorm) -> tuple[Tensor, Tensor]:
+    """The stream h with u (..., d) added, and the norm of both."""
+    h = h + u
+    return h, norm(h)
 
 
 @dataclass(frozen=True)
@@ -44,9 +57,14 @@ class Forms:
     select: Form
     experts: Form
     keep: Form = keep_within_budget      # which slots are not dropped; training alone
+    rotate: Form = rotate
+    swiglu: Form = swiglu
+    add_norm: Form = add_norm
+    add_up: Form = add_up
+    route: Form | None = None            # all that a router does after its product
 
     def names(self) -> str:
-        return ", ".join(f.__name__ for f in (self.attend, self.select, self.experts))
+        return ", ".join(f.__name__ for f in (self.attend, self.route or self.select, self.experts))
 
 
 # twin -> the file and the name of its kernel
@@ -62,6 +80,10 @@ KERNELS: dict[Form, tuple[str, str]] = {
     linear: ("fp8_products", "linear_fp8"),
     dequantise_blocks: ("fp8_products", "dequantise_fp8"),
     Fp8Stack: ("fp8_experts", "experts_fp8"),        # of any twin, whose weights are such stacks
+    rotate: ("between_products", "rotate_fused"),
+    swiglu: ("between_products", "swiglu_fused"),
+    add_norm: ("between_products", "add_norm_fused"),
+    add_up: ("route_tokens", "add_up_fused"),
 }
 # from about there, by bytes and FLOPs and not by a clock, dequantising once pays: the library's
 # product is faster by more than five bytes a weight cost
@@ -120,17 +142,41 @@ def describe_fp8(model: nn.Module, x: Tensor) -> list[str]:
 
 def choose(
     c: Config, x: Tensor, B: int, T: int, S: int, cached: str | None = None,
-    W_gate: object | None = None,
+    W_gate: object | None = None, alone: bool = True,
 ) -> Forms:
     """The forms for B sequences of T new tokens on S keys each.
 
     x: any tensor of the stream's device and dtype. cached: the cache's `kind`, None without one.
     W_gate: of the experts; weights that are no plain tensor (FP8) have a kernel of their own.
+    alone: no other rank has a part in the experts' sum.
     """
     select = select_greedy if c.max_devices is None else select_device_limited
     if kernels_serve(x):
         select = kernel(select)
-    return Forms(attention_form(c, x, T, S, cached), select, experts_form(c, x, B * T, W_gate))
+    forms = Forms(attention_form(c, x, T, S, cached), select, experts_form(c, x, B * T, W_gate),
+                  **between(x))
+    if alone and forms.swiglu is not swiglu and forms.experts is kernel(experts_loop):
+        forms = replace(forms, **few(B * T))
+    return forms
+
+
+def few(n_tokens: int) -> dict[str, Form]:
+    """Experts' rows, summed where they join the stream; of few tokens the router in one kernel."""
+    grouped, route = (importlib.import_module(f"dsv2_ref.kernels.{file}")
+                      for file in ("grouped_experts", "route_tokens"))
+    found: dict[str, Form] = {"experts": grouped.expert_rows, "add_up": kernel(add_up)}
+    return found | ({"route": route.route_fused} if n_tokens <= route.FEW else {})
+
+
+def between(x: Tensor) -> dict[str, Form]:
+    """The steps between products for tensors such as x, by their names in `Forms`."""
+    found: dict[str, Form] = {}
+    if kernels_serve(x):
+        found["rotate"] = kernel(rotate)
+        # the others have no gradient, and want all inputs of one dtype
+        if not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type):
+            found |= {"swiglu": kernel(swiglu), "add_norm": kernel(add_norm)}
+    return found
 
 
 def attention_form(c: Config, x: Tensor, T: int, S: int, cached: str | None) -> Form:

@@ -180,7 +180,7 @@ class DeepSeekV2(nn.Module):
     def _forms(self, B: int, T: int, S: int, cached: str | None = None) -> Forms:
         routed = [block for block in self.blocks if self.config.is_moe(block.layer)]
         W_gate = routed[0].experts.W_gate if routed else None
-        return choose(self.config, self.like, B, T, S, cached, W_gate)
+        return choose(self.config, self.like, B, T, S, cached, W_gate, self.across is None)
 
     def start(
         self, shape: Sequence[int], cache: Cache | None = None, lengths: Sequence[int] | None = None

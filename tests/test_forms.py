@@ -41,7 +41,7 @@ def ran(monkeypatch) -> Counter:
 
     def counting(*args, **more) -> Forms:
         chosen = choose(*args, **more)
-        counts.update(f.__name__ for f in (chosen.attend, chosen.select, chosen.experts))
+        counts.update(chosen.names().split(", "))
         return chosen
 
     import dsv2_ref.model as assembly
@@ -111,7 +111,20 @@ def test_cached_decoding_of_ragged_sequences(monkeypatch, ran, kind, kernel):
         parts += [m(tokens(2, n), cache) for n in (1, 2, 1)]
         outputs.append(torch.cat(parts, 1))
     close(outputs[1], outputs[0])
-    assert ran[kernel] == 3 and ran["attend_flash"] == 1 and ran["experts_fused"] == 4
+    assert ran[kernel] == 3 and ran["attend_flash"] == 1 and ran["expert_rows"] == 4
+    assert ran["route_fused"] == 3 and ran["select_device_limited_fused"] == 1     # 22 tokens
+
+
+@torch.no_grad()
+def test_losses_without_a_gradient_drop_what_training_drops(monkeypatch, ran):
+    m, x, found = model().train(), tokens(2, 12), []
+    for kernels in (False, True):
+        use(monkeypatch, kernels)
+        losses = m.losses(x, x.roll(-1, 1), with_load=True)
+        assert losses.load[0].dropped > 0
+        found.append(losses.total)
+    close(found[1], found[0])
+    assert ran["expert_rows"] == 1
 
 
 def said(words: str) -> dict[str, list[str]]:
@@ -131,11 +144,11 @@ def test_with_kernels_the_model_says_so(monkeypatch):
     use(monkeypatch, True)
     assert said(model().describe()) == {
         "training": ["attend_flash", "select_device_limited_fused", "experts_fused"],
-        "prompt": ["attend_flash", "select_device_limited_fused", "experts_fused"],
-        "decode": ["attend_latent", "select_device_limited_fused", "experts_fused"]}
+        "prompt": ["attend_flash", "select_device_limited_fused", "expert_rows"],
+        "decode": ["attend_latent", "route_fused", "expert_rows"]}
     greedy = DeepSeekV2(CONFIG.with_(n_devices=1, max_devices=None, alpha_device=0.0,
                                      alpha_comm=0.0))
-    assert said(greedy.describe())["decode"][1] == "select_greedy_fused"
+    assert said(greedy.describe())["prompt"][1] == "select_greedy_fused"
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")         # of torch's norms under autocast
@@ -146,7 +159,7 @@ def test_each_door_runs_what_is_said_of_it(monkeypatch, ran):
     for cast in (False, True):
         with torch.autocast(DEVICE, torch.float16, enabled=cast):
             words = said(m.describe())
-            x = tokens(2, 8)
+            x = tokens(2, 9)                 # more than one program routes
             for door in ("training", "prompt", "decode"):
                 ran.clear()
                 if door == "training":
@@ -225,7 +238,25 @@ def test_every_twin_has_a_kernel_of_its_own_kind():
     assert {kernel(twin).__name__ for twin in KERNELS} == {
         "attend_flash", "attend_latent", "attend_six_bit", "select_greedy_fused",
         "select_device_limited_fused", "experts_fused", "linear_fp8", "dequantise_fp8",
-        "experts_fp8"}
+        "experts_fp8", "rotate_fused", "swiglu_fused", "add_norm_fused", "add_up_fused"}
+
+
+def test_what_has_no_gradient_or_is_for_one_rank_is_not_taken_elsewhere(monkeypatch):
+    use(monkeypatch, True)
+    x, names = torch.zeros(1, device=DEVICE), ("rotate", "swiglu", "add_norm", "add_up", "route")
+
+    def fused(**more) -> set[str]:
+        found = choose(CONFIG, x, 1, 16, 16, **more)
+        plain = Forms(found.attend, found.select, found.experts)
+        return {name for name in names if getattr(found, name) is not getattr(plain, name)}
+
+    assert fused() == {"rotate"}
+    with torch.no_grad():
+        assert fused() == set(names)
+        assert fused(alone=False) == fused(W_gate=[]) == {"rotate", "swiglu", "add_norm"}
+        assert choose(CONFIG, x, 1, 17, 17).route is None
+        with torch.autocast(DEVICE, torch.float16):
+            assert fused() == {"rotate"}
 
 
 def test_a_cache_of_other_rows_is_refused():
