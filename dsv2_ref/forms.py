@@ -98,12 +98,19 @@ def kernels_serve(x: Tensor) -> bool:
 
 @functools.cache
 def _run_on(device: torch.device) -> bool:
-    """Whether a kernel can be launched there; if not, one warning says why."""
-    why = importlib.import_module("dsv2_ref.kernels.target").why_not(device)
-    if why:
+    """Whether a kernel can be launched there; if not, one warning says why.
+
+    A first launch compiles a piece of C: without a compiler, or Python's header files, no kernel
+    runs, although triton can be imported.
+    """
+    try:
+        kernel(select_greedy)(torch.zeros(1, 2, device=device), 1)
+    except Exception as error:               # of any kind: the compiler's, the driver's, ptxas'
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         warnings.warn(f"no Triton kernel runs on {device}, plain torch takes their place ({why})",
                       stacklevel=2)
-    return not why
+        return False
+    return True
 
 
 def kernel(twin: Form) -> Form:
