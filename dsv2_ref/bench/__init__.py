@@ -6,6 +6,7 @@
   mla_decode      decoding from the latent cache, on a GPU
   six_bit_decode  decoding from the six-bit cache, on a GPU
   experts         the routed experts of a layer, on a GPU
+  optimizer       a step of AdamW with 8-bit moments, on a GPU
   train           a training step beside transformers
   cpu_decode      decoding on a CPU beside transformers
   serve           the engine beside transformers, and batch bought with cache bytes
