@@ -121,7 +121,7 @@ def f16(bits: int) -> float:
 
 
 def execute(text: str, codes: int) -> list[float]:
-    """What the assembly makes of four codes in a register: the five instructions it has."""
+    """What the assembly makes of four codes in a register: the five kinds of instructions."""
     registers: dict[str, int] = {"$2": codes}
     found: dict[int, list[float]] = {}
     for line in text.strip("{ }").split(";"):
@@ -134,15 +134,13 @@ def execute(text: str, codes: int) -> list[float]:
             registers[to] = args[0]
         elif name == "prmt.b32":
             pool = (args[1] << 32 | args[0]).to_bytes(8, "little")
-            registers[to] = sum(pool[args[2] >> 4 * i & 7] << 8 * i for i in range(4))
-        elif name == "shr.u32":
-            registers[to] = args[0] >> args[1]
+            picks = [args[2] >> 4 * i & 15 for i in range(4)]
+            chosen = [255 * (pool[p & 7] >> 7) if p & 8 else pool[p] for p in picks]
+            registers[to] = int.from_bytes(bytes(chosen), "little")
+        elif name == "shl.b32":
+            registers[to] = args[0] << args[1] & 0xFFFFFFFF
         elif name == "and.b32":
             registers[to] = args[0] & args[1]
-        elif name == "lop3.b32":                              # bit by bit, from the table of truth
-            a, b, c, table = args
-            index = [(a >> i & 1) * 4 + (b >> i & 1) * 2 + (c >> i & 1) for i in range(32)]
-            registers[to] = sum((table >> n & 1) << i for i, n in enumerate(index))
         else:
             kind = {"fma.rn.bf16x2": bf16, "fma.rn.f16x2": f16}[name]
             halves = [[kind(a >> 16 * i & 0xFFFF) for a in args] for i in range(2)]

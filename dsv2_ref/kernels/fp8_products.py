@@ -15,7 +15,7 @@ How this file differs from its twins in fp8.py, and from published kernels:
   2. Codes are decoded by integer arithmetic, on any card. Sign, exponent and mantissa of e4m3 are
      shifted to their places in a wider type, which is the number times a power of two, subnormal
      codes included; one multiplication takes the power away, exactly. On NVIDIA that is one piece
-     of PTX for four codes, 2.5 instructions a code; the compiler's own cast to bf16 takes a
+     of PTX for four codes, two instructions a code; the compiler's own cast to bf16 takes a
      conversion instruction for each code, and cards before capability 8.9 have none. The two codes
      of NaN, which `quantise` never makes, read as ±480.
   3. A matrix with few rows has few tiles, and they would not occupy the card: the blocks along c
@@ -27,8 +27,9 @@ How this file differs from its twins in fp8.py, and from published kernels:
      of 128 therefore starts from zero, and the blocks are added in fp32.
   5. No gradient: the weights are frozen, and for x's the twins serve.
 
-Not timed yet. Compiled for sm_90, 302 instructions of a warp turn a tile of 64×128 codes into 16
-rows of results: by issue slots 27 codes a clock and multiprocessor, where memory brings 15 to 21.
+Not timed yet. From the code for sm_90 at V2-Lite's W_O: a step of 64×128 codes for up to 16 rows is
+295 instructions in each of 4 warps, so issue slots allow 27 codes a clock and multiprocessor, where
+memory brings 21 at most on an H200 (4.8 TB/s, 132 of them, 1.75 GHz).
 
 Shapes: M rows of x, r rows and c columns of W, R = ⌈r/128⌉, C = ⌈c/128⌉ blocks, the last ragged.
 Copy with: fp8.py, target.py.  Needs: torch, triton.
@@ -84,14 +85,17 @@ TILES = {
 
 @triton.constexpr_function
 def assembly(BF16):
-    """PTX: four codes in a register to two pairs of numbers, `decode` says how."""
-    shift, mask, power, kind = (4, 0x7F0, 0x7B80, "bf16x2") if BF16 else (1, 0x3F80, 0x5C00,
-                                                                           "f16x2")
+    """PTX: four codes in a register to two pairs of numbers.
+
+    A pair's codes become int16, so that their signs are at bit 15 and stay there. What a shift
+    carries from one into the other is not under the mask.
+    """
+    shift, mask, power, kind = (4, 0x87F0, 0x7B80, "bf16x2") if BF16 else (7, 0xBF80, 0x5C00,
+                                                                            "f16x2")
     pair = 0x10001
-    lanes = [f"prmt.b32 a, $2, 0, {select}; shr.u32 s, a, {shift}; and.b32 s, s, {mask * pair}; "
-             f"lop3.b32 a, a, {0x8000 * pair}, s, 0xEA; fma.rn.{kind} ${i}, a, p, z;"
-             for i, select in enumerate(("0x1404", "0x3424"))]       # each byte as a high one
-    return (f"{{ .reg .b32 a, s, p, z; mov.b32 p, {power * pair}; mov.b32 z, {0x8000 * pair}; "
+    lanes = [f"prmt.b32 a, $2, 0, {select}; shl.b32 a, a, {shift}; and.b32 a, a, {mask * pair}; "
+             f"fma.rn.{kind} ${i}, a, p, z;" for i, select in enumerate(("0x9180", "0xB3A2"))]
+    return (f"{{ .reg .b32 a, p, z; mov.b32 p, {power * pair}; mov.b32 z, {0x8000 * pair}; "
             f"{' '.join(lanes)} }}")
 
 
