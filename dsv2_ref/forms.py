@@ -18,7 +18,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 
-from dsv2_ref.attention.cache_quant import attend_packed, dequantise, unpack
+from dsv2_ref.attention.cache_quant import SixBitCache, attend_packed, dequantise, pack_rows, unpack
+from dsv2_ref.attention.kv_cache import Cache
 from dsv2_ref.attention.mla import (
     absorbed_is_cheaper,
     attend_absorbed,
@@ -78,6 +79,7 @@ KERNELS: dict[Form, tuple[str, str]] = {
     swiglu: ("between_products", "swiglu_fused"),
     add_norm: ("between_products", "add_norm_fused"),
     add_up: ("route_tokens", "add_up_fused"),
+    pack_rows: ("pack_six_bits", "pack_rows_fused"),
 }
 
 
@@ -159,6 +161,13 @@ def attention_form(c: Config, x: Tensor, T: int, S: int, cached: str | None) -> 
         serve = False                        # the kernels of decoding have no gradient
     form = kernel(twin) if serve else twin
     return on_packed_rows(form) if cached == "six_bit" and not absorb else form
+
+
+def packing(cache: Cache) -> Cache:
+    """The same cache; one of packed rows packs them in a kernel where there is one."""
+    if isinstance(cache, SixBitCache) and kernels_serve(cache.scales):
+        cache.pack_rows = kernel(pack_rows)
+    return cache
 
 
 def on_packed_rows(attend: Form) -> Form:
