@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsv2_ref.attention.cache_quant import attend_packed, dequantise, unpack
+from dsv2_ref.attention.cache_quant import SixBitCache, attend_packed, dequantise, pack_rows, unpack
+from dsv2_ref.attention.kv_cache import Cache
 from dsv2_ref.attention.mla import (
     absorbed_is_cheaper,
     attend_absorbed,
@@ -84,6 +85,7 @@ KERNELS: dict[Form, tuple[str, str]] = {
     swiglu: ("between_products", "swiglu_fused"),
     add_norm: ("between_products", "add_norm_fused"),
     add_up: ("route_tokens", "add_up_fused"),
+    pack_rows: ("pack_six_bits", "pack_rows_fused"),
 }
 # from about there, by bytes and FLOPs and not by a clock, dequantising once pays: the library's
 # product is faster by more than five bytes a weight cost
@@ -203,6 +205,13 @@ def attention_form(c: Config, x: Tensor, T: int, S: int, cached: str | None) -> 
         serve = False                        # the kernels of decoding have no gradient
     form = kernel(twin) if serve else twin
     return on_packed_rows(form) if cached == "six_bit" and not absorb else form
+
+
+def packing(cache: Cache) -> Cache:
+    """The same cache; one of packed rows packs them in a kernel where there is one."""
+    if isinstance(cache, SixBitCache) and kernels_serve(cache.scales):
+        cache.pack_rows = kernel(pack_rows)
+    return cache
 
 
 def on_packed_rows(attend: Form) -> Form:

@@ -111,5 +111,5 @@ def test_a_cpu_without_the_interpreter_is_refused(monkeypatch):
     x = normal(13, 1, 2, 4).float()
     refused(lambda: swiglu_fused(x.bfloat16(), x.bfloat16()), "gate", "bfloat16 on cpu")
     compiled = object.__new__(triton.JITFunction)
-    monkeypatch.setitem(rotate_fused.__globals__, "_rotate_kernel", compiled)
+    monkeypatch.setitem(rotate_fused.__wrapped__.__globals__, "_rotate_kernel", compiled)
     refused(lambda: rotate_fused(x, *tables(14, 2, 2)), "x", "cpu", "TRITON_INTERPRET=1")

@@ -238,7 +238,8 @@ def test_every_twin_has_a_kernel_of_its_own_kind():
     assert {kernel(twin).__name__ for twin in KERNELS} == {
         "attend_flash", "attend_latent", "attend_six_bit", "select_greedy_fused",
         "select_device_limited_fused", "experts_fused", "linear_fp8", "dequantise_fp8",
-        "experts_fp8", "rotate_fused", "swiglu_fused", "add_norm_fused", "add_up_fused"}
+        "experts_fp8", "rotate_fused", "swiglu_fused", "add_norm_fused", "add_up_fused",
+        "pack_rows_fused"}
 
 
 def test_what_has_no_gradient_or_is_for_one_rank_is_not_taken_elsewhere(monkeypatch):

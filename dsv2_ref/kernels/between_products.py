@@ -41,7 +41,6 @@ from torch.autograd.function import once_differentiable
 from dsv2_ref.kernels.target import check_device, on_its_device
 
 BLOCK = 1024
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 # tokens and batches differ from pass to pass: no reason to compile anew
@@ -94,7 +93,7 @@ def _add_norm_kernel(h, u, weight, total, normed, eps, D: tl.constexpr, WIDTH: t
 def _check(kernel: object, **named: Tensor) -> None:
     """ValueError unless all are of one shape and one dtype that kernels read."""
     (name, first), *others = named.items()
-    if first.dtype not in DTYPES:
+    if first.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"{name}: dtype {first.dtype}, expected float32, bfloat16 or float16")
     for other, x in others:
         if x.shape != first.shape or x.dtype != first.dtype:

@@ -358,12 +358,10 @@ def experts_fused(
     """Gated sum of the chosen experts, as `experts_loop` in moe/experts.py.
 
     x (N, d), indices and gates (N, K), W_gate and W_up (E, w, d), W_down (E, d, w), keep (N, K)
-    bool or None for all -> (N, d), summed in fp32. x and weights of one dtype: fp32, bf16 or fp16;
-    autocast changes nothing. ValueError for anything else.
+    bool or None for all -> (N, d), summed in fp32. x and weights: all fp32, all bf16 or all fp16.
     """
     tensors = _checked(x, indices, gates, W_gate, W_up, W_down)
     order, offsets = sort_slots_fused(indices, len(W_gate), keep)
-    keep = None if keep is None else keep.contiguous()
     how = plan(x, W_gate, len(order))
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return _Experts.apply(*tensors, order, offsets, keep, how)

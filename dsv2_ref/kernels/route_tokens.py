@@ -296,7 +296,8 @@ def route_fused(
 
 def sum_slots(rows: Tensor, top_k: int, keep: Tensor | None = None) -> Tensor:
     """rows (N·K, d), keep (N, K) -> (N, d): each token's kept rows, summed in fp32."""
-    return _sum(rows, top_k, rows if keep is None else keep, rows, rows, keep is not None, False)
+    kept = rows if keep is None else keep.contiguous()
+    return _sum(rows, top_k, kept, rows, rows, keep is not None, False)
 
 
 @on_its_device
