@@ -77,10 +77,11 @@ def on_its_device(function: Callable) -> Callable:
     """`function` with the device of its first argument, a tensor, as the current one."""
 
     @wraps(function)
-    def there(x: Tensor, *args: object, **kwargs: object) -> object:
+    def there(*args: object, **kwargs: object) -> object:
+        x = args[0] if args else next(iter(kwargs.values()))             # or given by name
         if not x.is_cuda or x.device.index == torch.cuda.current_device():
-            return function(x, *args, **kwargs)
+            return function(*args, **kwargs)
         with torch.cuda.device(x.device):
-            return function(x, *args, **kwargs)
+            return function(*args, **kwargs)
 
     return there
