@@ -26,7 +26,7 @@ from dsv2_ref.attention.mla import (
     attend_expanded,
     attend_heads,
 )
-from dsv2_ref.attention.rope import rotate
+from dsv2_ref.attention.rope import rotate_both
 from dsv2_ref.config import Config
 from dsv2_ref.moe.dropping import keep_within_budget
 from dsv2_ref.moe.experts import (
@@ -55,7 +55,8 @@ class Forms:
     select: Form
     experts: Form
     keep: Form = keep_within_budget      # which slots are not dropped; training alone
-    rotate: Form = rotate
+    reads_positions: bool = False        # attend is given them, or would make them once a layer
+    rotate_both: Form | None = None      # queries and key at once; None: each where it is made
     swiglu: Form = swiglu
     add_norm: Form = add_norm
     add_up: Form = add_up
@@ -75,7 +76,7 @@ KERNELS: dict[Form, tuple[str, str]] = {
     experts_loop: ("grouped_experts", "experts_fused"),
     experts_padded: ("grouped_experts", "experts_fused"),
     experts_grouped: ("grouped_experts", "experts_fused"),
-    rotate: ("between_products", "rotate_fused"),
+    rotate_both: ("between_products", "rotate_both_fused"),
     swiglu: ("between_products", "swiglu_fused"),
     add_norm: ("between_products", "add_norm_fused"),
     add_up: ("route_tokens", "add_up_fused"),
@@ -118,8 +119,9 @@ def choose(
     select = select_greedy if c.max_devices is None else select_device_limited
     if kernels_serve(x):
         select = kernel(select)
-    forms = Forms(attention_form(c, x, T, S, cached), select, experts_form(c, x, B * T, W_gate),
-                  **between(x))
+    attend = attention_form(c, x, T, S, cached)
+    forms = Forms(attend, select, experts_form(c, x, B * T, W_gate),
+                  reads_positions=attend.__module__.endswith("_decode"), **between(x))
     if alone and forms.swiglu is not swiglu and forms.experts is kernel(experts_loop):
         forms = replace(forms, **few(B * T))
     return forms
@@ -137,7 +139,7 @@ def between(x: Tensor) -> dict[str, Form]:
     """The steps between products for tensors such as x, by their names in `Forms`."""
     found: dict[str, Form] = {}
     if kernels_serve(x):
-        found["rotate"] = kernel(rotate)
+        found["rotate_both"] = kernel(rotate_both)
         # the others have no gradient, and want all inputs of one dtype
         if not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type):
             found |= {"swiglu": kernel(swiglu), "add_norm": kernel(add_norm)}
