@@ -16,6 +16,8 @@ table is made from it (`make map`), and a test compares it with the files and th
   2.2.4         moe/dropping.py            09     token dropping
   3.2.3         kernels/fp8.py             12     FP8 weights in blocks of 128×128
   3.1.2         kernels/eight_bit_moments.py 24   AdamW with moments of a byte each
+  3.2.3         kernels/fp8_products.py    13     products with FP8 weights, decoded on the way
+  3.2.3         kernels/fp8_experts.py     13     routed experts with FP8 weights
   3.1.3         kernels/flash_attention.py 13     causal attention in tiles, forward and backward
   2.1.2         kernels/latent_decode.py   13     decoding: a row read once, as key and value
   3.2.3         kernels/six_bit_decode.py  13     the same, from packed six-bit rows

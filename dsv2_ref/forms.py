@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv2_ref.attention.cache_quant import SixBitCache, attend_packed, dequantise, pack_rows, unpack
@@ -26,8 +27,10 @@ from dsv2_ref.attention.mla import (
     attend_expanded,
     attend_heads,
 )
-from dsv2_ref.attention.rope import rotate_both
+from dsv2_ref.attention.rope import rotate
 from dsv2_ref.config import Config
+from dsv2_ref.kernels.fp8 import Fp8Linear, Fp8Stack, linear
+from dsv2_ref.kernels.fp8 import dequantise as dequantise_blocks
 from dsv2_ref.moe.dropping import keep_within_budget
 from dsv2_ref.moe.experts import (
     add_up,
@@ -39,6 +42,11 @@ from dsv2_ref.moe.experts import (
 from dsv2_ref.moe.routing import select_device_limited, select_greedy
 
 Form = Callable[..., Tensor]
+
+
+def rotate_both(q_r: Tensor, k_r: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """`rotate` of the queries (B, T, n_h, d_r) and of their key (B, T, d_r)."""
+    return rotate(q_r, cos, sin), rotate(k_r, cos, sin)
 
 
 def add_norm(h: Tensor, u: Tensor, norm: nn.RMSNorm) -> tuple[Tensor, Tensor]:
@@ -76,12 +84,18 @@ KERNELS: dict[Form, tuple[str, str]] = {
     experts_loop: ("grouped_experts", "experts_fused"),
     experts_padded: ("grouped_experts", "experts_fused"),
     experts_grouped: ("grouped_experts", "experts_fused"),
+    linear: ("fp8_products", "linear_fp8"),
+    dequantise_blocks: ("fp8_products", "dequantise_fp8"),
+    Fp8Stack: ("fp8_experts", "experts_fp8"),        # of any twin, whose weights are such stacks
     rotate_both: ("between_products", "rotate_both_fused"),
     swiglu: ("between_products", "swiglu_fused"),
     add_norm: ("between_products", "add_norm_fused"),
     add_up: ("route_tokens", "add_up_fused"),
     pack_rows: ("pack_six_bits", "pack_rows_fused"),
 }
+# from about there, by bytes and FLOPs and not by a clock, dequantising once pays: the library's
+# product is faster by more than five bytes a weight cost
+FP8_ROWS = 512
 
 
 def kernels_serve(x: Tensor) -> bool:
@@ -92,18 +106,53 @@ def kernels_serve(x: Tensor) -> bool:
 
 @functools.cache
 def _run_on(device: torch.device) -> bool:
-    """Whether a kernel can be launched there; if not, one warning says why."""
-    why = importlib.import_module("dsv2_ref.kernels.target").why_not(device)
-    if why:
+    """Whether a kernel can be launched there; if not, one warning says why.
+
+    A first launch compiles a piece of C: without a compiler, or Python's header files, no kernel
+    runs, although triton can be imported.
+    """
+    try:
+        kernel(select_greedy)(torch.zeros(1, 2, device=device), 1)
+    except Exception as error:               # of any kind: the compiler's, the driver's, ptxas'
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         warnings.warn(f"no Triton kernel runs on {device}, plain torch takes their place ({why})",
                       stacklevel=2)
-    return not why
+        return False
+    return True
 
 
 def kernel(twin: Form) -> Form:
     """The Triton kernel that equals `twin`."""
     file, name = KERNELS[twin]
     return getattr(importlib.import_module(f"dsv2_ref.kernels.{file}"), name)
+
+
+def kernels_serve_fp8(x: Tensor) -> bool:
+    """Whether products of x with FP8 weights have kernels: they have no gradient, nor autocast."""
+    return (kernels_serve(x) and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled(x.device.type))
+
+
+def multiply_fp8(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """x (..., c), codes (r, c), scales (R, C) -> x·Wᵀ (..., r): what `Fp8Linear` computes with."""
+    if kernels_serve_fp8(x) and x.numel() < FP8_ROWS * x.shape[-1]:
+        return kernel(linear)(x, codes, scale)
+    return F.linear(x, read_fp8(codes, scale, x.dtype))
+
+
+def read_fp8(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """codes (r, c), scales (R, C) -> W (r, c) of `dtype`, for absorption and for many rows."""
+    serve = kernels_serve(torch.empty(0, dtype=dtype, device=codes.device))
+    return (kernel(dequantise_blocks) if serve else dequantise_blocks)(codes, scale, dtype)
+
+
+def describe_fp8(model: nn.Module, x: Tensor) -> list[str]:
+    """What multiplies a model's FP8 layers, in one or no word; x as in `choose`."""
+    if not any(isinstance(module, Fp8Linear) for module in model.modules()):
+        return []
+    if not kernels_serve_fp8(x):
+        return ["FP8 layers: dequantised"]
+    return [f"FP8 layers: {kernel(linear).__name__} below {FP8_ROWS} rows, then dequantised"]
 
 
 def choose(
@@ -113,8 +162,8 @@ def choose(
     """The forms for B sequences of T new tokens on S keys each.
 
     x: any tensor of the stream's device and dtype. cached: the cache's `kind`, None without one.
-    W_gate: of the experts; weights that are no plain tensor (FP8, dequantised where they are used)
-    keep the twins. alone: no other rank has a part in the experts' sum.
+    W_gate: of the experts; weights that are no plain tensor (FP8) have a kernel of their own.
+    alone: no other rank has a part in the experts' sum.
     """
     select = select_greedy if c.max_devices is None else select_device_limited
     if kernels_serve(x):
@@ -190,6 +239,8 @@ def experts_form(c: Config, x: Tensor, n_tokens: int, W_gate: object | None) -> 
     autocast = torch.is_autocast_enabled(x.device.type)
     if kernels_serve(x) and (W_gate is None or isinstance(W_gate, Tensor)):
         return experts_fused_autocast if autocast else kernel(experts_loop)
+    if type(W_gate) is Fp8Stack and kernels_serve_fp8(x):
+        return kernel(Fp8Stack)
     if torch.compiler.is_exporting():
         return experts_padded                # shapes that do not depend on who chose whom
     if n_tokens * c.top_k < 2 * c.n_routed:

@@ -37,7 +37,7 @@ from dsv2_ref.attention.rope import (
 from dsv2_ref.block import Block, Pass, Traffic
 from dsv2_ref.config import Config
 from dsv2_ref.cross_entropy import IGNORED, cross_entropy, linear_cross_entropy
-from dsv2_ref.forms import Forms, choose, packing
+from dsv2_ref.forms import Forms, choose, describe_fp8, packing
 
 CACHES = {"latent": LatentCache, "six_bit": SixBitCache}
 
@@ -173,6 +173,7 @@ class DeepSeekV2(nn.Module):
         with torch.no_grad():
             words += [f"prompt: {self._forms(1, 4096, 4096, 'latent').names()}",
                       f"decode: {self._forms(1, 1, 4096, 'latent').names()}"]
+            words += describe_fp8(self, self.like)
         return (f"{n / 1e6:.2f}M parameters on {self.like.device} in "
                 f"{str(self.like.dtype)[6:]}; " + "; ".join(words))
 

@@ -20,6 +20,7 @@ from dsv2_ref import forms
 from dsv2_ref.config import TINY
 from dsv2_ref.forms import KERNELS, Forms, choose, experts_form, kernel
 from dsv2_ref.inference.fp8_model import quantise_model
+from dsv2_ref.kernels.fp8 import dequantise, linear, quantise
 from dsv2_ref.model import DeepSeekV2
 from dsv2_ref.moe.experts import experts_loop, experts_padded
 
@@ -184,22 +185,61 @@ def test_a_greedy_model_runs_its_selection_kernel(monkeypatch, ran):
     assert ran["select_greedy"] == ran["select_greedy_fused"] == 1
 
 
-def test_fp8_experts_keep_the_twin(monkeypatch):
-    use(monkeypatch, True)
-    m = quantise_model(model())
+@torch.no_grad()
+def test_a_model_in_fp8_runs_on_its_kernels(monkeypatch, ran):
+    """Prompts and decoding; the twins without kernels, with a gradient and under autocast."""
+    m, x = quantise_model(model()), tokens(2, 9)
+    outputs = []
+    for kernels in (False, True):
+        use(monkeypatch, kernels)
+        cache = m.new_cache(2, 16)
+        outputs.append(torch.cat([m(x, cache), m(x[:, :1], cache)], 1))
+    close(outputs[1], outputs[0])
+    assert ran["experts_fp8"] == 2 and not ran["experts_fused"]
     words = said(m.describe())
-    assert words["prompt"] == ["attend_flash", "select_device_limited_fused", "experts_padded"]
-    assert words["decode"] == ["attend_latent", "select_device_limited_fused", "experts_loop"]
-    with torch.no_grad():
-        assert m(tokens(1, 5).to(DEVICE)).isfinite().all()
+    assert words["prompt"][2] == words["decode"][2] == "experts_fp8"
+    assert words["FP8 layers"] == ["linear_fp8 below 512 rows", "then dequantised"]
+    with torch.enable_grad():
+        assert said(m.describe())["training"][2] == "experts_padded"
+    with torch.autocast(DEVICE, torch.float16):
+        words = said(m.describe())
+        assert words["decode"][2] == "experts_loop" and words["FP8 layers"] == ["dequantised"]
+    use(monkeypatch, False)
+    words = said(m.describe())
+    assert words["decode"][2] == "experts_loop" and words["FP8 layers"] == ["dequantised"]
+
+
+def test_which_products_of_fp8_layers_have_kernels(monkeypatch):
+    """Few rows without a gradient; the whole matrix, where it is asked for, always."""
+    pytest.importorskip("triton")
+    asked = []
+
+    def noting(twin):
+        return lambda *args: asked.append(twin.__name__) or twin(*args)
+
+    monkeypatch.setattr(forms, "kernel", noting)
+    codes, scale = quantise(torch.randn(7, 5))
+    for kernels, grad, rows, expected in (
+            (True, False, 511, ["linear"]), (True, False, 512, ["dequantise"]),
+            (True, True, 3, ["dequantise"]), (False, False, 3, [])):
+        use(monkeypatch, kernels)
+        x = torch.randn(rows, 5)
+        with torch.set_grad_enabled(grad):
+            y = forms.multiply_fp8(x, codes, scale)
+        assert asked == expected and torch.equal(y, linear(x, codes, scale))
+        asked.clear()
+    use(monkeypatch, True)
+    assert torch.equal(forms.read_fp8(codes, scale, torch.float16),
+                       dequantise(codes, scale, torch.float16)) and asked == ["dequantise"]
 
 
 def test_every_twin_has_a_kernel_of_its_own_kind():
     pytest.importorskip("triton")
     assert {kernel(twin).__name__ for twin in KERNELS} == {
         "attend_flash", "attend_latent", "attend_six_bit", "select_greedy_fused",
-        "select_device_limited_fused", "experts_fused", "rotate_both_fused", "swiglu_fused",
-        "add_norm_fused", "add_up_fused", "pack_rows_fused"}
+        "select_device_limited_fused", "experts_fused", "linear_fp8", "dequantise_fp8",
+        "experts_fp8", "rotate_both_fused", "swiglu_fused", "add_norm_fused",
+        "add_up_fused", "pack_rows_fused"}
 
 
 def test_what_has_no_gradient_or_is_for_one_rank_is_not_taken_elsewhere(monkeypatch):
@@ -245,41 +285,26 @@ def test_which_tensors_kernels_serve(monkeypatch):
         def __init__(self, device: str, dtype: torch.dtype) -> None:
             self.device, self.dtype = torch.device(device), dtype
 
-    from dsv2_ref.kernels import target
-
-    monkeypatch.setattr(target, "why_not", lambda device: "")
-    forms._run_on.cache_clear()
+    monkeypatch.setattr(forms, "_run_on", lambda device: True)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         assert forms.kernels_serve(Like("cuda:0", dtype))
         assert not forms.kernels_serve(Like("cpu", dtype))
     assert not forms.kernels_serve(Like("cuda", torch.float64))
     monkeypatch.setattr(forms, "find_spec", lambda name: None)
     assert not forms.kernels_serve(Like("cuda", torch.bfloat16))
-    forms._run_on.cache_clear()
 
 
 def test_where_no_kernel_can_be_launched_twins_serve_and_one_warning_says_why(monkeypatch):
     """As on a machine without a C compiler: Triton is there, and its first launch fails."""
-    pytest.importorskip("triton")
-    from dsv2_ref.kernels import target
+    def broken(s, top_k):
+        raise RuntimeError("Failed to find C compiler. Please specify via CC\nenvironment")
 
-    class Broken:
-        def __getitem__(self, grid):
-            return self
-
-        def __call__(self, *args):
-            raise RuntimeError("Failed to find C compiler. Please specify via CC\nenvironment")
-
-    x = torch.zeros(1, device="cpu")
-    monkeypatch.setattr(target, "_one", Broken())
-    target.why_not.cache_clear()
+    device = torch.device(DEVICE)
+    monkeypatch.setattr(forms, "kernel", lambda twin: broken)
     forms._run_on.cache_clear()
-    why = target.why_not(x.device)
-    assert why.startswith("RuntimeError: Failed to find C compiler") and "\n" not in why
-    with pytest.warns(UserWarning, match="plain torch takes their place .RuntimeError: Failed"):
-        assert not forms._run_on(x.device)
-    assert not forms._run_on(x.device)                   # and no second warning
-    target.why_not.cache_clear()
+    with pytest.warns(UserWarning, match="place .RuntimeError: Failed to .* via CC environment"):
+        assert not forms._run_on(device)
+    assert not forms._run_on(device)                     # and no second warning
     forms._run_on.cache_clear()
 
 
@@ -343,13 +368,16 @@ model = DeepSeekV2(TINY)
 generate(model, torch.zeros(1, 3, dtype=torch.int64), 2)
 model.losses(torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, 3, dtype=torch.int64))
 print(model.describe())
+from dsv2_ref.inference.fp8_model import quantise_model
+generate(quantise_model(model), torch.zeros(1, 3, dtype=torch.int64), 2)
+print(model.describe())
 assert not any(name.startswith("dsv2_ref.kernels.") and name != "dsv2_ref.kernels.fp8"
                for name in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
                           env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, check=False)
     assert done.returncode == 0, done.stderr
-    assert "attend_expanded" in done.stdout
+    assert "attend_expanded" in done.stdout and "FP8 layers: dequantised" in done.stdout
 
 
 @pytest.mark.parametrize("n_routed,top_k,few", [(160, 6, 53), (64, 6, 21), (8, 3, 5)])

@@ -12,8 +12,8 @@ from functools import cache
 import pytest
 from audit import machine_code
 
-FILES = ("adamw8_update", "between_products", "flash_attention", "grouped_experts",
-         "latent_decode", "pack_six_bits", "six_bit_decode")
+FILES = ("adamw8_update", "between_products", "flash_attention", "fp8_experts", "fp8_products",
+         "grouped_experts", "latent_decode", "pack_six_bits", "six_bit_decode")
 ENTRIES = {(f"audit.{file}", entry.name): entry for file in FILES
            for entry in importlib.import_module(f"audit.{file}").ENTRIES}
 # the first entry of these files stands for all in `make test`

@@ -78,4 +78,4 @@ def test_a_launch_goes_to_the_device_of_its_tensors(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", Device)
     launch = on_its_device(lambda x, more=0: (current[0], more))
     assert [launch(There(i), more=7) for i in (0, 1, 0, 2)] == [(0, 7), (1, 7), (0, 7), (2, 7)]
-    assert current == [0] and launch(torch.zeros(1)) == (0, 0)
+    assert current == [0] and launch(torch.zeros(1)) == (0, 0) and launch(x=There(3)) == (3, 0)

@@ -168,11 +168,6 @@ def matrix(layer: nn.Module, columns: int, like: Tensor) -> Tensor:
     return layer(units).T
 
 
-def as_it_is(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """In the place of `rotate`: x, to be turned later."""
-    return x
-
-
 class MultiHeadLatentAttention(nn.Module):
     """MLA over width d: n_h heads of d_h + d_r (query, key) and d_v (value) numbers.
 
@@ -224,16 +219,15 @@ class MultiHeadLatentAttention(nn.Module):
         `attend` is one of the functions above, expanded for prompts and training, absorbed for
         decoding, or another that takes the cache's rows. `cache` is written at `layer`, not
         advanced. `positions` (B, T) of the new tokens are needed where they are not the last of
-        all S; None with a cache: the cache knows. `rotate_both` is a function equal to rope.py's,
-        which turns queries and key at once; None turns each where it is made.
+        all S; None with a cache: the cache knows. `rotate_both` turns q_r and k_r at once, as
+        `rotate` does each where it is made.
         """
-        if rotate_both is None:
-            (q_c, q_r), (c_kv, k_r) = self.queries(h, cos, sin), self.latents(h, cos, sin)
-        else:
-            q_c, q_r = self.queries(h, cos, sin, as_it_is)
-            c_kv, k_r = self.latents(h, cos, sin, as_it_is)
-            q_r, k_r = rotate_both(q_r, k_r, cos, sin)
-        rows: tuple[Tensor, ...] = c_kv, k_r
+        turn = rotate if rotate_both is None else lambda x, *tables: x
+        q_c, q_r = self.queries(h, cos, sin, turn)
+        rows = self.latents(h, cos, sin, turn)
+        if rotate_both is not None:
+            q_r, k_r = rotate_both(q_r, rows[1], cos, sin)
+            rows = rows[0], k_r
         if cache is not None:
             cache.write(layer, *rows)
             rows = cache.rows(layer)                                         # (B, S, ·) each

@@ -127,10 +127,3 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.to(dtype).unflatten(-1, (-1, 2)).unbind(-1)   # (B, T, ..., d_r/2) each
     turned = torch.stack((a * cos - b * sin, a * sin + b * cos), -1)
     return turned.flatten(-2).to(x.dtype)
-
-
-def rotate_both(
-    q_r: Tensor, k_r: Tensor, cos: Tensor, sin: Tensor
-) -> tuple[Tensor, Tensor]:
-    """`rotate` of the queries (B, T, n_h, d_r) and of their key (B, T, d_r)."""
-    return rotate(q_r, cos, sin), rotate(k_r, cos, sin)

@@ -43,7 +43,6 @@ from torch.autograd.function import once_differentiable
 from dsv2_ref.kernels.target import check_device, on_its_device
 
 BLOCK = 1024
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit
@@ -111,7 +110,7 @@ def _add_norm_kernel(h, u, weight, total, normed, eps, D: tl.constexpr, WIDTH: t
 def _check(kernel: object, **named: Tensor) -> None:
     """ValueError unless all are of one shape and one dtype that kernels read."""
     (name, first), *others = named.items()
-    if first.dtype not in DTYPES:
+    if first.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"{name}: dtype {first.dtype}, expected float32, bfloat16 or float16")
     for other, x in others:
         if x.shape != first.shape or x.dtype != first.dtype:
@@ -154,7 +153,7 @@ class _Rotate(torch.autograd.Function):
 def rotate_both_fused(
     q_r: Tensor, k_r: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`rotate_both` of rope.py: (a, b) -> (a cos - b sin, a sin + b cos) for each adjacent pair.
+    """`rotate` of both: (a, b) -> (a cos - b sin, a sin + b cos) for each adjacent pair.
 
     q_r (B, T, n_h, d_r) and k_r (B, T, d_r) of one dtype, fp32, bf16 or fp16; cos, sin (T, d_r/2)
     or (B or 1, T, d_r/2), which get no gradient -> as q_r and k_r.

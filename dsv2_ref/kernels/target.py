@@ -35,14 +35,10 @@ Wiring, once copied:
 
 from collections.abc import Callable
 from functools import lru_cache, wraps
-from typing import TypeVar
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
-
-Result = TypeVar("Result")
 
 # compute capability -> target; what is not here is a consumer card
 CARDS = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_90", (10, 3): "sm_90"}
@@ -77,34 +73,15 @@ def check_device(name: str, x: Tensor, kernel: object) -> None:
                          "float32, for Triton's interpreter computes wrongly in bfloat16")
 
 
-@triton.jit
-def _one(x):
-    tl.store(x, 1)
-
-
-@lru_cache(maxsize=16)
-def why_not(device: torch.device) -> str:
-    """What stops a kernel on this device, in one line; empty if one was compiled and ran.
-
-    A first launch compiles a piece of C: without a compiler, or Python's header files, no kernel
-    runs, although triton can be imported.
-    """
-    try:
-        x = torch.zeros(1, dtype=torch.int32, device=device)
-        on_its_device(lambda x: _one[(1,)](x))(x)
-    except Exception as error:               # of any kind: the compiler's, the driver's, ptxas'
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return ""
-
-
-def on_its_device(function: Callable[..., Result]) -> Callable[..., Result]:
+def on_its_device(function: Callable) -> Callable:
     """`function` with the device of its first argument, a tensor, as the current one."""
 
     @wraps(function)
-    def there(x: Tensor, *args: object, **kwargs: object) -> Result:
+    def there(*args: object, **kwargs: object) -> object:
+        x = args[0] if args else next(iter(kwargs.values()))             # or given by name
         if not x.is_cuda or x.device.index == torch.cuda.current_device():
-            return function(x, *args, **kwargs)
+            return function(*args, **kwargs)
         with torch.cuda.device(x.device):
-            return function(x, *args, **kwargs)
+            return function(*args, **kwargs)
 
     return there

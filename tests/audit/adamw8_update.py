@@ -2,8 +2,8 @@
 """What the kernel of adamw8_update.py must compile to: see machine_code.py.
 
 It has no matrix product and no loop; what counts is that memory is read and written in the widest
-pieces, 8 weights a thread, by few instructions: at 4.2 TB/s a card of 132 multiprocessors reads and
-writes a weight's 10 bytes in the time in which it issues about 68.
+pieces, 8 weights a thread, by few instructions: 132 multiprocessors at 1.7 GHz issue about 68 for
+each weight in the time in which 10 bytes pass at 4.2 TB/s.
 """
 
 from audit.machine_code import Entry

@@ -263,4 +263,13 @@ MUTANTS = [
     Mutant("an_ended_sequence_is_counted", "sampling", "inference/generate.py",
            "[int(runs) for runs in running]", "[1] * len(running)",
            "test_generate.py::test_an_ended_sequence_takes_no_room_in_the_cache"),
+    Mutant("clip_not_passed_on", "moments", "training/world.py",
+           "optimizer.step(clip=(most / (norm + 1e-6)).clamp(max=1.0))", "optimizer.step()",
+           "test_trainer.py::test_an_update_is_that_of_clipped_gradients[adamw8-0.2]"),
+    Mutant("small_gradients_scaled_up", "moments", "training/world.py",
+           "(most / (norm + 1e-6)).clamp(max=1.0)", "most / (norm + 1e-6)",
+           "test_trainer.py::test_an_update_is_that_of_clipped_gradients[adamw8-1000.0]"),
+    Mutant("the_first_expert_not_passed_on", "moments", "training/adamw8.py",
+           't, name), first,', 't, name), 0,',
+           "test_adamw8.py::test_a_share_of_the_experts_is_a_slice_of_the_whole[torch.bfloat16]"),
 ]

@@ -28,8 +28,8 @@ KERNEL_MUTANTS = [
     _wrong("second_bit_lent_twice", ">> bit // D_R & 1", ">> 0 & 1"),
     _wrong("padding_is_a_zero_not_a_code", "tl.where(in_c, _codes(latents, s_c, step, 32), 0)",
            "_codes(latents, s_c, step, 32)"),
-    _wrong("upper_bits_exchanged",
-           "tl.where(t == 2, codes >> 4 << 6, tl.where(t == 5, codes >> 4 << 8, 0))",
-           "tl.where(t == 5, codes >> 4 << 6, tl.where(t == 2, codes >> 4 << 8, 0))"),
+    _wrong("upper_bits_exchanged", "tl.where(t == 2, codes >> 4 << 6, "
+           "tl.where(t == 5, codes >> 4 << 8, 0))", "tl.where(t == 5, codes >> 4 << 6, "
+           "tl.where(t == 2, codes >> 4 << 8, 0))"),
     _wrong("rope_codes_not_shifted", "half), 0) >> LENT", "half), 0)"),
 ]
