@@ -208,7 +208,8 @@ class DeepSeekV2(nn.Module):
         forms = self._forms(B, T, S, None if cache is None else cache.kind)
         if self.across is not None:
             forms = self.across(forms)
-        return Pass(cos, sin, forms, cache)
+        reads = cache is not None and forms.reads_positions
+        return Pass(cos, sin, forms, cache, positions=positions if reads else None)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens (B, T) -> h (B, T, d): where the first layer begins."""
