@@ -107,7 +107,7 @@ class Card(FakeTensorMode):
     def _chosen(self, x: Tensor, indices: list[Tensor | None]) -> Tensor:
         """x[mask], all of it."""
         if len(indices) != 1:
-            raise NotImplementedError("a mask among other indices, on the pretended card")
+            raise RuntimeError("x[mask, ...]: the pretended card knows x[mask] alone")
         self.wait("nonzero")
         with self:
             return torch.empty(indices[0].numel(), *x.shape[indices[0].ndim :], dtype=x.dtype,
