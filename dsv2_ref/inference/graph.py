@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """A decode step of which nothing depends on the length, so that a CUDA graph can hold it.
 
-A decode step of V2-Lite is some 730 launches (784 of a six-bit cache; counted by tests/rehearsal),
-each of which costs the host time. A CUDA graph is the list of launches, made once: replaying it is one call. But it holds
-addresses and shapes, not what Python would compute. So, in `DecodeStep`
+A decode step of V2-Lite is 730 launches, 784 with a six-bit cache (counted by tests/rehearsal),
+each of which costs the host time. A CUDA graph is the list of launches, made once: replaying it is
+one call. But it holds addresses and shapes, not what Python would compute. So, in `DecodeStep`
 
   ids, positions  and which sequences still run are tensors that stay where they are; the step
                   itself advances the positions, on the device
