@@ -4,8 +4,8 @@
 The variants of a concept file stand in tests/mutants/ under the file's name, those of all that is
 put together from them in assembly.py, those of long contexts in needle.py, of chat models in
 chat.py, of GRPO in grpo.py, of pipelines in pipeline.py, of several ranks in mesh.py, of a cluster
-on paper in plan.py, of the engine and its pages in serving.py; those of Triton kernels are
-test_kernel_mutants.py's.
+on paper in plan.py, of the engine and its pages in serving.py, of the GPU benches in bench.py;
+those of Triton kernels are test_kernel_mutants.py's.
 
 The mutated source is compiled, and the functions of the real module get its code, so that whoever
 has imported them runs the mutant too. The test then runs in a pytest inside this one.

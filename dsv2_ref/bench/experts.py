@@ -71,9 +71,9 @@ class Case(NamedTuple):
         Counted at small sizes. Where weights are copied for every slot (`batched_mm`), those.
         """
         one, slots = self.w * self.d * itemsize, self.N * self.K
-        weights = (8 if self.backward else 5) * self.E * one
-        copied = 2 * slots * one if "batched_mm" in self.theirs else 0
-        kept = slots * (6 * self.d + 5 * self.w) * 4
+        weights = (10 if self.backward else 6) * self.E * one
+        copied = 3 * slots * one if "batched_mm" in self.theirs else 0
+        kept = slots * (7 * self.d + 6 * self.w) * 4
         return weights + copied + kept + 16 * self.w * self.d * 4
 
 
