@@ -70,6 +70,10 @@ parity_lm_eval: EXTRAS := $(EXTRAS),eval
 parity_lm_eval: ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/parity_lm_eval.py
 
+# the package at full size on a card that is not there, and faults put back (some minutes; no GPU)
+rehearse: ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests/rehearse.py
+
 # every test of every lifted kernel, where `make test` runs one case of each
 copies: ready
 	DSV2_ALL_COPIES=1 $(BIN)/python -m pytest -q -n 2 tests/test_copying.py
@@ -120,5 +124,5 @@ clean:
 	rm -rf build .venv
 
 .PHONY: matrix ready run lab test lint unit notebooks student browser \
-	kill parallel nodes align parity parity_lm_eval clients copies bench audit mutants site map \
+	kill parallel nodes align parity parity_lm_eval clients copies rehearse bench audit mutants site map \
 	glossary execute model clean

@@ -15,6 +15,9 @@ table is made from it (`make map`), and a test compares it with the files and th
   2.2.3         moe/balance.py             08     the three balance losses               (23)-(31)
   2.2.4         moe/dropping.py            09     token dropping
   3.2.3         kernels/fp8.py             12     FP8 weights in blocks of 128×128
+  3.1.2         kernels/eight_bit_moments.py 24   AdamW with moments of a byte each
+  3.2.3         kernels/fp8_products.py    13     products with FP8 weights, decoded on the way
+  3.2.3         kernels/fp8_experts.py     13     routed experts with FP8 weights
   3.1.3         kernels/flash_attention.py 13     causal attention in tiles, forward and backward
   2.1.2         kernels/latent_decode.py   13     decoding: a row read once, as key and value
   3.2.3         kernels/six_bit_decode.py  13     the same, from packed six-bit rows
@@ -24,6 +27,9 @@ table is made from it (`make map`), and a test compares it with the files and th
   4.2           alignment/grpo.py          20     GRPO: advantages, the clip, the penalty (32)-(34)
   4.2           alignment/reward.py        19 20  reward models, rewards of both stages  (35) (36)
 
+  kernels/between_products.py  RoPE, SwiGLU, residual and norm in a launch each
+  kernels/adamw8_update.py  that AdamW's step in one kernel
+  kernels/pack_six_bits.py  the six-bit cache's rows, quantised and packed in a launch
   kernels/target.py  what a card can run; what does run is decided in forms.py
 
   text/             where text comes from, tokens, packed batches, needles, streaming

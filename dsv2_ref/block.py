@@ -11,6 +11,7 @@ Shapes: B batch, T new tokens, N = B·T flat tokens, E routed experts, D devices
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -86,12 +87,15 @@ class RoutedFFN(nn.Module):
         """u (B, T, d) the stream, x its norm -> u + experts, balance (3,), traffic; see `Block`."""
         B, T, _ = u.shape
         x = x.flatten(0, 1)                                              # (N, d)
-        routing = self.router(x, run.forms.select)
+        routing = self.router(x, run.forms.select, run.forms.route)
         keep = self._keep(routing, run, T) if run.learns else None
         balance = self._balance(routing, B, run.lengths) if run.learns else None
         traffic = self._traffic(routing, keep, B, run.lengths) if run.with_load else None
-        h = self.experts(u.flatten(0, 1), x, routing.indices, routing.gates, run.forms.experts,
-                         keep)
+        experts = run.forms.experts
+        if routing.slots is not None:
+            experts = partial(experts, slots=routing.slots)
+        h = self.experts(u.flatten(0, 1), x, routing.indices, routing.gates, experts, keep,
+                         run.forms.swiglu, run.forms.add_up)
         return h.unflatten(0, (B, T)), balance, traffic
 
     def _keep(self, routing: Routing, run: Pass, T: int) -> Tensor | None:
@@ -171,9 +175,9 @@ class Block(nn.Module):
 
         `place` is the layer's number in the cache. The last two are None for a dense FFN.
         """
-        h = h + self.attention(self.norm_attention(h), run.cos, run.sin, run.forms.attend,
-                               run.cache, place)
-        x = self.norm_ffn(h)
+        u = self.attention(self.norm_attention(h), run.cos, run.sin, run.forms.attend, run.cache,
+                           place, rotate=run.forms.rotate)
+        h, x = run.forms.add_norm(h, u, self.norm_ffn)
         if not self.config.is_moe(self.layer):
-            return h + self.ffn(x), None, None
+            return h + self.ffn(x, run.forms.swiglu), None, None
         return self.ffn(h, x, run)

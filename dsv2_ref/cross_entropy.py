@@ -43,14 +43,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             h_low = h_chunk.to(dtype)
             log_p = F.log_softmax(F.linear(h_low, W_low).to(exact), -1)          # (rows, V)
             total += F.nll_loss(log_p, t, ignore_index=IGNORED, reduction="sum")
-            if not need:
-                continue
-            grad = log_p.exp_()                                                  # softmax - onehot
-            counted = (t != IGNORED).to(exact)[:, None]
-            grad.scatter_add_(1, t.clamp(min=0)[:, None], -torch.ones_like(counted))
-            grad = (grad * (counted / n)).to(dtype)
-            grad_h[place[0] : place[-1] + 1] = grad @ W_low
-            grad_W += grad.mT @ h_low
+            if need:
+                grad = log_p.exp_()                                              # softmax - onehot
+                counted = (t != IGNORED).to(exact)[:, None]
+                grad.scatter_add_(1, t.clamp(min=0)[:, None], -torch.ones_like(counted))
+                grad = (grad * (counted / n)).to(dtype)
+                grad_h[place[0] : place[-1] + 1] = grad @ W_low
+                grad_W += grad.mT @ h_low
+                del grad
+            del log_p            # or they would be there beside the next chunk's: 1.6 GB of Lite's
         ctx.save_for_backward(grad_h, grad_W)
         ctx.W_dtype = W.dtype
         return total / n

@@ -1,35 +1,53 @@
 # SPDX-License-Identifier: MIT
-"""Which of the equal algorithms runs: attention, selection, dropping, experts. Chosen once a pass.
+"""Which of the equal algorithms runs: attention, selection, experts, and the steps between.
 
-Equal algorithms are functions with one signature and one result (forms). The choice goes by
-counting multiplications (attention), by device and size (experts), by the config (selection); on a
-CUDA device a Triton kernel then takes the place of its naive twin. Triton and the kernels are
-imported on the first such question about a CUDA device, not before: the package works where Triton
-does not exist.
+Equal algorithms are functions with one signature and one result (forms), chosen once a pass. The
+choice goes by counting multiplications (attention), by device and size (experts), by the config
+(selection); on a CUDA device a Triton kernel then takes the place of its naive twin. Triton and the
+kernels are imported on the first such question about a CUDA device, not before: the package works
+where Triton does not exist.
 """
 
 import functools
 import importlib
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from dsv2_ref.attention.cache_quant import attend_packed, dequantise, unpack
+from dsv2_ref.attention.cache_quant import SixBitCache, attend_packed, dequantise, pack_rows, unpack
+from dsv2_ref.attention.kv_cache import Cache
 from dsv2_ref.attention.mla import (
     absorbed_is_cheaper,
     attend_absorbed,
     attend_expanded,
     attend_heads,
 )
+from dsv2_ref.attention.rope import rotate
 from dsv2_ref.config import Config
+from dsv2_ref.kernels.fp8 import Fp8Linear, Fp8Stack, linear
+from dsv2_ref.kernels.fp8 import dequantise as dequantise_blocks
 from dsv2_ref.moe.dropping import keep_within_budget
-from dsv2_ref.moe.experts import experts_grouped, experts_loop, experts_padded
+from dsv2_ref.moe.experts import (
+    add_up,
+    experts_grouped,
+    experts_loop,
+    experts_padded,
+    swiglu,
+)
 from dsv2_ref.moe.routing import select_device_limited, select_greedy
 
 Form = Callable[..., Tensor]
+
+
+def add_norm(h: Tensor, u: Tensor, norm: nn.RMSNorm) -> tuple[Tensor, Tensor]:
+    """The stream h with u (..., d) added, and the norm of both."""
+    h = h + u
+    return h, norm(h)
 
 
 @dataclass(frozen=True)
@@ -40,9 +58,14 @@ class Forms:
     select: Form
     experts: Form
     keep: Form = keep_within_budget      # which slots are not dropped; training alone
+    rotate: Form = rotate
+    swiglu: Form = swiglu
+    add_norm: Form = add_norm
+    add_up: Form = add_up
+    route: Form | None = None            # all that a router does after its product
 
     def names(self) -> str:
-        return ", ".join(f.__name__ for f in (self.attend, self.select, self.experts))
+        return ", ".join(f.__name__ for f in (self.attend, self.route or self.select, self.experts))
 
 
 # twin -> the file and the name of its kernel
@@ -55,13 +78,41 @@ KERNELS: dict[Form, tuple[str, str]] = {
     experts_loop: ("grouped_experts", "experts_fused"),
     experts_padded: ("grouped_experts", "experts_fused"),
     experts_grouped: ("grouped_experts", "experts_fused"),
+    linear: ("fp8_products", "linear_fp8"),
+    dequantise_blocks: ("fp8_products", "dequantise_fp8"),
+    Fp8Stack: ("fp8_experts", "experts_fp8"),        # of any twin, whose weights are such stacks
+    rotate: ("between_products", "rotate_fused"),
+    swiglu: ("between_products", "swiglu_fused"),
+    add_norm: ("between_products", "add_norm_fused"),
+    add_up: ("route_tokens", "add_up_fused"),
+    pack_rows: ("pack_six_bits", "pack_rows_fused"),
 }
+# from about there, by bytes and FLOPs and not by a clock, dequantising once pays: the library's
+# product is faster by more than five bytes a weight cost
+FP8_ROWS = 512
 
 
 def kernels_serve(x: Tensor) -> bool:
-    """Whether there are kernels for tensors such as x."""
+    """Whether there are kernels for tensors such as x, and they run where it is."""
     return (x.device.type == "cuda" and find_spec("triton") is not None
-            and x.dtype in (torch.bfloat16, torch.float16, torch.float32))
+            and x.dtype in (torch.bfloat16, torch.float16, torch.float32) and _run_on(x.device))
+
+
+@functools.cache
+def _run_on(device: torch.device) -> bool:
+    """Whether a kernel can be launched there; if not, one warning says why.
+
+    A first launch compiles a piece of C: without a compiler, or Python's header files, no kernel
+    runs, although triton can be imported.
+    """
+    try:
+        kernel(select_greedy)(torch.zeros(1, 2, device=device), 1)
+    except Exception as error:               # of any kind: the compiler's, the driver's, ptxas'
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        warnings.warn(f"no Triton kernel runs on {device}, plain torch takes their place ({why})",
+                      stacklevel=2)
+        return False
+    return True
 
 
 def kernel(twin: Form) -> Form:
@@ -70,20 +121,71 @@ def kernel(twin: Form) -> Form:
     return getattr(importlib.import_module(f"dsv2_ref.kernels.{file}"), name)
 
 
+def kernels_serve_fp8(x: Tensor) -> bool:
+    """Whether products of x with FP8 weights have kernels: they have no gradient, nor autocast."""
+    return (kernels_serve(x) and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled(x.device.type))
+
+
+def multiply_fp8(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """x (..., c), codes (r, c), scales (R, C) -> x·Wᵀ (..., r): what `Fp8Linear` computes with."""
+    if kernels_serve_fp8(x) and x.numel() < FP8_ROWS * x.shape[-1]:
+        return kernel(linear)(x, codes, scale)
+    return F.linear(x, read_fp8(codes, scale, x.dtype))
+
+
+def read_fp8(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """codes (r, c), scales (R, C) -> W (r, c) of `dtype`, for absorption and for many rows."""
+    serve = kernels_serve(torch.empty(0, dtype=dtype, device=codes.device))
+    return (kernel(dequantise_blocks) if serve else dequantise_blocks)(codes, scale, dtype)
+
+
+def describe_fp8(model: nn.Module, x: Tensor) -> list[str]:
+    """What multiplies a model's FP8 layers, in one or no word; x as in `choose`."""
+    if not any(isinstance(module, Fp8Linear) for module in model.modules()):
+        return []
+    if not kernels_serve_fp8(x):
+        return ["FP8 layers: dequantised"]
+    return [f"FP8 layers: {kernel(linear).__name__} below {FP8_ROWS} rows, then dequantised"]
+
+
 def choose(
     c: Config, x: Tensor, B: int, T: int, S: int, cached: str | None = None,
-    W_gate: object | None = None,
+    W_gate: object | None = None, alone: bool = True,
 ) -> Forms:
     """The forms for B sequences of T new tokens on S keys each.
 
     x: any tensor of the stream's device and dtype. cached: the cache's `kind`, None without one.
-    W_gate: of the experts; weights that are no plain tensor (FP8, dequantised where they are used)
-    keep the twins.
+    W_gate: of the experts; weights that are no plain tensor (FP8) have a kernel of their own.
+    alone: no other rank has a part in the experts' sum.
     """
     select = select_greedy if c.max_devices is None else select_device_limited
     if kernels_serve(x):
         select = kernel(select)
-    return Forms(attention_form(c, x, T, S, cached), select, experts_form(c, x, B * T, W_gate))
+    forms = Forms(attention_form(c, x, T, S, cached), select, experts_form(c, x, B * T, W_gate),
+                  **between(x))
+    if alone and forms.swiglu is not swiglu and forms.experts is kernel(experts_loop):
+        forms = replace(forms, **few(B * T))
+    return forms
+
+
+def few(n_tokens: int) -> dict[str, Form]:
+    """Experts' rows, summed where they join the stream; of few tokens the router in one kernel."""
+    grouped, route = (importlib.import_module(f"dsv2_ref.kernels.{file}")
+                      for file in ("grouped_experts", "route_tokens"))
+    found: dict[str, Form] = {"experts": grouped.expert_rows, "add_up": kernel(add_up)}
+    return found | ({"route": route.route_fused} if n_tokens <= route.FEW else {})
+
+
+def between(x: Tensor) -> dict[str, Form]:
+    """The steps between products for tensors such as x, by their names in `Forms`."""
+    found: dict[str, Form] = {}
+    if kernels_serve(x):
+        found["rotate"] = kernel(rotate)
+        # the others have no gradient, and want all inputs of one dtype
+        if not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type):
+            found |= {"swiglu": kernel(swiglu), "add_norm": kernel(add_norm)}
+    return found
 
 
 def attention_form(c: Config, x: Tensor, T: int, S: int, cached: str | None) -> Form:
@@ -105,6 +207,13 @@ def attention_form(c: Config, x: Tensor, T: int, S: int, cached: str | None) -> 
     return on_packed_rows(form) if cached == "six_bit" and not absorb else form
 
 
+def packing(cache: Cache) -> Cache:
+    """The same cache; one of packed rows packs them in a kernel where there is one."""
+    if isinstance(cache, SixBitCache) and kernels_serve(cache.scales):
+        cache.pack_rows = kernel(pack_rows)
+    return cache
+
+
 def on_packed_rows(attend: Form) -> Form:
     """`attend`, which reads plain rows, for the words and scales of a six-bit cache."""
 
@@ -123,6 +232,8 @@ def experts_form(c: Config, x: Tensor, n_tokens: int, W_gate: object | None) -> 
     autocast = torch.is_autocast_enabled(x.device.type)
     if kernels_serve(x) and (W_gate is None or isinstance(W_gate, Tensor)):
         return experts_fused_autocast if autocast else kernel(experts_loop)
+    if type(W_gate) is Fp8Stack and kernels_serve_fp8(x):
+        return kernel(Fp8Stack)
     if torch.compiler.is_exporting():
         return experts_padded                # shapes that do not depend on who chose whom
     if n_tokens * c.top_k < 2 * c.n_routed:

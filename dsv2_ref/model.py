@@ -37,7 +37,7 @@ from dsv2_ref.attention.rope import (
 from dsv2_ref.block import Block, Pass, Traffic
 from dsv2_ref.config import Config
 from dsv2_ref.cross_entropy import IGNORED, cross_entropy, linear_cross_entropy
-from dsv2_ref.forms import Forms, choose
+from dsv2_ref.forms import Forms, choose, describe_fp8, packing
 
 CACHES = {"latent": LatentCache, "six_bit": SixBitCache}
 
@@ -163,8 +163,8 @@ class DeepSeekV2(nn.Module):
         c, like = self.config, self.like
         if max_tokens > (most := c.max_positions):
             raise ValueError(f"max_tokens: {max_tokens}, expected at most max_positions = {most}")
-        return CACHES[kind](len(self.blocks), batch, max_tokens, c.d_c, c.d_r, like.dtype,
-                            like.device)
+        return packing(CACHES[kind](len(self.blocks), batch, max_tokens, c.d_c, c.d_r, like.dtype,
+                                    like.device))
 
     def describe(self) -> str:
         """One line: size, device, dtype and which algorithms will run, by door."""
@@ -173,13 +173,14 @@ class DeepSeekV2(nn.Module):
         with torch.no_grad():
             words += [f"prompt: {self._forms(1, 4096, 4096, 'latent').names()}",
                       f"decode: {self._forms(1, 1, 4096, 'latent').names()}"]
+            words += describe_fp8(self, self.like)
         return (f"{n / 1e6:.2f}M parameters on {self.like.device} in "
                 f"{str(self.like.dtype)[6:]}; " + "; ".join(words))
 
     def _forms(self, B: int, T: int, S: int, cached: str | None = None) -> Forms:
         routed = [block for block in self.blocks if self.config.is_moe(block.layer)]
         W_gate = routed[0].experts.W_gate if routed else None
-        return choose(self.config, self.like, B, T, S, cached, W_gate)
+        return choose(self.config, self.like, B, T, S, cached, W_gate, self.across is None)
 
     def start(
         self, shape: Sequence[int], cache: Cache | None = None, lengths: Sequence[int] | None = None
@@ -202,6 +203,8 @@ class DeepSeekV2(nn.Module):
         # not kept while torch exports: its tensors stand for others and hold no numbers
         rope = _rope.__wrapped__ if torch.compiler.is_exporting() else _rope
         cos, sin = rope_tables(positions, *rope(c, device))              # (B or 1, T, d_r/2)
+        exact = torch.promote_types(self.like.dtype, torch.float32)      # cast once, not per layer
+        cos, sin = cos.to(exact), sin.to(exact)
         forms = self._forms(B, T, S, None if cache is None else cache.kind)
         if self.across is not None:
             forms = self.across(forms)

@@ -157,7 +157,7 @@ def test_a_concept_file_stands_alone(file):
         known = {"torch", "dsv2_ref"} | ({"triton"} if file.startswith("kernels/") else set())
         assert top in sys.stdlib_module_names | known, f"{file} imports {name}"
     lines = sum(length(f) for f in [file, *own_files(file)])
-    assert lines <= (800 if file.startswith("kernels/") else 640)
+    assert lines <= (820 if file.startswith("kernels/") else 640)
 
 
 @pytest.mark.filterwarnings("ignore:Conversion of an array")     # Triton's interpreter

@@ -2,6 +2,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from alive import Alive
 
 from dsv2_ref import cross_entropy
 from dsv2_ref.cross_entropy import linear_cross_entropy
@@ -76,3 +77,19 @@ def test_many_chunks_are_summed_in_fp32(monkeypatch, autocast):
     (one_h, one_W), (all_h, all_W) = gradients
     assert one_W.abs().max() > 0.1 and torch.equal(all_W, one_W)
     assert torch.equal(all_h.float(), one_h.float())
+
+
+def test_a_chunk_is_forgotten_before_the_next_one():
+    """Logits of one chunk at a time: once a chunk's log-probabilities outlived it."""
+
+    def most(chunks: int) -> int:
+        V, d = 4096, 8
+        N = chunks * cross_entropy.CHUNK_LOGITS // V
+        h, W = torch.ones(N, d, requires_grad=True), torch.ones(V, d, requires_grad=True)
+        targets = torch.zeros(N, dtype=torch.int64)
+        with Alive() as alive:
+            linear_cross_entropy(h, W, targets)
+        return alive.peak
+
+    chunk = 4 * cross_entropy.CHUNK_LOGITS
+    assert most(1) > 2 * chunk and most(4) < most(1) + 0.1 * chunk

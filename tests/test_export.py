@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from alive import Alive
 from calling import call
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, processors
 
 from dsv2_ref import checkpoint
 from dsv2_ref.alignment.chat import TEMPLATE, prompt_ids
-from dsv2_ref.commands.common import files_for_others
+from dsv2_ref.commands.common import files_for_others, write_model
 from dsv2_ref.config import TINY, Config
 from dsv2_ref.inference.generate import generate
 from dsv2_ref.model import DeepSeekV2
@@ -229,3 +230,20 @@ def test_transformers_stops_at_the_end_mark(pipeline, model):
     assert ours(model, ids, 1) == [TOKENIZER.eos]
     found = pipeline.model.generate(torch.tensor([ids]), max_new_tokens=8)[0].tolist()
     assert found == [*ids, TOKENIZER.eos]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_writing_a_model_makes_no_second_one_in_fp32(tied, tmp_path, monkeypatch):
+    """Of Lite it was 63 GB of random numbers, to be written over."""
+    model, written = DeepSeekV2(TINY.with_(tie_embeddings=tied)), []
+    monkeypatch.setattr(checkpoint, "save", lambda state, *rest, **more: written.append(state))
+    with Alive() as alive:
+        for W in model.parameters():
+            alive.see(W)
+        before = alive.now
+        write_model(model, model.config, tmp_path / "model", {})
+    assert alive.peak - before < 1.5 * sum(2 * W.numel() for W in model.parameters())
+    (state,) = written
+    assert tied == (state.head.weight is state.embedding.weight)
+    for a, b in zip(state.parameters(), model.parameters(), strict=True):
+        assert torch.equal(a, b.bfloat16())

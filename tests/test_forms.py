@@ -20,6 +20,7 @@ from dsv2_ref import forms
 from dsv2_ref.config import TINY
 from dsv2_ref.forms import KERNELS, Forms, choose, experts_form, kernel
 from dsv2_ref.inference.fp8_model import quantise_model
+from dsv2_ref.kernels.fp8 import dequantise, linear, quantise
 from dsv2_ref.model import DeepSeekV2
 from dsv2_ref.moe.experts import experts_loop, experts_padded
 
@@ -40,7 +41,7 @@ def ran(monkeypatch) -> Counter:
 
     def counting(*args, **more) -> Forms:
         chosen = choose(*args, **more)
-        counts.update(f.__name__ for f in (chosen.attend, chosen.select, chosen.experts))
+        counts.update(chosen.names().split(", "))
         return chosen
 
     import dsv2_ref.model as assembly
@@ -110,7 +111,20 @@ def test_cached_decoding_of_ragged_sequences(monkeypatch, ran, kind, kernel):
         parts += [m(tokens(2, n), cache) for n in (1, 2, 1)]
         outputs.append(torch.cat(parts, 1))
     close(outputs[1], outputs[0])
-    assert ran[kernel] == 3 and ran["attend_flash"] == 1 and ran["experts_fused"] == 4
+    assert ran[kernel] == 3 and ran["attend_flash"] == 1 and ran["expert_rows"] == 4
+    assert ran["route_fused"] == 3 and ran["select_device_limited_fused"] == 1     # 22 tokens
+
+
+@torch.no_grad()
+def test_losses_without_a_gradient_drop_what_training_drops(monkeypatch, ran):
+    m, x, found = model().train(), tokens(2, 12), []
+    for kernels in (False, True):
+        use(monkeypatch, kernels)
+        losses = m.losses(x, x.roll(-1, 1), with_load=True)
+        assert losses.load[0].dropped > 0
+        found.append(losses.total)
+    close(found[1], found[0])
+    assert ran["expert_rows"] == 1
 
 
 def said(words: str) -> dict[str, list[str]]:
@@ -130,11 +144,11 @@ def test_with_kernels_the_model_says_so(monkeypatch):
     use(monkeypatch, True)
     assert said(model().describe()) == {
         "training": ["attend_flash", "select_device_limited_fused", "experts_fused"],
-        "prompt": ["attend_flash", "select_device_limited_fused", "experts_fused"],
-        "decode": ["attend_latent", "select_device_limited_fused", "experts_fused"]}
+        "prompt": ["attend_flash", "select_device_limited_fused", "expert_rows"],
+        "decode": ["attend_latent", "route_fused", "expert_rows"]}
     greedy = DeepSeekV2(CONFIG.with_(n_devices=1, max_devices=None, alpha_device=0.0,
                                      alpha_comm=0.0))
-    assert said(greedy.describe())["decode"][1] == "select_greedy_fused"
+    assert said(greedy.describe())["prompt"][1] == "select_greedy_fused"
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")         # of torch's norms under autocast
@@ -145,13 +159,13 @@ def test_each_door_runs_what_is_said_of_it(monkeypatch, ran):
     for cast in (False, True):
         with torch.autocast(DEVICE, torch.float16, enabled=cast):
             words = said(m.describe())
-            x = tokens(8, 8)
+            x = tokens(2, 9)                 # more than one program routes
             for door in ("training", "prompt", "decode"):
                 ran.clear()
                 if door == "training":
                     m.losses(x, x)
                 else:
-                    cache = m.new_cache(8, 16)
+                    cache = m.new_cache(2, 16)
                     with torch.no_grad():
                         m(x, cache)
                         ran.update() if door == "prompt" else (ran.clear(), m(x[:, :1], cache))
@@ -171,21 +185,79 @@ def test_a_greedy_model_runs_its_selection_kernel(monkeypatch, ran):
     assert ran["select_greedy"] == ran["select_greedy_fused"] == 1
 
 
-def test_fp8_experts_keep_the_twin(monkeypatch):
-    use(monkeypatch, True)
-    m = quantise_model(model())
+@torch.no_grad()
+def test_a_model_in_fp8_runs_on_its_kernels(monkeypatch, ran):
+    """Prompts and decoding; the twins without kernels, with a gradient and under autocast."""
+    m, x = quantise_model(model()), tokens(2, 9)
+    outputs = []
+    for kernels in (False, True):
+        use(monkeypatch, kernels)
+        cache = m.new_cache(2, 16)
+        outputs.append(torch.cat([m(x, cache), m(x[:, :1], cache)], 1))
+    close(outputs[1], outputs[0])
+    assert ran["experts_fp8"] == 2 and not ran["experts_fused"]
     words = said(m.describe())
-    assert words["prompt"] == ["attend_flash", "select_device_limited_fused", "experts_padded"]
-    assert words["decode"] == ["attend_latent", "select_device_limited_fused", "experts_loop"]
-    with torch.no_grad():
-        assert m(tokens(1, 5).to(DEVICE)).isfinite().all()
+    assert words["prompt"][2] == words["decode"][2] == "experts_fp8"
+    assert words["FP8 layers"] == ["linear_fp8 below 512 rows", "then dequantised"]
+    with torch.enable_grad():
+        assert said(m.describe())["training"][2] == "experts_padded"
+    with torch.autocast(DEVICE, torch.float16):
+        words = said(m.describe())
+        assert words["decode"][2] == "experts_loop" and words["FP8 layers"] == ["dequantised"]
+    use(monkeypatch, False)
+    words = said(m.describe())
+    assert words["decode"][2] == "experts_loop" and words["FP8 layers"] == ["dequantised"]
+
+
+def test_which_products_of_fp8_layers_have_kernels(monkeypatch):
+    """Few rows without a gradient; the whole matrix, where it is asked for, always."""
+    pytest.importorskip("triton")
+    asked = []
+
+    def noting(twin):
+        return lambda *args: asked.append(twin.__name__) or twin(*args)
+
+    monkeypatch.setattr(forms, "kernel", noting)
+    codes, scale = quantise(torch.randn(7, 5))
+    for kernels, grad, rows, expected in (
+            (True, False, 511, ["linear"]), (True, False, 512, ["dequantise"]),
+            (True, True, 3, ["dequantise"]), (False, False, 3, [])):
+        use(monkeypatch, kernels)
+        x = torch.randn(rows, 5)
+        with torch.set_grad_enabled(grad):
+            y = forms.multiply_fp8(x, codes, scale)
+        assert asked == expected and torch.equal(y, linear(x, codes, scale))
+        asked.clear()
+    use(monkeypatch, True)
+    assert torch.equal(forms.read_fp8(codes, scale, torch.float16),
+                       dequantise(codes, scale, torch.float16)) and asked == ["dequantise"]
 
 
 def test_every_twin_has_a_kernel_of_its_own_kind():
     pytest.importorskip("triton")
     assert {kernel(twin).__name__ for twin in KERNELS} == {
         "attend_flash", "attend_latent", "attend_six_bit", "select_greedy_fused",
-        "select_device_limited_fused", "experts_fused"}
+        "select_device_limited_fused", "experts_fused", "linear_fp8", "dequantise_fp8",
+        "experts_fp8", "rotate_fused", "swiglu_fused", "add_norm_fused", "add_up_fused",
+        "pack_rows_fused"}
+
+
+def test_what_has_no_gradient_or_is_for_one_rank_is_not_taken_elsewhere(monkeypatch):
+    use(monkeypatch, True)
+    x, names = torch.zeros(1, device=DEVICE), ("rotate", "swiglu", "add_norm", "add_up", "route")
+
+    def fused(**more) -> set[str]:
+        found = choose(CONFIG, x, 1, 16, 16, **more)
+        plain = Forms(found.attend, found.select, found.experts)
+        return {name for name in names if getattr(found, name) is not getattr(plain, name)}
+
+    assert fused() == {"rotate"}
+    with torch.no_grad():
+        assert fused() == set(names)
+        assert fused(alone=False) == fused(W_gate=[]) == {"rotate", "swiglu", "add_norm"}
+        assert choose(CONFIG, x, 1, 17, 17).route is None
+        with torch.autocast(DEVICE, torch.float16):
+            assert fused() == {"rotate"}
 
 
 def test_a_cache_of_other_rows_is_refused():
@@ -212,12 +284,27 @@ def test_which_tensors_kernels_serve(monkeypatch):
         def __init__(self, device: str, dtype: torch.dtype) -> None:
             self.device, self.dtype = torch.device(device), dtype
 
+    monkeypatch.setattr(forms, "_run_on", lambda device: True)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         assert forms.kernels_serve(Like("cuda:0", dtype))
         assert not forms.kernels_serve(Like("cpu", dtype))
     assert not forms.kernels_serve(Like("cuda", torch.float64))
     monkeypatch.setattr(forms, "find_spec", lambda name: None)
     assert not forms.kernels_serve(Like("cuda", torch.bfloat16))
+
+
+def test_where_no_kernel_can_be_launched_twins_serve_and_one_warning_says_why(monkeypatch):
+    """As on a machine without a C compiler: Triton is there, and its first launch fails."""
+    def broken(s, top_k):
+        raise RuntimeError("Failed to find C compiler. Please specify via CC\nenvironment")
+
+    device = torch.device(DEVICE)
+    monkeypatch.setattr(forms, "kernel", lambda twin: broken)
+    forms._run_on.cache_clear()
+    with pytest.warns(UserWarning, match="place .RuntimeError: Failed to .* via CC environment"):
+        assert not forms._run_on(device)
+    assert not forms._run_on(device)                     # and no second warning
+    forms._run_on.cache_clear()
 
 
 def test_where_a_twin_stays_though_there_is_a_kernel(monkeypatch):
@@ -280,13 +367,16 @@ model = DeepSeekV2(TINY)
 generate(model, torch.zeros(1, 3, dtype=torch.int64), 2)
 model.losses(torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, 3, dtype=torch.int64))
 print(model.describe())
+from dsv2_ref.inference.fp8_model import quantise_model
+generate(quantise_model(model), torch.zeros(1, 3, dtype=torch.int64), 2)
+print(model.describe())
 assert not any(name.startswith("dsv2_ref.kernels.") and name != "dsv2_ref.kernels.fp8"
                for name in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
                           env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, check=False)
     assert done.returncode == 0, done.stderr
-    assert "attend_expanded" in done.stdout
+    assert "attend_expanded" in done.stdout and "FP8 layers: dequantised" in done.stdout
 
 
 @pytest.mark.parametrize("n_routed,top_k,few", [(160, 6, 53), (64, 6, 21), (8, 3, 5)])

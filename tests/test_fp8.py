@@ -15,7 +15,9 @@ from dsv2_ref.kernels.fp8 import (
     block_scales,
     dequantise,
     linear,
+    linear_quantised_input,
     quantise,
+    quantise_rows,
     scale_shape,
 )
 
@@ -264,3 +266,35 @@ def test_a_gpu_computes_the_same_codes_and_numbers():
     module = Fp8Linear(W[0]).cuda().bfloat16()
     x = normal(5, 200, seed=1, std=1.0).cuda().bfloat16()
     assert torch.equal(module(x), x @ module.weight.T) and module.weight.is_cuda
+
+
+@pytest.mark.parametrize(("M", "c"), [(3, 300), (5, 128), (2, 1), (0, 70)])
+def test_rows_are_quantised_in_blocks_of_one_by_128(M, c):
+    """Activations as V3 quantises them; zeros stay zeros, and other rows change nothing."""
+    x = normal(M, c, seed=9, std=3.0) * torch.arange(1, M + 1)[:, None] ** 5
+    x[:, : c // 2] /= 50
+    x[1:2, :128] = 0
+    codes, scale = quantise_rows(x)
+    assert codes.dtype == torch.float8_e4m3fn and codes.shape == x.shape
+    assert scale.dtype == torch.float32 and scale.shape == (M, -(-c // 128))
+    rounded = torch.zeros(M, c)
+    for i in range(M):
+        for k in range(0, c, 128):
+            block = x[i, k : k + 128]
+            s = max(block.abs().max().item() / 448, SMALLEST_SCALE)
+            assert scale[i, k // 128].item() == pytest.approx(s, rel=1e-6)
+            s = scale[i, k // 128].item()
+            for j in range(k, min(k + 128, c)):
+                assert codes[i, j].float().item() == nearest((x[i, j] / scale[i, k // 128]).item())
+                rounded[i, j] = codes[i, j].float() * s
+    weight = quantise(normal(7, c, seed=10))
+    y, expected = linear_quantised_input(x[None], *weight), rounded @ dequantise(*weight).T
+    assert y.shape == (1, M, 7) and torch.allclose(y[0], expected, rtol=1e-5, atol=1e-4)
+
+
+def test_a_layer_computes_with_the_forms_that_it_is_given():
+    W, x = normal(20, 30, seed=11), normal(2, 30, seed=12)
+    layer = Fp8Linear(W, lambda *args: linear(*args) + 1, lambda *args: dequantise(*args) + 2)
+    plain = Fp8Linear(W)
+    assert torch.equal(layer(x), plain(x) + 1) and torch.equal(layer.weight, plain.weight + 2)
+    assert torch.equal(plain(x), torch.nn.functional.linear(x, plain.weight))

@@ -231,13 +231,13 @@ def test_threads_that_generate_leave_a_training_model_in_training(model):
 def test_sampling_at_the_edges():
     g = torch.Generator().manual_seed(0)
     # every token of a vocabulary can come at top_p 1, those with probability 1e-9 too
-    p = torch.full((4096,), 1e-9)
-    p[0] = 1 - 4095e-9
-    counts = torch.zeros(4096)
-    flat = (p.log() * 1e-3).expand(4096, -1)             # flattened by the temperature
+    p = torch.full((1024,), 1e-9)
+    p[0] = 1 - 1023e-9
+    counts = torch.zeros(1024)
+    flat = (p.log() * 1e-3).expand(1024, -1)             # flattened by the temperature
     for _ in range(8):
-        counts += torch.bincount(sample(flat / 1e3, 1e-3, 1.0, g), minlength=4096)
-    assert (counts > 0).sum() > 3900
+        counts += torch.bincount(sample(flat / 1e3, 1e-3, 1.0, g), minlength=1024)
+    assert (counts > 0).sum() > 975
     # 0.5 + 0.3 = 0.8 exactly: two tokens, in any dtype, whatever the sum rounds to
     for q in ([0.5, 0.3, 0.1, 0.1], [0.1, 0.3, 0.1, 0.5], [0.6, 0.2, 0.1, 0.1]):
         for dtype in (torch.float32, torch.float64):

@@ -4,6 +4,7 @@
 Without a CUDA device the kernels run in Triton's interpreter, and buffers come full of NaN."""
 
 import os
+from inspect import unwrap
 
 import pytest
 import torch
@@ -171,7 +172,7 @@ def test_half_precision():
 @pytest.mark.parametrize("descriptors", [False, True])
 def test_the_tiles_of_every_target(monkeypatch, target, descriptors):
     """Tiles wider than the matrices, through pointers and tensor descriptors, in fp32."""
-    monkeypatch.setitem(experts_fused.__globals__, "plan",
+    monkeypatch.setitem(unwrap(experts_fused).__globals__, "plan",
                         lambda *_: Plan(TILES[target], descriptors, 2))
     indices, tensors = inputs(11, 45, 72, 40, 3, 2)
     keep = (normal(12, 45, 2) > -0.8).to(DEVICE)
@@ -235,7 +236,7 @@ def test_a_cpu_without_the_interpreter_is_refused(monkeypatch):
     half = [t.detach().bfloat16() for t in tensors]
     refused(lambda: experts_fused(half[0], indices, *half[1:]), "x", "bfloat16", "CUDA device")
     compiled = object.__new__(triton.JITFunction)
-    monkeypatch.setitem(experts_fused.__globals__, "_up_kernel", compiled)
+    monkeypatch.setitem(unwrap(experts_fused).__globals__, "_up_kernel", compiled)
     refused(lambda: experts_fused(tensors[0], indices, *tensors[1:]), "cpu", "TRITON_INTERPRET=1")
 
 

@@ -6,6 +6,7 @@ Whatever lies behind the end of a sequence is NaN, and so is the memory that res
 
 import math
 import os
+from inspect import unwrap
 
 import pytest
 import torch
@@ -242,6 +243,23 @@ def test_number_of_splits():
             assert rounds == 1 or programs * splits > 264 * (rounds - 1)
 
 
+def modelled(tokens: int, programs: int, slots: int, splits: int) -> float:
+    tiles = max(-(-tokens // 32), 1)
+    return (-(-programs * splits // slots) * (-(-tiles // splits) + 8)
+            + (splits / 32 if splits > 1 else 0))
+
+
+def test_few_numbers_of_splits_are_tried_and_nearly_the_best_is_found():
+    for tokens in (100, 777, 4096, 5000, 16_384, 40_000, 131_072):
+        for programs in (1, 2, 3, 7, 16, 50, 128, 200, 600):
+            for slots in (132, 264):
+                best = min(modelled(tokens, programs, slots, k)
+                           for k in range(1, min(-(-tokens // 32), 256) + 1))
+                found = modelled(tokens, programs, slots,
+                                 number_of_splits(tokens, programs, slots, 32))
+                assert found <= 1.02 * best, (tokens, programs, slots)
+
+
 def test_tiles():
     assert tile_for(16, torch.bfloat16, "sm_90").blocks == 2
     assert tile_for(128, torch.bfloat16, "sm_90").BH == 64
@@ -271,7 +289,7 @@ def test_what_needs_a_card_is_refused(monkeypatch):
     """In Triton's interpreter sums in bfloat16 came out 9e8 times too large, without a word."""
     tensors = inputs(2, 1, 20, d_h=32)
     refused(lambda: attend_latent(*[x.bfloat16() for x in tensors], 1.0), "q_c", "bfloat16 on cpu")
-    monkeypatch.setitem(decode_latent.__globals__, "decode_kernel",
+    monkeypatch.setitem(unwrap(decode_latent).__globals__, "decode_kernel",
                         object.__new__(triton.JITFunction))
     refused(lambda: attend_latent(*tensors, 1.0), "q_c: on cpu", "TRITON_INTERPRET=1")
 

@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from alive import Alive
 from torch.profiler import ProfilerActivity, profile
 
 from dsv2_ref import cost, forms
@@ -70,3 +71,16 @@ def test_the_state_of_lite_fits_a_card_of_141_gb_only_in_bf16():
         planned = plan(trainer.model, recipe, "fp32")
         exact = planned.weights + planned.moments + planned.gradients
         assert state_bytes(cost.parameters(CONFIG).total, recipe) == pytest.approx(exact, rel=0.01)
+
+
+def test_a_plan_leaves_nothing_behind():
+    """What autograd kept was held by its own graph: on a card 3 GB of Lite's, until the end."""
+    recipe = Recipe(steps=1, batch=2, sequence=32)
+    model = DeepSeekV2(CONFIG)
+    plan(model, recipe, "fp32")                          # rotations are kept, once for all
+    with Alive() as alive:
+        for W in model.parameters():
+            alive.see(W)
+        before = alive.now
+        plan(model, recipe, "fp32")
+    assert alive.peak > before + 1e6 and alive.now == before

@@ -113,7 +113,7 @@ def test_every_equation_and_pitfall_has_a_mutant():
 
 
 def test_each_concept_has_its_own_list():
-    others = ["assembly", "chat", "grpo", "mesh", "needle", "pipeline", "plan",
+    others = ["assembly", "bench", "chat", "grpo", "mesh", "needle", "pipeline", "plan",
               "serving"]
     assert FILES == sorted([*copying.concepts(), *others])
     for name, file in copying.concepts().items():

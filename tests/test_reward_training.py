@@ -107,7 +107,7 @@ def first(loss, micro_batch, data):
     mine = reward_trainer(opinionated(), data, loss, RECIPE.with_(micro_batch=micro_batch,
                                                                   clip=1e9))
     which = mine.batches._order[:5].tolist()
-    losses, _ = mine._gradients(mine._read(False))
+    losses, *_ = mine._gradients(mine._read(False))
     return losses, which, mine.model
 
 

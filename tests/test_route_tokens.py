@@ -4,6 +4,7 @@
 Without a CUDA device the kernels run in Triton's interpreter."""
 
 import os
+from inspect import unwrap
 
 import pytest
 import torch
@@ -17,12 +18,14 @@ from oracles.loops import normal  # noqa: E402
 from refusals import refused  # noqa: E402
 
 from dsv2_ref.kernels.route_tokens import (  # noqa: E402
+    add_up_fused,
+    route_fused,
     select_device_limited_fused,
     select_greedy_fused,
     sort_slots_fused,
 )
 from dsv2_ref.moe.experts import sort_slots  # noqa: E402
-from dsv2_ref.moe.routing import select_device_limited, select_greedy  # noqa: E402
+from dsv2_ref.moe.routing import Router, select_device_limited, select_greedy  # noqa: E402
 
 
 def scores(seed: int, n: int, n_routed: int) -> torch.Tensor:
@@ -98,6 +101,43 @@ def test_one_expert_may_get_all_and_others_none():
     same_as_twin(indices.int().T[:1].T, 4)                         # strided, int32
 
 
+@pytest.mark.parametrize("n", [1, 5, 16])
+@pytest.mark.parametrize(("n_routed", "top_k", "n_devices", "max_devices"),
+                         [(64, 6, 1, None), (13, 4, 1, None), (160, 6, 8, 3), (15, 4, 5, 2)])
+@torch.no_grad()
+def test_few_tokens_are_routed_at_once(n, n_routed, top_k, n_devices, max_devices):
+    router = Router(7, n_routed, top_k, n_devices, max_devices, 2.5).to(DEVICE)
+    router.weight.copy_(normal(7, n_routed, 7))
+    u = normal(8, n, 7).float().to(DEVICE)
+    twin, fused = router(u), router(u, route=route_fused)
+    assert torch.equal(fused.indices, twin.indices)
+    for name in ("gates", "scores"):
+        got, expected = getattr(fused, name), getattr(twin, name)
+        assert got.dtype == expected.dtype and torch.allclose(got, expected, rtol=3e-6, atol=0)
+    for got, expected in zip(fused.slots, sort_slots_fused(twin.indices, n_routed), strict=True):
+        assert got.dtype == expected.dtype and torch.equal(got, expected)
+
+
+def test_a_token_that_is_nan_still_goes_to_experts_that_are_there():
+    z = normal(9, 3, 13).float().to(DEVICE)
+    z[1, 4] = torch.nan
+    indices, gates, _, (order, offsets) = route_fused(z, 4)
+    assert indices[1].tolist() == [0, 1, 2, 3] and gates[1].isnan().all()
+    assert gates[::2].isfinite().all() and offsets[-1] == 12
+    assert sorted(order.tolist()) == list(range(12))
+
+
+@pytest.mark.parametrize(("n", "top_k", "d"), [(1, 6, 2048), (3, 2, 37), (0, 2, 5)])
+def test_rows_join_the_stream(n, top_k, d):
+    u, shared = (normal(seed, n, d).half().to(DEVICE) for seed in (10, 11))
+    rows = normal(12, n, top_k, d).half().to(DEVICE)
+    for routed in (rows, rows[:, 0]):
+        whole = routed.double().sum(1) if routed.ndim == 3 else routed.double()
+        h = add_up_fused(u, shared, routed)
+        assert h.dtype == u.dtype
+        assert torch.equal(h, (u.double() + shared.double() + whole).float().half())
+
+
 def test_what_is_not_asked_for_is_refused():
     s, i = scores(6, 3, 12), torch.zeros(3, 2, dtype=torch.int64, device=DEVICE)
     refused(lambda: select_greedy_fused(s, 13), "top_k", 13, "1 to 12")
@@ -106,6 +146,12 @@ def test_what_is_not_asked_for_is_refused():
     refused(lambda: select_device_limited_fused(s, 2, 3, 4), "max_devices", "n_devices = 3")
     refused(lambda: select_greedy_fused(i, 1), "s", "int64")
     refused(lambda: sort_slots_fused(s, 4), "indices", "float32")
+    refused(lambda: route_fused(s.double(), 2), "z", "float64", "1 to 16 tokens")
+    refused(lambda: route_fused(scores(6, 17, 12), 2), "z", "(17, 12)", "1 to 16 tokens")
+    refused(lambda: route_fused(s, 5, 3, 1), "top_k", 5, "1 to 4")
+    refused(lambda: route_fused(s.clone().requires_grad_(), 2), "z", "gradient")
+    refused(lambda: add_up_fused(s, s[:2], s), "u, shared, routed", "(2, 12)")
+    refused(lambda: add_up_fused(s, s, s.clone().requires_grad_()), "add_up_fused", "gradient")
     refused(lambda: sort_slots_fused(i, 4, i), "keep", "int64", "bool")
     refused(lambda: sort_slots_fused(i, 4, i[:1].bool()), "keep", "(3, 2)")
 
@@ -115,6 +161,6 @@ def test_a_cpu_without_the_interpreter_is_refused(monkeypatch):
     refused(lambda: select_greedy_fused(scores(7, 3, 4).bfloat16(), 2), "s", "bfloat16 on cpu")
     compiled = object.__new__(triton.JITFunction)
     for kernel in ("_select_kernel", "_place_kernel"):
-        monkeypatch.setitem(sort_slots_fused.__globals__, kernel, compiled)
+        monkeypatch.setitem(unwrap(sort_slots_fused).__globals__, kernel, compiled)
     refused(lambda: select_greedy_fused(scores(7, 3, 4), 2), "s", "cpu", "TRITON_INTERPRET=1")
     refused(lambda: sort_slots_fused(torch.zeros(3, 2).long(), 4), "indices", "CUDA device")

@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
 import triton
 from refusals import refused
 
-from dsv2_ref.kernels.target import check_device, multiprocessors, target_of
+from dsv2_ref.kernels.target import check_device, multiprocessors, on_its_device, target_of
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 CARDS = {
@@ -53,3 +53,29 @@ def test_what_cannot_run_is_refused():
     refused(lambda: check_device("x", x, compiled), "x: on cpu", "CUDA device",
             "TRITON_INTERPRET=1")
     refused(lambda: check_device("x", x.bfloat16(), None), "x: torch.bfloat16 on cpu", "float16")
+
+
+def test_a_launch_goes_to_the_device_of_its_tensors(monkeypatch):
+    current = [0]
+
+    class Device:
+        def __init__(self, device):
+            self.index = device.index
+
+        def __enter__(self):
+            self.before, current[0] = current[0], self.index
+
+        def __exit__(self, *error):
+            current[0] = self.before
+
+    class There:
+        is_cuda = True
+
+        def __init__(self, index):
+            self.device = torch.device("cuda", index)
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    launch = on_its_device(lambda x, more=0: (current[0], more))
+    assert [launch(There(i), more=7) for i in (0, 1, 0, 2)] == [(0, 7), (1, 7), (0, 7), (2, 7)]
+    assert current == [0] and launch(torch.zeros(1)) == (0, 0) and launch(x=There(3)) == (3, 0)

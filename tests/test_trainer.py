@@ -14,6 +14,7 @@ from refusals import refused
 from small_run import CONFIG, RECIPE, tokens, trainer
 
 from dsv2_ref.model import DeepSeekV2
+from dsv2_ref.training.adamw8 import AdamW8
 from dsv2_ref.training.objective import Batch, Named, pretraining
 from dsv2_ref.training.optim import by_muon
 from dsv2_ref.training.pretrain import (
@@ -207,6 +208,39 @@ def test_the_norm_of_bf16_gradients_is_taken_in_fp32():
     assert clip_gradients(weights, 1e9).item() == pytest.approx(exact, rel=1e-6)
     assert clip_gradients(weights, 2.0).item() == pytest.approx(exact, rel=1e-6)
     assert clip_gradients(weights, 2.0).item() == pytest.approx(2.0, rel=1e-2)
+
+
+@pytest.mark.parametrize("most", [0.2, 1e3])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8"])
+def test_an_update_is_that_of_clipped_gradients(optimizer, most, monkeypatch):
+    """In fp32 bit for bit, whether they are scaled first or the factor is multiplied in."""
+    recipe = RECIPE.with_(optimizer=optimizer, batch_start=3, clip=most)
+    folded, seen = trainer(recipe), []
+    kind = AdamW8 if optimizer == "adamw8" else torch.optim.AdamW
+    real = kind.step
+
+    def watched(self, **more):
+        squares = [W.grad.square().sum() for g in self.param_groups for W in g["params"]]
+        seen.append(sum(squares).sqrt().item())
+        real(self, **more)
+
+    monkeypatch.setattr(kind, "step", watched)
+    norms = [folded.step()["gradient_norm"] for _ in range(3)]
+    monkeypatch.undo()
+    assert 0.4 < min(norms) and max(norms) < 1e3
+    scaled = norms if optimizer == "adamw8" else [min(norm, most) for norm in norms]
+    assert seen == pytest.approx(scaled, rel=1e-4)
+    first = trainer(recipe)
+    for _ in range(3):
+        first._set_rate()
+        _, _, norm = first._gradients(first._read(False))
+        clip_gradients(first.model.parameters(), most, norm)
+        for o in first.optimizers:
+            o.step()
+            o.zero_grad()
+        first.steps += 1
+    found = [dict(run.model.named_parameters()) for run in (folded, first)]
+    assert all(torch.equal(W, found[1][name]) for name, W in found[0].items())
 
 
 def test_memory_is_flat_over_fifty_steps():

@@ -132,6 +132,12 @@ def pack(n_c: Tensor, n_r: Tensor) -> Tensor:
     return torch.cat((_three_words(latents), _three_words(_tiles(rope >> lent))), -1)
 
 
+def pack_rows(c_kv: Tensor, k_r: Tensor) -> tuple[Tensor, Tensor]:
+    """c_kv (..., d_c), k_r (..., d_r) -> words (..., W) int16, scales (..., 2) bf16."""
+    n_c, n_r, scales = quantise(c_kv, k_r)
+    return pack(n_c, n_r), scales
+
+
 def unpack(words: Tensor, d_c: int, d_r: int) -> tuple[Tensor, Tensor]:
     """Words (..., W) int16 -> the integers n_c (..., d_c) and n_r (..., d_r), int32."""
     lent, w = lent_bits(d_c, d_r), -(-d_c // 8)
@@ -178,6 +184,7 @@ class SixBitCache(Cache):
     """
 
     kind = "six_bit"
+    pack_rows = staticmethod(pack_rows)      # an object may have a function equal to it
 
     def __init__(
         self, n_layers: int, batch: int, max_tokens: int, d_c: int, d_r: int,
@@ -202,8 +209,7 @@ class SixBitCache(Cache):
 
     def write(self, layer: int, c_kv: Tensor, k_r: Tensor) -> None:
         """c_kv (B, T, d_c), k_r (B, T, d_r) of a layer's new tokens."""
-        n_c, n_r, scales = quantise(c_kv.detach(), k_r.detach())
-        super().write(layer, pack(n_c, n_r), scales)
+        super().write(layer, *self.pack_rows(c_kv.detach(), k_r.detach()))
 
     def dequantised(self, layer: int) -> tuple[Tensor, Tensor]:
         """c_kv (B, S, d_c), k_r (B, S, d_r) as stored, for attention that reads plain rows."""

@@ -119,13 +119,14 @@ def attend_absorbed(
 
     Shapes as in `attend_expanded`; the softmax is taken in at least fp32.
     """
-    B, T, n_h, _ = q_c.shape
+    T, n_h = q_c.shape[1:3]
     visible = visible_keys(T, c_kv.shape[1], positions, q_c.device)
-    q_latent = torch.einsum("bthd,hdc->bhtc", q_c, W_UK)                     # (B, n_h, T, d_c)
-    # heads and queries are one dimension here: all of them meet the same cached rows
-    scores = q_latent.reshape(B, n_h * T, -1) @ c_kv.transpose(1, 2)         # (B, n_h·T, S)
-    scores = torch.baddbmm(scores, q_r.transpose(1, 2).reshape(B, n_h * T, -1), k_r.transpose(1, 2))
-    scores = scores.unflatten(1, (n_h, T)) * scale                           # (B, n_h, T, S)
+    # heads and queries are one dimension here: all of them meet the same cached rows. Rows times
+    # queries, not queries times rows: a CPU reads the rows up to 1.6 times as fast
+    q_latent = torch.einsum("bthd,hdc->bcht", q_c * scale, W_UK).flatten(2)  # (B, d_c, n_h·T)
+    q_turned = (q_r * scale).permute(0, 3, 2, 1).flatten(2)                  # (B, d_r, n_h·T)
+    scores = torch.baddbmm(c_kv @ q_latent, k_r, q_turned).transpose(1, 2)   # (B, n_h·T, S)
+    scores = scores.unflatten(1, (n_h, T)).contiguous()                      # (B, n_h, T, S)
     if visible is not None:
         scores = scores.masked_fill(~visible, -torch.inf)
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
@@ -191,14 +192,18 @@ class MultiHeadLatentAttention(nn.Module):
         self.W_KR = nn.Linear(d, d_r, bias=False)
         self.W_O = nn.Linear(n_h * d_v, d, bias=False)
 
-    def queries(self, h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def queries(
+        self, h: Tensor, cos: Tensor, sin: Tensor, rotate: Callable[..., Tensor] = rotate
+    ) -> tuple[Tensor, Tensor]:
         """h (B, T, d) -> the content and the position part of every head's query."""
         c_q = self.norm_q(self.W_DQ(h))                                      # (B, T, d_cq)     (37)
         q_c = self.W_UQ(c_q).unflatten(-1, (self.n_h, self.d_h))             # (B, T, n_h, d_h) (38)
         q_r = self.W_QR(c_q).unflatten(-1, (self.n_h, self.d_r))             # (B, T, n_h, d_r)
         return q_c, rotate(q_r, cos, sin)                                    # (B, T, n_h, d_r) (39)
 
-    def latents(self, h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def latents(
+        self, h: Tensor, cos: Tensor, sin: Tensor, rotate: Callable[..., Tensor] = rotate
+    ) -> tuple[Tensor, Tensor]:
         """h (B, T, d) -> what is cached: d_c + d_r numbers a token."""
         c_kv = self.norm_kv(self.W_DKV(h))                                   # (B, T, d_c)      (41)
         k_r = rotate(self.W_KR(h), cos, sin)                                 # (B, T, d_r)      (43)
@@ -207,16 +212,17 @@ class MultiHeadLatentAttention(nn.Module):
     def forward(
         self, h: Tensor, cos: Tensor, sin: Tensor, attend: Callable[..., Tensor] = attend_expanded,
         cache: Cache | None = None, layer: int = 0, positions: Tensor | None = None,
+        rotate: Callable[..., Tensor] = rotate,
     ) -> Tensor:
         """h (B, T, d), cos and sin (T or B, T, d_r/2) -> u (B, T, d).
 
         `attend` is one of the functions above, expanded for prompts and training, absorbed for
         decoding, or another that takes the cache's rows. `cache` is written at `layer`, not
         advanced. `positions` (B, T) of the new tokens are needed where they are not the last of
-        all S; None with a cache: the cache knows.
+        all S; None with a cache: the cache knows. `rotate` is a function equal to rope.py's.
         """
-        q_c, q_r = self.queries(h, cos, sin)
-        rows = self.latents(h, cos, sin)
+        q_c, q_r = self.queries(h, cos, sin, rotate)
+        rows = self.latents(h, cos, sin, rotate)
         if cache is not None:
             cache.write(layer, *rows)
             rows = cache.rows(layer)                                         # (B, S, ·) each

@@ -7,10 +7,12 @@
   mla_decode      decoding from the latent cache, on a GPU
   six_bit_decode  decoding from the six-bit cache, on a GPU
   experts         the routed experts of a layer, on a GPU
+  optimizer       a step of AdamW with 8-bit moments, on a GPU
   train           a training step beside transformers
   cpu_decode      decoding on a CPU beside transformers
   serve           the engine beside transformers, and batch bought with cache bytes
   cache_quality   what a quantised cache costs in quality
+  fp8             products with FP8 weights beside bf16, on a GPU
   fp8_quality     what FP8 weights cost in quality
   ablations       what the paper's choices cost or bring, in small
   needle          what YaRN, a short tuning, six bits and mistakes do to the needle grid

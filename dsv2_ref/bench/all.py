@@ -35,7 +35,7 @@ from dsv2_ref.training.machine import machine
 ORDER = (
     "correct", "mla_decode 16 heads", "attention 16 heads", "experts V2-Lite",
     "six_bit_decode 16 heads", "optimizer", "train", "mla_decode", "attention", "experts",
-    "six_bit_decode",
+    "six_bit_decode", "fp8",
 )
 MODULES = "dsv2_ref.bench."
 FINAL = ("measured", "too large")

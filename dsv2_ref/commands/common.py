@@ -62,9 +62,13 @@ def files_for_others(tokenizer: TextTokenizer, config: Config) -> dict[str, str]
 
 def write_model(model: DeepSeekV2, config: Config, path: Path, files: dict[str, str]) -> None:
     """A model's weights in bf16 in the published format, under a config, text files beside them."""
-    state = DeepSeekV2(config)
+    with torch.device("meta"):               # a random model in fp32 would be 63 GB for Lite
+        state = DeepSeekV2(config).bfloat16()
+    state.to_empty(device="cpu")
+    if config.tie_embeddings:                # to_empty unties
+        state.head.weight = state.embedding.weight
     state.load_state_dict(model.state_dict())
-    checkpoint.save(state.bfloat16(), path, files, overwrite=True)
+    checkpoint.save(state, path, files, overwrite=True)
 
 
 def write_chat_model(model: DeepSeekV2, tokenizer: TextTokenizer, path: Path) -> None:

@@ -4,7 +4,7 @@
 import math
 
 from dsv2_ref.exercises import Exercises, Function, Value
-from dsv2_ref.training.adamw8 import V_CODES, V_DECADES
+from dsv2_ref.kernels.eight_bit_moments import V_CODES, V_DECADES
 from dsv2_ref.training.memory import state_bytes
 from dsv2_ref.training.recipe import Recipe
 

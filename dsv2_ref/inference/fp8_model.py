@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dsv2_ref.attention.mla import is_its_weight
+from dsv2_ref.forms import multiply_fp8, read_fp8
 from dsv2_ref.kernels.fp8 import Fp8Linear, Fp8Stack
 from dsv2_ref.model import DeepSeekV2
 from dsv2_ref.moe.experts import MixtureOfExperts
@@ -18,9 +19,10 @@ from dsv2_ref.moe.experts import MixtureOfExperts
 def quantise_model(model: DeepSeekV2) -> DeepSeekV2:
     """The same model object, changed in place one weight at a time, in eval mode.
 
-    It computes what the dequantised model would with frozen weights, bit for bit, and cannot be
-    trained further. A model that is quantised already stays as it is. ValueError names a weight
-    that is not finite, or a linear layer that is more than its weight; the model is then as it was.
+    It computes what the dequantised model would with frozen weights, bit for bit where no kernel
+    takes its products (forms.py), and cannot be trained further. A model that is quantised already
+    stays as it is. ValueError names a weight that is not finite, or a linear layer that is more
+    than its weight; the model is then as it was.
     """
     for name, module in model.blocks.named_modules():
         if isinstance(module, nn.Linear) and not is_its_weight(module):
@@ -33,7 +35,7 @@ def quantise_model(model: DeepSeekV2) -> DeepSeekV2:
     for module in [m for m in model.blocks.modules() if not isinstance(m, nn.Linear)]:
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
-                setattr(module, name, Fp8Linear(child.weight))
+                setattr(module, name, Fp8Linear(child.weight, multiply_fp8, read_fp8))
         if isinstance(module, MixtureOfExperts) and isinstance(module.W_gate, nn.Parameter):
             for name in ("W_gate", "W_up", "W_down"):
                 W = getattr(module, name)

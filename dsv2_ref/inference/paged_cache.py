@@ -40,6 +40,7 @@ from torch import Tensor
 from dsv2_ref.attention.cache_quant import SixBitCache
 from dsv2_ref.attention.kv_cache import Cache, LatentCache, _Pass
 from dsv2_ref.attention.mla import expand, matrix
+from dsv2_ref.forms import packing
 from dsv2_ref.model import DeepSeekV2
 
 
@@ -285,4 +286,5 @@ def paged_cache(model: DeepSeekV2, pages: int, page: int, kind: str = "latent") 
     if kind not in kinds:
         raise ValueError(f"cache: {kind!r}, expected 'latent', 'six_bit' or 'per_head'")
     c, like = model.config, model.like
-    return kinds[kind](len(model.blocks), pages, page, c.d_c, c.d_r, like.dtype, like.device)
+    return packing(kinds[kind](len(model.blocks), pages, page, c.d_c, c.d_r, like.dtype,
+                               like.device))

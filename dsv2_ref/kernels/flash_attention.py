@@ -54,7 +54,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dsv2_ref.kernels.target import check_device, target_of
+from dsv2_ref.kernels.target import check_device, on_its_device, target_of
 
 # kernel -> (BM queries, BN keys, num_warps, num_stages), not timed yet. The first three rows have
 # the large tiles that their cards have room for: with widths 128, 64, 128 in 16 bits no register is
@@ -353,6 +353,7 @@ def flash_attention(
     return _FlashAttention.apply(*tensors, scale, cu_q, cu_k, max_q, max_k, positions)
 
 
+@on_its_device
 def attend_flash(
     q_c: Tensor, q_r: Tensor, c_kv: Tensor, k_r: Tensor, W_UK: Tensor, W_UV: Tensor,
     scale: float, positions: Tensor | None = None,

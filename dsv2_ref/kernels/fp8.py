@@ -20,7 +20,8 @@ How this file differs from the published code:
   2. Only storage is FP8. `linear` dequantises one matrix at a time and multiplies in the dtype
      of its input, on any device that has the type: memory is halved and time is lost, most of
      it where torch casts codes one by one (decoding on a CPU takes about ten times as long).
-     V3 quantises activations too, 1×128 at a time, and multiplies FP8 matrices.
+     On a card fp8_products.py decodes where it multiplies. V3 quantises activations too, 1×128
+     at a time, and multiplies FP8 matrices: `linear_quantised_input`, which nothing chooses.
   3. NaN and infinity are refused. A NaN would spread over its block; what a cast makes of too
      large a number depends on the program (torch 2.13 makes it 448), so none is cast.
 
@@ -109,6 +110,26 @@ def linear(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     return F.linear(x, dequantise(codes, scale, x.dtype))
 
 
+def quantise_rows(x: Tensor, block: int = BLOCK) -> tuple[Tensor, Tensor]:
+    """x (M, c) -> codes (M, c) float8_e4m3fn and scales (M, C) fp32, one for each 1×128 block.
+
+    As V3 does with activations. What is not finite stays so: no device waits to look for it.
+    """
+    M, c = x.shape
+    C = -(-c // block)
+    blocks = F.pad(x.float(), (0, C * block - c)).view(M, C, block)
+    scale = (blocks.abs().amax(-1) / LARGEST).clamp(min=SMALLEST_SCALE)     # (M, C)
+    codes = (blocks / scale[..., None]).to(torch.float8_e4m3fn)
+    return codes.view(M, C * block)[:, :c].contiguous(), scale
+
+
+def linear_quantised_input(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """The same with x (..., c) in FP8 too, 1×128 at a time, multiplied and summed in fp32."""
+    small, x_scale = quantise_rows(x.reshape(-1, x.shape[-1]))
+    rounded = small.float() * x_scale.repeat_interleave(BLOCK, 1)[:, : x.shape[-1]]
+    return F.linear(rounded, dequantise(codes, scale)).to(x.dtype).view(*x.shape[:-1], len(codes))
+
+
 class Fp8Weight(nn.Module):
     """Codes and scales of a matrix (r, c) or a stack (E, r, c), and the dtype it is read in.
 
@@ -146,17 +167,28 @@ class Fp8Weight(nn.Module):
 
 
 class Fp8Linear(Fp8Weight):
-    """In place of nn.Linear without bias; `weight` is made anew each time it is asked for."""
+    """In place of nn.Linear without bias; `weight` is made anew each time it is asked for.
+
+    `multiply` (x, codes, scale) and `read` (codes, scale, dtype) are forms of the two functions
+    above.
+    """
 
     is_its_weight = True         # x·weightᵀ and nothing else: so attention may read `weight`
 
+    def __init__(
+        self, W: Tensor, multiply: Callable[..., Tensor] = linear,
+        read: Callable[..., Tensor] = dequantise,
+    ) -> None:
+        super().__init__(W)
+        self.multiply, self.read = multiply, read
+
     @property
     def weight(self) -> Tensor:
-        return dequantise(self.codes, self.scale, self.dtype)               # (r, c)
+        return self.read(self.codes, self.scale, self.dtype)                # (r, c)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., c) -> (..., r)."""
-        return F.linear(x, self.weight)
+        return self.multiply(x, self.codes, self.scale)
 
 
 class Fp8Stack(Fp8Weight):

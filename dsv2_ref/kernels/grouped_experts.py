@@ -52,8 +52,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dsv2_ref.kernels.route_tokens import sort_slots_fused
-from dsv2_ref.kernels.target import check_device, multiprocessors, target_of
+from dsv2_ref.kernels.route_tokens import sort_slots_fused, sum_slots
+from dsv2_ref.kernels.target import check_device, multiprocessors, on_its_device, target_of
 
 # target -> BM, BN, BK, warps, stages, blocks an SM: narrow for up and back, wide for the others.
 # Not timed yet; from the code for sm_90 at Lite's widths: no spills, three buffers, and for 1,024
@@ -248,21 +248,6 @@ def _weights_kernel(
     tl.store(dW + at, acc.to(dW.dtype.element_ty), mask=(i < w)[:, None] & (j < d)[None])
 
 
-@triton.jit
-def _sum_kernel(rows, keep, y, d: tl.constexpr, K: tl.constexpr, KEEP: tl.constexpr,
-                BLOCK: tl.constexpr):
-    """y[n] = the sum of rows n·K to n·K + K - 1 but for the dropped ones."""
-    n = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for k in tl.static_range(K):
-        mask = column < d
-        if KEEP:
-            mask = mask & (tl.load(keep + n * K + k) != 0)
-        acc += tl.load(rows + (n * K + k) * d + column, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y + n * d + column, acc.to(y.dtype.element_ty), mask=column < d)
-
-
 class Plan(NamedTuple):
     """How kernels are started: tiles of one target, descriptors or pointers, multiprocessors."""
 
@@ -297,16 +282,6 @@ def plan(x: Tensor, W_gate: Tensor, slots: int) -> Plan:
         return Plan(TILES["small"], False, processors)
     name = "few" if target == "sm_90" and slots <= 16 * E else target
     return Plan(TILES[name], target == "sm_90" and slots > 0, processors)
-
-
-def sum_slots(rows: Tensor, top_k: int, keep: Tensor | None = None) -> Tensor:
-    """rows (N·K, d), keep (N, K) -> (N, d): each token's kept rows, summed in fp32."""
-    y = rows.new_empty(len(rows) // top_k, rows.shape[1])
-    if len(y):
-        block = min(1024, triton.next_power_of_2(y.shape[1]))
-        _sum_kernel[(len(y), triton.cdiv(y.shape[1], block))](
-            rows, rows if keep is None else keep, y, y.shape[1], top_k, keep is not None, block)
-    return y
 
 
 def grouped_forward(
@@ -375,6 +350,7 @@ class _Experts(torch.autograd.Function):
         return sum_slots(rows, gates.shape[1], keep), dg, *dW, None, None, None, None
 
 
+@on_its_device
 def experts_fused(
     x: Tensor, indices: Tensor, gates: Tensor, W_gate: Tensor, W_up: Tensor, W_down: Tensor,
     keep: Tensor | None = None,
@@ -382,9 +358,34 @@ def experts_fused(
     """Gated sum of the chosen experts, as `experts_loop` in moe/experts.py.
 
     x (N, d), indices and gates (N, K), W_gate and W_up (E, w, d), W_down (E, d, w), keep (N, K)
-    bool or None for all -> (N, d), summed in fp32. x and weights of one dtype: fp32, bf16 or fp16;
-    autocast changes nothing. ValueError for anything else.
+    bool or None for all -> (N, d), summed in fp32. x and weights: all fp32, all bf16 or all fp16.
     """
+    tensors = _checked(x, indices, gates, W_gate, W_up, W_down)
+    order, offsets = sort_slots_fused(indices, len(W_gate), keep)
+    how = plan(x, W_gate, len(order))
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return _Experts.apply(*tensors, order, offsets, keep, how)
+    return sum_slots(grouped_forward(*tensors, order, offsets, how, False)[0], gates.shape[1], keep)
+
+
+@on_its_device
+def expert_rows(
+    x: Tensor, indices: Tensor, gates: Tensor, W_gate: Tensor, W_up: Tensor, W_down: Tensor,
+    keep: Tensor | None = None, slots: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """What `experts_fused` sums, (N, K, d), or the sum where slots are dropped. No gradient."""
+    if keep is not None:
+        return experts_fused(x, indices, gates, W_gate, W_up, W_down, keep)
+    tensors = _checked(x, indices, gates, W_gate, W_up, W_down)
+    slots = slots or sort_slots_fused(indices, len(W_gate))      # or `route_fused` has done it
+    rows, _, _ = grouped_forward(*tensors, *slots, plan(x, W_gate, indices.numel()), False)
+    return rows.unflatten(0, indices.shape)
+
+
+def _checked(
+    x: Tensor, indices: Tensor, gates: Tensor, W_gate: Tensor, W_up: Tensor, W_down: Tensor
+) -> list[Tensor]:
+    """x, gates and weights as kernels read them; ValueError for what they cannot multiply."""
     E, w, d = W_gate.shape
     expected = {"x": (x, (len(gates), d)), "indices": (indices, gates.shape),
                 "W_up": (W_up, (E, w, d)), "W_down": (W_down, (E, d, w))}
@@ -396,10 +397,4 @@ def experts_fused(
         raise ValueError(f"x and weights: {', '.join(sorted(map(str, kinds)))}, expected one of "
                          "float32, bfloat16 and float16")
     check_device("x", x, _up_kernel)
-    order, offsets = sort_slots_fused(indices, E, keep)
-    keep = None if keep is None else keep.contiguous()
-    tensors = [t.contiguous() for t in (x, gates, W_gate, W_up, W_down)]
-    how = plan(x, W_gate, len(order))
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return _Experts.apply(*tensors, order, offsets, keep, how)
-    return sum_slots(grouped_forward(*tensors, order, offsets, how, False)[0], gates.shape[1], keep)
+    return [t.contiguous() for t in (x, gates, W_gate, W_up, W_down)]

@@ -53,7 +53,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv2_ref.kernels.target import check_device, multiprocessors, target_of
+from dsv2_ref.kernels.target import check_device, multiprocessors, on_its_device, target_of
 
 
 class Tile(NamedTuple):
@@ -67,13 +67,15 @@ class Tile(NamedTuple):
     swap: bool = False
 
 
-def tile_for(n: int, dtype: torch.dtype, target: str) -> Tile:
+def tile_for(n: int, dtype: torch.dtype, target: str, d_c: int = 512) -> Tile:
     """Of a kernel for n rows of queries; chosen by what compiles to what, not timed yet.
 
     Registers and bytes of shared memory at 512 + 64 in bf16, triton 3.7: nothing spills.
     """
     if dtype == torch.float32:
         return Tile(16, 16, 4, 1, 1)             # exact rather than fast
+    if d_c > 512:
+        return Tile(16, 16, 4, 2, 1)             # 245 registers, 70,144 B at 1024 + 64
     if target == "gfx942":
         return Tile(16, 32, 2, 2, 1)             # both warps compute all scores
     if target != "sm_90":
@@ -83,7 +85,6 @@ def tile_for(n: int, dtype: torch.dtype, target: str) -> Tile:
     return Tile(16, 32, 4, 3, 2)                 # 168 registers, 93,184 B: two blocks
 
 
-@lru_cache(maxsize=4096)
 def number_of_splits(tokens: int, programs: int, slots: int, BN: int) -> int:
     """Into how many pieces to cut sequences of `tokens` keys.
 
@@ -91,13 +92,19 @@ def number_of_splits(tokens: int, programs: int, slots: int, BN: int) -> int:
     tiles of BN keys: as many rounds as the slots need, each of a piece and what it costs to begin
     and to end one (8 tiles), and the combining (1 tile for 32 pieces). Not fitted to a GPU yet.
     """
-    tiles = max(triton.cdiv(tokens, BN), 1)
+    return _splits_of_tiles(max(-(-tokens // BN), 1), programs, slots)
 
+
+@lru_cache(maxsize=4096)         # a step adds a token, and seldom a tile
+def _splits_of_tiles(tiles: int, programs: int, slots: int) -> int:
     def time(splits: int) -> float:
-        rounds = triton.cdiv(programs * splits, slots)
-        return rounds * (triton.cdiv(tiles, splits) + 8) + (splits > 1) * splits / 32
+        rounds = -(-programs * splits // slots)
+        return rounds * (-(-tiles // splits) + 8) + (splits > 1) * splits / 32
 
-    return min(range(1, min(tiles, 256) + 1), key=time)
+    most = min(tiles, 256)
+    few = {*range(1, 17), most, *(-(-tiles // k) for k in range(1, 17))}     # k tiles a piece
+    few |= {slots * rounds // programs for rounds in range(1, 9)}            # that fill the slots
+    return min((splits for splits in sorted(few) if 1 <= splits <= most), key=time)
 
 
 @triton.jit
@@ -155,7 +162,8 @@ def load_seen(positions, b, i, n, n_h, S, stride_pb, stride_pt):
     return tl.minimum(tl.load(at, mask=i < n, other=-1).to(tl.int32) + 1, S)
 
 
-@triton.jit
+# what changes from step to step, or from batch to batch, is no reason to compile anew
+@triton.jit(do_not_specialize=["S", "stride_pb", "stride_pt", "stride_tb"])
 def decode_kernel(
     q_c, q_r, c_kv, k_r, positions, table, o, lse, scale, S, n, n_h,
     stride_cb, stride_cs, stride_rb, stride_rs, stride_pb, stride_pt, stride_tb,
@@ -195,10 +203,10 @@ def decode_kernel(
     to = (b * tl.num_programs(1) + tl.program_id(1)) * n + i
     tl.store(lse + to, m + tl.log2(some), mask=i < n)
     acc = tl.trans(acc / some[None, :]) if SWAP else acc / some[:, None]
-    tl.store(o + to[:, None] * D_C + x, acc.to(o.dtype.element_ty), mask=real & (x < D_C))
+    tl.store(o + to[:, None] * D_C + x, acc, mask=real & (x < D_C))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def combine_kernel(
     o, lse, out, n, splits, D_C: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr
 ):
@@ -223,9 +231,9 @@ def combine(o: Tensor, lse: Tensor, dtype: torch.dtype) -> Tensor:
     if splits == 1:
         return o[:, 0].to(dtype)
     out = torch.empty(B, n, d_c, dtype=dtype, device=o.device)
-    BC = min(triton.next_power_of_2(d_c), 512 if splits <= 16 else 64)
-    combine_kernel[B * n, triton.cdiv(d_c, BC)](
-        o, lse, out, n, splits, d_c, BC, triton.next_power_of_2(splits), num_warps=4)
+    BS, BC = (16, 512) if splits <= 16 else (triton.next_power_of_2(max(splits, 256)), 64)
+    BC = min(triton.next_power_of_2(d_c), BC)
+    combine_kernel[B * n, triton.cdiv(d_c, BC)](o, lse, out, n, splits, d_c, BC, BS, num_warps=4)
     return out
 
 
@@ -238,12 +246,12 @@ def pieces(
     if splits is None:
         slots = multiprocessors(q.device) * tile.blocks
         splits = number_of_splits(tokens, B * tiles, slots, tile.BN)
-    o = torch.empty(B, splits, n, d_c, device=q.device,
-                    dtype=q.dtype if splits == 1 else torch.float32)
+    o = torch.empty(B, splits, n, d_c, dtype=torch.float32, device=q.device)
     lse = torch.empty(B, splits, n, dtype=torch.float32, device=q.device)
     return o, lse, (tiles, splits, B)
 
 
+@on_its_device
 def decode_latent(
     q_c: Tensor, q_r: Tensor, c_kv: Tensor, k_r: Tensor, positions: Tensor, scale: float,
     table: Tensor | None = None, splits: int | None = None, tile: Tile | None = None,
@@ -256,7 +264,7 @@ def decode_latent(
     `tokens` rows of sequence b. `splits` and `tile` are chosen unless they are given.
     """
     (_, T, n_h, d_c), d_r = q_c.shape, q_r.shape[-1]
-    tile = tile or tile_for(T * n_h, q_c.dtype, target_of(q_c.device))
+    tile = tile or tile_for(T * n_h, q_c.dtype, target_of(q_c.device), d_c)
     PAGE = 0 if table is None else c_kv.shape[1]
     check_cache(q_c, q_r, positions, c_kv, k_r, table, PAGE, decode_kernel)
     S = c_kv.shape[1] if table is None else PAGE * table.shape[1]

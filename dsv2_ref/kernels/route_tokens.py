@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Which experts each token goes to, and its slots sorted by expert: where a grouped GEMM begins.
+"""Which experts each token goes to, its slots sorted by expert, and their rows summed again: where
+a grouped GEMM begins and ends.
 
 Sections 2.2.1-2.2.2. The affinities come from moe/routing.py; what follows is small work on many
 tiny rows, where general sorts and a host that waits for counts cost more than the work itself:
@@ -10,6 +11,10 @@ tiny rows, where general sorts and a host that waits for counts cost more than t
   sort_slots_fused              a counting sort. Each block of slots counts its experts; one running
                                 sum over (expert, block) turns the counts into first places; each
                                 block then puts its slots down in the order in which they stand.
+  route_fused                   all of it at once for up to 16 tokens, in one program: softmax, the
+                                choice, gates and the sort. There a column of the table of tokens by
+                                experts holds all of an expert's slots, and no counts need to meet.
+  sum_slots, add_up_fused       each token's K rows summed in fp32, alone or with what they join.
 
 The sort is stable because a slot's place is the number of slots that must stand before it: all of
 smaller experts, those of its expert in earlier blocks (the running sum), and those in its own block
@@ -25,7 +30,7 @@ How this file differs from its twins in moe/:
 
 A device is one of the D groups of experts in device-limited routing. A slot is one (token, expert)
 pair, numbered n·K + k.
-Launch: 32 tokens or 64 slots per program, 4 warps. Not timed yet.
+Launch: 32 tokens, 64 slots or 1,024 columns of a sum per program, 4 warps. Not timed yet.
 
 Shapes: N flat tokens, E routed experts, K slots per token, D devices, M devices per token, R kept
 slots.
@@ -46,10 +51,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv2_ref.kernels.target import check_device
+from dsv2_ref.kernels.target import check_device, on_its_device
 
 BLOCK_TOKENS = 32
 BLOCK_SLOTS = 64
+FEW = 16                             # tokens that one program routes
+
+
+@triton.jit
+def _in_reach(values, device, M: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+              DEVICES: tl.constexpr, EACH: tl.constexpr):
+    """values (BLOCK, DEVICES, EACH), -inf outside the M best devices -> (BLOCK, DEVICES·EACH)."""
+    if M < D:
+        best = tl.max(values, 2)                                    # (BLOCK, DEVICES)
+        allowed = tl.zeros((BLOCK, DEVICES), tl.int1)
+        for _ in tl.static_range(M):
+            winner = device[None] == tl.argmax(best, 1)[:, None]
+            allowed = allowed | winner
+            best = tl.where(winner, -float("inf"), best)
+        values = tl.where(allowed[:, :, None], values, -float("inf"))
+    return tl.reshape(values, (BLOCK, DEVICES * EACH))
 
 
 @triton.jit
@@ -66,21 +87,54 @@ def _select_kernel(
     values = tl.load(s + n.to(tl.int64)[:, None, None] * E + expert[None],
                      mask=(n < N)[:, None, None] & real[None], other=-float("inf"))
     values = tl.where(values == values, values, float("inf"))       # NaN is the largest
-    if M < D:
-        best = tl.max(values, 2)                                    # (BLOCK, DEVICES)
-        allowed = tl.zeros((BLOCK, DEVICES), tl.int1)
-        for _ in tl.static_range(M):
-            winner = device[None] == tl.argmax(best, 1)[:, None]
-            allowed = allowed | winner
-            best = tl.where(winner, -float("inf"), best)
-        values = tl.where(allowed[:, :, None], values, -float("inf"))
-    values = tl.reshape(values, (BLOCK, DEVICES * EACH))
+    values = _in_reach(values, device, M, D, BLOCK, DEVICES, EACH)
     column = tl.arange(0, DEVICES * EACH)
     for k in tl.static_range(K):
         winner = tl.argmax(values, 1)                               # (BLOCK,)
         chosen = winner // EACH * each + winner % EACH
         tl.store(indices + n.to(tl.int64) * K + k, chosen.to(tl.int64), mask=n < N)
         values = tl.where(column[None] == winner[:, None], -float("inf"), values)
+
+
+@triton.jit(do_not_specialize=["N"])
+def _route_kernel(
+    z, s_out, indices, gates, order, offsets, factor, N, E: tl.constexpr, K: tl.constexpr,
+    D: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, DEVICES: tl.constexpr,
+    EACH: tl.constexpr,
+):
+    """One program for all N <= BLOCK tokens; rows as in `_select_kernel`."""
+    each: tl.constexpr = E // D
+    n = tl.arange(0, BLOCK)
+    device, place = tl.arange(0, DEVICES), tl.arange(0, EACH)
+    real = (device < D)[:, None] & (place < each)[None]
+    at = n[:, None, None] * E + (device[:, None] * each + place[None])[None]
+    inside = (n < N)[:, None, None] & real[None]
+    values = tl.where(real[None], tl.load(z + at, mask=inside, other=0.0), -float("inf"))
+    values = tl.exp(values - tl.max(tl.max(values, 2), 1)[:, None, None])
+    values /= tl.sum(tl.sum(values, 2), 1)[:, None, None]
+    tl.store(s_out + at, values, mask=inside)
+    s = tl.reshape(values, (BLOCK, DEVICES * EACH))
+    values = tl.where(values == values, values, float("inf"))       # NaN is the largest
+    values = _in_reach(tl.where(real[None], values, -float("inf")), device, M, D, BLOCK, DEVICES,
+                       EACH)
+    column = tl.arange(0, DEVICES * EACH)
+    expert = column // EACH * each + column % EACH
+    slot, taken = tl.zeros_like(values).to(tl.int32), tl.zeros_like(values).to(tl.int32)
+    for k in tl.static_range(K):
+        winner = tl.argmax(values, 1)                               # (BLOCK,)
+        hit = column[None] == winner[:, None]
+        tl.store(indices + n * K + k, tl.sum(tl.where(hit, expert[None], 0), 1).to(tl.int64),
+                 mask=n < N)
+        tl.store(gates + n * K + k, tl.sum(tl.where(hit, s, 0.0), 1) * factor, mask=n < N)
+        slot, taken = tl.where(hit, n[:, None] * K + k, slot), tl.where(hit, 1, taken)
+        values = tl.where(hit, -float("inf"), values)
+    taken = tl.where((n < N)[:, None], taken, 0)
+    counts = tl.sum(taken, 0)                                       # (DEVICES·EACH,)
+    first = tl.cumsum(counts, 0) - counts
+    earlier = tl.cumsum(taken, 0) - taken                           # of this expert
+    tl.store(order + first[None] + earlier, slot, mask=taken > 0)
+    tl.store(offsets + expert, first, mask=(column // EACH < D) & (column % EACH < each))
+    tl.store(offsets + E, N * K)
 
 
 @triton.jit
@@ -119,6 +173,43 @@ def _place_kernel(
     tl.store(order + place, slot, mask=tl.sum(table, 1) > 0)
 
 
+@triton.jit
+def _sum_kernel(rows, keep, u, shared, y, d: tl.constexpr, K: tl.constexpr, KEEP: tl.constexpr,
+                ADD: tl.constexpr, BLOCK: tl.constexpr):
+    """y[n] = the sum of rows n·K to n·K + K - 1 but for the dropped ones, u and shared if ADD."""
+    n = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for k in tl.static_range(K):
+        mask = column < d
+        if KEEP:
+            mask = mask & (tl.load(keep + n * K + k) != 0)
+        acc += tl.load(rows + (n * K + k) * d + column, mask=mask, other=0.0).to(tl.float32)
+    if ADD:
+        acc += tl.load(shared + n * d + column, mask=column < d, other=0.0).to(tl.float32)
+        acc += tl.load(u + n * d + column, mask=column < d, other=0.0).to(tl.float32)
+    tl.store(y + n * d + column, acc.to(y.dtype.element_ty), mask=column < d)
+
+
+def _check(
+    name: str, s: Tensor, top_k: int, n_devices: int, max_devices: int
+) -> tuple[int, int, int]:
+    """N, E and the experts of a device; ValueError for what cannot be chosen from s (N, E)."""
+    if s.ndim != 2 or not s.is_floating_point():
+        raise ValueError(f"{name}: {s.dtype} of shape {tuple(s.shape)}, expected affinities (N, E)")
+    N, E = s.shape
+    if n_devices < 1 or E % n_devices:
+        raise ValueError(f"n_devices: {n_devices}, expected a divisor of E = {E}")
+    if not 1 <= max_devices <= n_devices:
+        raise ValueError(f"max_devices: {max_devices}, expected 1 to n_devices = {n_devices}")
+    check_device(name, s, _select_kernel)
+    each = E // n_devices
+    if not 1 <= top_k <= each * max_devices:
+        raise ValueError(f"top_k: {top_k}, expected 1 to {each * max_devices}, the experts in "
+                         "reach")
+    return N, E, each
+
+
 def select_greedy_fused(
     s: Tensor, top_k: int, n_devices: int = 1, max_devices: int = 1
 ) -> Tensor:
@@ -126,6 +217,7 @@ def select_greedy_fused(
     return select_device_limited_fused(s, top_k, 1, 1)
 
 
+@on_its_device
 def select_device_limited_fused(
     s: Tensor, top_k: int, n_devices: int, max_devices: int
 ) -> Tensor:
@@ -133,18 +225,7 @@ def select_device_limited_fused(
 
     Expert i lies on device i // (E / n_devices). No gradient: gates are gathered from s.
     """
-    if s.ndim != 2 or not s.is_floating_point():
-        raise ValueError(f"s: {s.dtype} of shape {tuple(s.shape)}, expected affinities (N, E)")
-    N, E = s.shape
-    if n_devices < 1 or E % n_devices:
-        raise ValueError(f"n_devices: {n_devices}, expected a divisor of E = {E}")
-    if not 1 <= max_devices <= n_devices:
-        raise ValueError(f"max_devices: {max_devices}, expected 1 to n_devices = {n_devices}")
-    check_device("s", s, _select_kernel)
-    each = E // n_devices
-    if not 1 <= top_k <= each * max_devices:
-        raise ValueError(f"top_k: {top_k}, expected 1 to {each * max_devices}, the experts in "
-                         "reach")
+    N, E, each = _check("s", s, top_k, n_devices, max_devices)
     indices = torch.empty(N, top_k, dtype=torch.int64, device=s.device)
     if N:
         _select_kernel[(triton.cdiv(N, BLOCK_TOKENS),)](
@@ -154,6 +235,7 @@ def select_device_limited_fused(
     return indices
 
 
+@on_its_device
 def sort_slots_fused(
     indices: Tensor, n_routed: int, keep: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -181,3 +263,67 @@ def sort_slots_fused(
     torch.cumsum(counts, 0, dtype=torch.int32, out=edges[1:])
     _place_kernel[(blocks,)](flat, kept, edges, order, *sizes)
     return order, edges[::blocks].contiguous()
+
+
+@on_its_device
+def route_fused(
+    z: Tensor, top_k: int, n_devices: int = 1, max_devices: int | None = None,
+    scaling_factor: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """`route` of routing.py and the sort, for few tokens. There is no gradient.
+
+    z (N, E) fp32, products with the centroids, N from 1 to 16 -> indices (N, K) int64, gates (N, K)
+    and affinities (N, E) fp32, and order (N·K,) and offsets (E + 1,) as `sort_slots_fused`.
+    """
+    if z.dtype != torch.float32 or not 1 <= len(z) <= FEW:
+        raise ValueError(f"z: {z.dtype} of shape {tuple(z.shape)}, expected float32 of 1 to {FEW} "
+                         "tokens")
+    if torch.is_grad_enabled() and z.requires_grad:
+        raise ValueError("z: requires a gradient, expected none (route for training)")
+    n_devices, max_devices = (1, 1) if max_devices is None else (n_devices, max_devices)
+    N, E, each = _check("z", z, top_k, n_devices, max_devices)
+    z, s = z.contiguous(), torch.empty(N, E, device=z.device)
+    indices = torch.empty(N, top_k, dtype=torch.int64, device=z.device)
+    gates = torch.empty(N, top_k, device=z.device)
+    order = torch.empty(N * top_k, dtype=torch.int32, device=z.device)
+    offsets = torch.empty(E + 1, dtype=torch.int32, device=z.device)
+    _route_kernel[(1,)](
+        z, s, indices, gates, order, offsets, float(scaling_factor), N, E, top_k, n_devices,
+        max_devices, 1 if N == 1 else FEW, triton.next_power_of_2(n_devices),
+        triton.next_power_of_2(each), num_warps=1 if N == 1 else 4)
+    return indices, gates, s, (order, offsets)
+
+
+def sum_slots(rows: Tensor, top_k: int, keep: Tensor | None = None) -> Tensor:
+    """rows (N·K, d), keep (N, K) -> (N, d): each token's kept rows, summed in fp32."""
+    kept = rows if keep is None else keep.contiguous()
+    return _sum(rows, top_k, kept, rows, rows, keep is not None, False)
+
+
+@on_its_device
+def add_up_fused(u: Tensor, shared: Tensor, routed: Tensor) -> Tensor:
+    """`add_up` of experts.py: u + shared + routed, (N, d) each, or routed (N, K, d) not summed yet.
+
+    Summed in fp32 and rounded once, where the twin rounds twice. There is no gradient.
+    """
+    if u.shape != shared.shape or (*routed.shape[:1], *routed.shape[-1:]) != tuple(u.shape):
+        raise ValueError(f"u, shared, routed: shapes {tuple(u.shape)}, {tuple(shared.shape)}, "
+                         f"{tuple(routed.shape)}, expected (N, d) twice and (N, K, d)")
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (u, shared, routed)):
+        raise ValueError("add_up_fused: an input requires a gradient, expected none (add_up for "
+                         "training)")
+    check_device("u", u, _sum_kernel)
+    top_k = routed.shape[1] if routed.ndim == 3 else 1
+    rows = routed.contiguous().view(-1, u.shape[1])
+    return _sum(rows, top_k, rows, u.contiguous(), shared.contiguous(), False, True)
+
+
+def _sum(
+    rows: Tensor, top_k: int, keep: Tensor, u: Tensor, shared: Tensor, drops: bool, adds: bool
+) -> Tensor:
+    y = u.new_empty(len(rows) // top_k, rows.shape[1])
+    if len(y):
+        block = min(1024, triton.next_power_of_2(y.shape[1]))
+        _sum_kernel[(len(y), triton.cdiv(y.shape[1], block))](
+            rows, keep, u, shared, y, y.shape[1], top_k, drops, adds, block)
+    return y

@@ -61,7 +61,7 @@ from dsv2_ref.kernels.latent_decode import (
     share_of_split,
     softmax_step,
 )
-from dsv2_ref.kernels.target import target_of
+from dsv2_ref.kernels.target import on_its_device, target_of
 
 
 def tile_for(n: int, dtype: torch.dtype, target: str) -> Tile:
@@ -235,11 +235,11 @@ def _store(o, to, real, acc, l, D: tl.constexpr, W: tl.constexpr, BW: tl.constex
     for t in tl.static_range(8):
         x = t * W + j
         unit = 0.0625 if t % 3 == 1 else TWO if t % 3 == 2 else 1.0
-        tl.store(o + to[:, None] * D + x, (acc[t] * (unit / l)[:, None]).to(o.dtype.element_ty),
+        tl.store(o + to[:, None] * D + x, acc[t] * (unit / l)[:, None],
                  mask=real & (j < W) & (x < D))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "stride_pb", "stride_pt", "stride_tb"])
 def six_bit_kernel(
     q_c, q_r, words, scales, positions, table, o, lse, scale, S, n, n_h,
     stride_wb, stride_ws, stride_sb, stride_ss, stride_pb, stride_pt, stride_tb,
@@ -289,6 +289,7 @@ def six_bit_kernel(
     _store(o, to, real, acc, some, D_C, W, BW, 2 if LENT else 1)
 
 
+@on_its_device
 def decode_six_bit(
     q_c: Tensor, q_r: Tensor, words: Tensor, scales: Tensor, positions: Tensor, scale: float,
     table: Tensor | None = None, splits: int | None = None, tile: Tile | None = None,

@@ -19,6 +19,9 @@ Triton decides at the moment a kernel is defined whether it is compiled or inter
 neither; and the interpreter keeps bfloat16 as integers, so that sums come out wrong, by any factor,
 without a word. `check_device` refuses both in one line.
 
+A launch goes to the *current* CUDA device, not to that of its tensors: with several cards in one
+process it would read memory that is not there. What launches is decorated with `on_its_device`.
+
 Shapes: none.
 Copy with: nothing.  Needs: torch, triton.
 
@@ -30,7 +33,8 @@ Wiring, once copied:
     programs = min(multiprocessors(x.device), -(-len(x) // rows))
 """
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
 
 import torch
 import triton
@@ -67,3 +71,17 @@ def check_device(name: str, x: Tensor, kernel: object) -> None:
     if x.dtype == torch.bfloat16:
         raise ValueError(f"{name}: {x.dtype} on {x.device}, expected a CUDA device, or float16 or "
                          "float32, for Triton's interpreter computes wrongly in bfloat16")
+
+
+def on_its_device(function: Callable) -> Callable:
+    """`function` with the device of its first argument, a tensor, as the current one."""
+
+    @wraps(function)
+    def there(*args: object, **kwargs: object) -> object:
+        x = args[0] if args else next(iter(kwargs.values()))             # or given by name
+        if not x.is_cuda or x.device.index == torch.cuda.current_device():
+            return function(*args, **kwargs)
+        with torch.cuda.device(x.device):
+            return function(*args, **kwargs)
+
+    return there

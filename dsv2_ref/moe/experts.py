@@ -46,6 +46,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, of one shape."""
+    return F.silu(gate) * up
+
+
 class FeedForward(nn.Module):
     """SwiGLU: W_down(silu(W_gate x) * W_up x), of width w over d."""
 
@@ -55,9 +60,9 @@ class FeedForward(nn.Module):
         self.W_up = nn.Linear(d, w, bias=False)
         self.W_down = nn.Linear(w, d, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., d) -> (..., d)."""
-        return self.W_down(F.silu(self.W_gate(x)) * self.W_up(x))
+    def forward(self, x: Tensor, swiglu: Callable[..., Tensor] = swiglu) -> Tensor:
+        """(..., d) -> (..., d).  `swiglu` is a function equal to the one above."""
+        return self.W_down(swiglu(self.W_gate(x), self.W_up(x)))
 
 
 def sort_slots(
@@ -97,7 +102,7 @@ def experts_loop(
     rows = _rows(x, order, indices).split(counts.tolist())                           # E of (·, d)
     out = []
     # unbind, not W[e]: the gradient of all experts is put together once, not once an expert
-    experts = W_gate.unbind(), W_up.unbind(), W_down.unbind()
+    experts = [W.unbind() if torch.is_grad_enabled() else W for W in (W_gate, W_up, W_down)]
     for e, h in enumerate(rows):
         if len(h) or e == 0:                 # no slot at all must still give gradients of zero
             gate, up, down = (W[e] for W in experts)
@@ -173,6 +178,11 @@ def of_share(form: Callable[..., Tensor], held: range) -> Callable[..., Tensor]:
     return part
 
 
+def add_up(u: Tensor, shared: Tensor, routed: Tensor) -> Tensor:
+    """The stream u, the shared and the routed experts' sum, (N, d) each -> (N, d)."""
+    return u + shared + routed                                               # (N, d)           (20)
+
+
 class MixtureOfExperts(nn.Module):
     """N_s shared and E routed experts of width w over d, without a router.
 
@@ -197,15 +207,16 @@ class MixtureOfExperts(nn.Module):
     def forward(
         self, u: Tensor, x: Tensor, indices: Tensor, gates: Tensor,
         form: Callable[..., Tensor] = experts_loop, keep: Tensor | None = None,
+        swiglu: Callable[..., Tensor] = swiglu, add_up: Callable[..., Tensor] = add_up,
     ) -> Tensor:
         """u (N, d) residual stream, x (N, d) its norm, indices and gates (N, K) -> (N, d).
 
-        `form` is one of the functions above; `keep` (N, K) says which slots were not dropped. A
-        form for several ranks may return before its result is there, with a function that waits
-        for it.
+        `form` is one of the functions above, `swiglu` and `add_up` are equal to them; `keep` (N, K)
+        says which slots were not dropped. A form for several ranks may return before its result is
+        there, with a function that waits for it.
         """
         routed = form(x, indices, gates, self.W_gate, self.W_up, self.W_down, keep)
-        shared = self.shared(x)                      # while the rows of others are on their way
+        shared = self.shared(x, swiglu)              # while the rows of others are on their way
         if not isinstance(routed, Tensor):
             routed = routed()
-        return u + shared + routed                                           # (N, d)           (20)
+        return add_up(u, shared, routed)

@@ -48,14 +48,19 @@ class Routing:
     indices: Tensor    # (N, K) int64
     gates: Tensor      # (N, K) at least fp32; carries gradient
     scores: Tensor     # (N, E) at least fp32; rows sum to 1; carries gradient
+    slots: tuple[Tensor, Tensor] | None = None     # sorted by expert, where that is done already
+
+
+def similarities(u: Tensor, centroids: Tensor) -> Tensor:
+    """u (N, d), centroids (E, d) -> their products (N, E) in at least fp32."""
+    dtype = torch.promote_types(u.dtype, torch.float32)
+    with torch.autocast(u.device.type, enabled=False):
+        return F.linear(u.to(dtype), centroids.to(dtype))
 
 
 def affinities(u: Tensor, centroids: Tensor) -> Tensor:
     """u (N, d), centroids (E, d) -> softmax scores (N, E) in at least fp32."""
-    dtype = torch.promote_types(u.dtype, torch.float32)
-    with torch.autocast(u.device.type, enabled=False):
-        s = F.linear(u.to(dtype), centroids.to(dtype)).softmax(-1)           # (N, E)           (22)
-    return s
+    return similarities(u, centroids).softmax(-1)                            # (N, E)           (22)
 
 
 def select_greedy(s: Tensor, top_k: int, n_devices: int = 1, max_devices: int = 1) -> Tensor:
@@ -95,11 +100,18 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(n_routed, d))
         nn.init.normal_(self.weight, std=0.02)
 
-    def forward(self, u: Tensor, select: Callable[..., Tensor] | None = None) -> Routing:
+    def forward(
+        self, u: Tensor, select: Callable[..., Tensor] | None = None,
+        route: Callable[..., tuple] | None = None,
+    ) -> Routing:
         """u (N, d), the normed stream -> Routing.
 
-        `select` is a function equal to the selection that the router has by its `max_devices`.
+        `select` is a function equal to the selection that the router has by its `max_devices`;
+        `route` one that makes all fields of Routing of the `similarities`.
         """
+        if route is not None:
+            return Routing(*route(similarities(u, self.weight), self.top_k, self.n_devices,
+                                  self.max_devices, self.scaling_factor))
         if select is None:
             select = select_greedy if self.max_devices is None else select_device_limited
         s = affinities(u, self.weight)                                       # (N, E)

@@ -9,7 +9,7 @@
   trainer       one step
   pretrain      the loop
   optim         AdamW and Muon
-  adamw8        AdamW with moments of one byte
+  adamw8        AdamW with moments of one byte, as an optimiser; kernels/ has its arithmetic
   memory        the memory plan of a step
   machine       what this machine is, and what it does fast
   long_context  the extension stage, and models that learn to find needles

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from dsv2_ref.cross_entropy import chunk_rows
+from dsv2_ref.forms import kernels_serve
+from dsv2_ref.kernels.eight_bit_moments import BLOCK, PIECE, blocks_of
 from dsv2_ref.model import DeepSeekV2
-from dsv2_ref.training.adamw8 import BLOCK, PIECE, blocks_of
 from dsv2_ref.training.machine import autocast
 from dsv2_ref.training.optim import by_muon
 from dsv2_ref.training.recipe import Recipe
@@ -83,6 +84,8 @@ def _optimizer_bytes(model: DeepSeekV2, recipe: Recipe) -> int:
     """Temporaries of an update."""
     largest = max(p.numel() for p in model.parameters())
     if recipe.optimizer == "adamw8":
+        if kernels_serve(model.embedding.weight):
+            return 0
         return 10 * 4 * min(PIECE, largest)                      # fp32: g, m, v, w, codes, bits
     return 4 * 4 * largest
 
@@ -104,7 +107,8 @@ def _kept(model: DeepSeekV2, B: int, T: int, precision: str) -> int:
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
+        # detached: an operation that keeps its own output would keep itself alive by it for ever
+        tensor, storage = tensor.detach(), tensor.untyped_storage()
         if storage.data_ptr() not in own:
             # the tensor is held, so that its address is not given to another one
             seen[storage.data_ptr()] = storage.nbytes(), tensor
@@ -115,4 +119,6 @@ def _kept(model: DeepSeekV2, B: int, T: int, precision: str) -> int:
     tokens = torch.randint(model.config.vocab, (B, T), generator=draw).to(device)
     with autocast(device, precision), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         model.losses(tokens, tokens)
-    return sum(nbytes for nbytes, _ in seen.values())
+    kept = sum(nbytes for nbytes, _ in seen.values())
+    seen.clear()                 # `keep` lives as long as the graph does
+    return kept

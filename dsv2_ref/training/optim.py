@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dsv2_ref.kernels.eight_bit_moments import blocks_of
 from dsv2_ref.moe.experts import MixtureOfExperts
-from dsv2_ref.training.adamw8 import AdamW8, blocks_of
+from dsv2_ref.training.adamw8 import AdamW8
 
 
 def orthogonalise(M: Tensor, iterations: int = 5) -> Tensor:

@@ -36,7 +36,7 @@ from dsv2_ref.training.optim import (
     set_rate,
 )
 from dsv2_ref.training.recipe import Recipe
-from dsv2_ref.training.world import World, clip_gradients
+from dsv2_ref.training.world import World, update
 
 SPIKE, RECENT = 10.0, 64     # an update is left out at 10 times the median of the last 64 norms
 STATE = ("config", "recipe", "data", "steps", "tokens", "elapsed", "precision", "norms",
@@ -111,13 +111,12 @@ class Trainer:
         rate = self._set_rate()
         batch = self._read(with_load)
         entry = {"step": self.steps + 1, "tokens": self.tokens + batch.tensors[0].numel()}
-        losses, load = self._gradients(batch)                     # waits for the device once
+        losses, load, norm = self._gradients(batch)               # waits for the device once
         entry |= losses | rate | {"batch": len(batch)} | getattr(self.batches, "report", {})
         if self._unusable(entry):
             entry["skipped"] = True
         else:
-            for optimizer in self.optimizers:
-                optimizer.step()
+            update(self.optimizers, norm, self.recipe.clip)
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         self.steps, self.tokens = entry["step"], entry["tokens"]
@@ -130,7 +129,7 @@ class Trainer:
     def look(self) -> dict[str, float]:
         """Losses and gradient norm that the next step would find; it is not taken."""
         place = self.batches.state()
-        losses, _ = self._gradients(self._read(False))
+        losses, *_ = self._gradients(self._read(False))
         self.batches.load(place)
         for optimizer in self.optimizers:
             optimizer.zero_grad()
@@ -156,13 +155,13 @@ class Trainer:
         protected = torch.rand(len(tensors[0]), generator=draw) < recipe.protected       # (B,)
         return Batch(tensors, protected, with_load)
 
-    def _gradients(self, batch: Batch) -> tuple[dict[str, float], list[Traffic]]:
-        """Losses and gradient norm of all processes, by name, and the load; gradients clipped."""
+    def _gradients(self, batch: Batch) -> tuple[dict[str, float], list[Traffic], Tensor]:
+        """Losses and gradient norm of all processes, by name, the load, and that norm, ()."""
         losses, load = self._backward(batch)
         gradients = [W.grad for W in self.model.parameters() if W.grad is not None]
         self.world.reduce([*gradients, *losses.values()])
-        norm = clip_gradients(self.model.parameters(), self.recipe.clip, self.world)
-        return _on_host(losses | {"gradient_norm": norm}), load
+        norm = self.world.norm(gradients)
+        return _on_host(losses | {"gradient_norm": norm}), load, norm
 
     def _backward(self, batch: Batch) -> tuple[dict[str, Tensor], list[Traffic]]:
         """Gradients of this process's rows, a micro-batch at a time.

@@ -16,8 +16,9 @@ from torch.optim import Optimizer
 
 from dsv2_ref.block import Traffic
 from dsv2_ref.model import DeepSeekV2
+from dsv2_ref.training.adamw8 import AdamW8
 from dsv2_ref.training.objective import Batch, Named
-from dsv2_ref.training.optim import alone
+from dsv2_ref.training.optim import alone, keeper
 from dsv2_ref.training.run_folder import load_state, save_state
 
 T = TypeVar("T")
@@ -114,9 +115,27 @@ class World:
         return load_state(path)
 
 
-def clip_gradients(weights: Iterable[Tensor], most: float, world: World | None = None) -> Tensor:
-    """Scale all gradients so that their common norm is at most `most`; () that norm before."""
+def clip_gradients(weights: Iterable[Tensor], most: float, norm: Tensor | None = None) -> Tensor:
+    """Scale all gradients so that their common norm is at most `most`; () that norm before.
+
+    norm: if it is known already, as that of several processes is.
+    """
     weights = [W for W in weights if W.grad is not None]
-    total = (world or World()).norm([W.grad for W in weights])
-    torch.nn.utils.clip_grads_with_norm_(weights, most, total)
-    return total
+    if norm is None:
+        norm = World().norm([W.grad for W in weights])
+    torch.nn.utils.clip_grads_with_norm_(weights, most, norm)
+    return norm
+
+
+def update(optimizers: list[Optimizer], norm: Tensor, most: float) -> None:
+    """One step of each; gradients, whose common norm is `norm` (), clipped to `most`.
+
+    AdamW8 multiplies the factor in as it reads a gradient, which then needs no pass of its own.
+    """
+    for optimizer in optimizers:
+        if isinstance(keeper(optimizer), AdamW8):
+            optimizer.step(clip=(most / (norm + 1e-6)).clamp(max=1.0))      # torch's factor
+        else:
+            groups = optimizer.param_groups
+            clip_gradients((W for group in groups for W in group["params"]), most, norm)
+            optimizer.step()

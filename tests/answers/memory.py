@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from dsv2_ref.training.adamw8 import decode
+from dsv2_ref.kernels.eight_bit_moments import decode
 
 
 def by_package(code, largest):

@@ -57,13 +57,15 @@ def _entry(name: str, product: str, tiles: str, sizes: tuple[int, ...], target: 
 
 
 def _route(name: str, kernel: str, signature: dict[str, str], constexprs: dict[str, object],
-           target: str) -> Entry:
-    return Entry(name, f"dsv2_ref.kernels.{kernel}_kernel", signature, constexprs, 4, 3, target)
+           target: str, warps: int = 4) -> Entry:
+    return Entry(name, f"dsv2_ref.kernels.{kernel}_kernel", signature, constexprs, warps, 3, target)
 
 
 _SELECT = {"s": "*fp32", "indices": "*i64", "N": "i32"}
 _SORT = {"indices": "*i64", "keep": "*u8", "slots": "i32", "blocks": "i32"}
-_SUM = {"rows": "*bf16", "keep": "*i1", "y": "*bf16"}
+_ROUTE = {"z": "*fp32", "s_out": "*fp32", "indices": "*i64", "gates": "*fp32", "order": "*i32",
+          "offsets": "*i32", "factor": "fp32", "N": "i32"}
+_SUM = {"rows": "*bf16", "keep": "*i1", "u": "*bf16", "shared": "*bf16", "y": "*bf16"}
 
 ENTRIES = [
     _entry("up_lite", "up", "sm_90", LITE, buffers=3, plain_loads=0),
@@ -79,7 +81,14 @@ ENTRIES = [
     *(_entry(f"{p}_fp32", p, "small", LITE, kind="*fp32", instruction=None, flops=None,
              stack=8 if p == "inputs" else 0) for p in DESCRIPTORS),
     *(_entry(f"{p}_{t}_odd", p, "small", ODD, t) for p in DESCRIPTORS for t in INSTRUCTION),
-    *(_route(f"sum_{t}", "grouped_experts:_sum", _SUM, dict(d=2048, K=6, KEEP=True, BLOCK=1024), t)
+    *(_route(f"sum_{t}", "route_tokens:_sum", _SUM,
+             dict(d=2048, K=6, KEEP=True, ADD=True, BLOCK=1024), t)
+      for t in INSTRUCTION),
+    *(_route(f"route_lite_{t}", "route_tokens:_route", _ROUTE,
+             dict(E=64, K=6, D=1, M=1, BLOCK=1, DEVICES=1, EACH=64), t, 1)
+      for t in INSTRUCTION),
+    *(_route(f"route_v2_{t}", "route_tokens:_route", _ROUTE,
+             dict(E=160, K=6, D=8, M=3, BLOCK=16, DEVICES=8, EACH=32), t)
       for t in INSTRUCTION),
     *(_route(f"select_{t}", "route_tokens:_select", _SELECT,
              dict(E=160, K=6, D=8, M=3, BLOCK=32, DEVICES=8, EACH=32), t)

@@ -11,7 +11,7 @@ from dsv2_ref.kernels.latent_decode import Tile, tile_for
 MODULE = "dsv2_ref.kernels.latent_decode"
 POINTERS = {"positions": "*i64", "table": "*i32", "o": "*fp32", "lse": "*fp32"}
 NUMBERS = dict.fromkeys(("n", "n_h", "stride_cb", "stride_cs", "stride_rb", "stride_rs"), "i32:16")
-NUMBERS |= dict.fromkeys(("S", "stride_pb", "stride_tb"), "i32")
+NUMBERS |= dict.fromkeys(("S", "stride_pb", "stride_pt", "stride_tb"), "i32")
 INSTRUCTION = {"sm_90": "HMMA", "sm_80": "HMMA", "gfx942": "MFMA"}
 
 
@@ -33,7 +33,7 @@ def entry(
         name=f"{name} {target}{' paged' * (page > 0)}", kernel=f"{MODULE}:decode_kernel",
         signature=signature | {"scale": "fp32"},
         constexprs=dict(D_C=d_c, D_R=d_r, BC=BC, BR=BR, BH=tile.BH, BN=tile.BN, PAGE=page,
-                        SWAP=tile.swap, DOT="tf32", stride_pt=1),
+                        SWAP=tile.swap, DOT="tf32"),
         num_warps=tile.warps, num_stages=tile.stages, target=target,
         **{"instruction": INSTRUCTION[target], "ctas": tile.blocks,
            # the number of the next page alone comes without the pipeline
@@ -53,6 +53,10 @@ ENTRIES = [
     entry("16 heads", tile_for(16, torch.bfloat16, "sm_80"), "sm_80", buffers=2),
     entry("16 heads", tile_for(16, torch.bfloat16, "gfx942"), "gfx942", ratio=TWICE["ratio"]),
     entry("odd sizes", FEW, d_c=40, d_r=10, plain_loads=None),
+    # wider latents: more warps than products, so some are made twice
+    *(entry(f"{n} heads, {d_c} wide", tile_for(n, torch.bfloat16, target, d_c), target, d_c=d_c,
+            shared=99 * 1024, ratio=1.52)
+      for n, d_c, target in ((128, 768, "sm_90"), (16, 1024, "sm_90"), (128, 1024, "sm_80"))),
     # what the bench tries beside them
     entry("16 heads, 5 stages", Tile(16, 32, 4, 5, 1), buffers=4),
     entry("16 heads, 64 keys", Tile(16, 64, 4, 3, 1), buffers=2),
@@ -63,4 +67,8 @@ ENTRIES = [
         name="combine sm_90", kernel=f"{MODULE}:combine_kernel",
         signature={"o": "*fp32", "lse": "*fp32", "out": "*bf16", "n": "i32:16", "splits": "i32"},
         constexprs=dict(D_C=512, BC=64, BS=256), num_warps=4, num_stages=3, ctas=2),
+    Entry(
+        name="combine few sm_90", kernel=f"{MODULE}:combine_kernel",
+        signature={"o": "*fp32", "lse": "*fp32", "out": "*bf16", "n": "i32:16", "splits": "i32"},
+        constexprs=dict(D_C=512, BC=512, BS=16), num_warps=4, num_stages=3, ctas=2),
 ]

@@ -12,7 +12,8 @@ thing that is not as promised:
      needs. The compiler may silently let several warps repeat one product. Counted in PTX, for
      the assembler unrolls small loops; what it makes of them must be whole multiples;
   5. those loops use the intended matrix instruction and no other;
-  6. the software pipeline has the intended number of buffers.
+  6. the software pipeline has the intended number of buffers;
+  7. memory is read and written in as few and as wide pieces as intended, by as short a program.
 
 On AMD the assembly text is read: MFMA, scratch memory, vector registers and LDS bytes.
 
@@ -84,6 +85,8 @@ class Entry:
     stack: int = 0                                # bytes of spills outside the loops that are fine
     buffers: int | tuple[int, ...] | None = None  # of the pipelined tiles; several: sorted
     plain_loads: int | None = None                # most loads in a loop that bypass the pipeline
+    accesses: int | None = None                   # most loads and stores of global memory, in all
+    length: int | None = None                     # most instructions, in all
     scratch: int = 0                              # bytes of global scratch; 128 a descriptor
 
 
@@ -137,7 +140,7 @@ def audit(entry: Entry) -> list[str]:
         return [f"does not compile: {type(error).__name__}: {' '.join(str(error).split())[:300]}"]
     code = read_amd(kernel) if entry.target == "gfx942" else read_nvidia(kernel)
     return [*_spills(entry, code), *_room(entry, code, kernel.metadata),
-            *_matrices(entry, code), *_pipeline(entry, code, kernel)]
+            *_matrices(entry, code), *_pipeline(entry, code, kernel), *_traffic(entry, code)]
 
 
 def _spills(entry: Entry, code: Code) -> list[str]:
@@ -220,6 +223,19 @@ def _pipeline(entry: Entry, code: Code, kernel: Any) -> list[str]:
             if n > entry.plain_loads:
                 wrong.append(f"loop at {loop.start}: {n} plain loads from global memory, expected "
                              f"at most {entry.plain_loads}")
+    return wrong
+
+
+def _traffic(entry: Entry, code: Code) -> list[str]:
+    wrong, kinds = [], ("LDG", "STG", "global_load", "global_store")
+    found = {op: n for op, n in sorted(code.opcodes.items()) if op.startswith(kinds)}
+    if entry.accesses is not None and sum(found.values()) > entry.accesses:
+        names = ", ".join(f"{n} {op}" for op, n in found.items())
+        wrong.append(f"global memory: {sum(found.values())} loads and stores, expected at most "
+                     f"{entry.accesses} ({names})")
+    length = sum(n for op, n in code.opcodes.items() if op and not op.startswith(("NOP", "s_nop")))
+    if entry.length is not None and length > entry.length:
+        wrong.append(f"length: {length} instructions, expected at most {entry.length}")
     return wrong
 
 

@@ -14,7 +14,8 @@ from dsv2_ref.kernels.six_bit_decode import tile_for
 POINTERS = {"q_c": "*bf16", "q_r": "*bf16", "words": "*i16", "scales": "*i32", "positions": "*i64",
             "table": "*i32", "o": "*fp32", "lse": "*fp32"}
 NUMBERS = {"scale": "fp32", "n": "i32:16", "n_h": "i32:16"}
-NUMBERS |= dict.fromkeys(("S", "stride_wb", "stride_ws", "stride_sb", "stride_pb", "stride_tb"),
+NUMBERS |= dict.fromkeys(("S", "stride_wb", "stride_ws", "stride_sb", "stride_pb", "stride_pt",
+                          "stride_tb"),
                          "i32")
 
 
@@ -30,7 +31,7 @@ def entry(
         kernel="dsv2_ref.kernels.six_bit_decode:six_bit_kernel", signature=POINTERS | NUMBERS,
         constexprs=dict(D_C=d_c, D_R=d_r, LENT=lent, W=w, W_R=w_r, BW=BW, BR=BR, BH=tile.BH,
                         BN=tile.BN, PAGE=page, STEP=8 if d_c == 512 else 1, TYPE=tl.float16,
-                        PTX=target == "sm_90", DOT="tf32", stride_pt=1, stride_ss=1),
+                        PTX=target == "sm_90", DOT="tf32", stride_ss=1),
         num_warps=tile.warps, num_stages=tile.stages, target=target,
         **{"instruction": INSTRUCTION[target], "ctas": tile.blocks,
            "plain_loads": None if target == "gfx942" else int(page > 0),

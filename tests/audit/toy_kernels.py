@@ -82,6 +82,7 @@ ENTRIES = [
     _chained("lost_buffers", 16, 32, 128, "paged", 4, CHAINED | {"pages": "*i32"}, buffers=3),
     _product("bypasses", num_stages=1, plain_loads=0, signature=PRODUCT | {"a": "*bf16:1"}),
     _product("few_registers", registers=80),
+    _product("narrow", signature=PRODUCT | {"c": "*fp32:1"}, accesses=30, length=300),
     _product("surprise", instruction=None, flops=None),
     _product("wrong_arguments", signature={"a": "*bf16"}),
 ]

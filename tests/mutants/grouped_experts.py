@@ -37,8 +37,6 @@ KERNEL_MUTANTS = [
            "for _ in range(start, end - BK + 1, BK):"),
     _wrong("later_rows_of_token_0", "// K   # ahead of its use", "* 0   # ahead of its use"),
     _wrong("dW_down_transposed", "((d, 1), (d, 1), (1, w))", "((d, 1), (d, 1), (d, 1))"),
-    _wrong("dropped_slots_summed", "mask = mask & (tl.load(keep + n * K + k) != 0)",
-           "mask = mask & (tl.load(keep + n * K + k) >= 0)"),
     _wrong("gates_of_dropped_slots_learn", "dg.masked_fill(~keep, 0.0)", "dg"),
     _wrong("idle_experts_not_written", "mask=(i < w)[:, None] & (j < d)[None])\n\n\n@triton.jit\n",
            "mask=(i < w)[:, None] & (j < d)[None] & (start < end))\n\n\n@triton.jit\n", _idle),

@@ -8,9 +8,6 @@ they are tried on.
 from mutants import Mutant
 
 _mesh = "parallel/mesh.py"
-_adamw8 = "training/adamw8.py"
-_share = ("test_adamw8.py::test_a_share_of_the_experts_is_a_slice_of_the_whole"
-          "[(7, 11)-torch.bfloat16]")
 _layouts = "test_parallel_mesh.py::test_what_cannot_be_is_one_line"
 
 RANK_MUTANTS = [
@@ -50,27 +47,6 @@ MOMENTS = Mutant("moments_of_another_rank", "ranks", _mesh,
                  'return t.chunk(self.layout.ep)[self.ep - (name[:6] == "moment")]', "pp2 ep2 1f1b")
 
 MUTANTS = [
-    Mutant("blocks_cross_experts", "ranks", _adamw8,
-           "return (shape[0], shape[1:].numel()) if len(shape) > 2 else (1, shape.numel())",
-           "return 1, shape.numel()", _share),
-    Mutant("places_from_the_shares_beginning", "ranks", _adamw8,
-           "(first + experts.start) * n + piece.start", "experts.start * n + piece.start", _share),
-    Mutant("a_piece_begins_again", "ranks", _adamw8,
-           "(first + experts.start) * n + piece.start", "(first + experts.start) * n",
-           "test_adamw8.py::test_pieces_do_not_change_the_result"),
-    Mutant("rounding_without_the_step", "ranks", _adamw8,
-           'f"{seed} {step} {name}"', 'f"{seed} {name}"',
-           "test_adamw8.py::test_the_bits_are_even_and_independent"),
-    Mutant("rounding_without_the_name", "ranks", _adamw8,
-           'f"{seed} {step} {name}"', 'f"{seed} {step}"',
-           "test_adamw8.py::test_rounding_differs_by_step_seed_and_parameter_and_by_nothing_else"),
-    Mutant("one_round_of_mixing", "ranks", _adamw8,
-           "return _mix(_mix(x).add_(_int32(key >> 32))).bitwise_and_(0xFFFF)",
-           "return x.bitwise_and_(0xFFFF)",
-           "test_adamw8.py::test_the_bits_are_even_and_independent"),
-    Mutant("rounded_to_nearest", "ranks", _adamw8,
-           "noise(key, start, x.numel(), x.device).view(x.shape)", "0x8000",
-           "test_adamw8.py::test_small_updates_of_bf16_weights_are_not_lost"),
     Mutant("moments_by_place_in_the_optimiser", "ranks", "training/optim.py",
            "W.place = name, first.get(W, 0)", "W.place = str(len(first)), first.get(W, 0)",
            "test_trainer.py::test_a_state_speaks_of_everything_by_name[muon]"),

@@ -6,6 +6,7 @@ from mutants import Mutant
 FILE = "kernels/route_tokens.py"
 _greedy = "test_route_tokens.py::test_greedy_takes_the_twins_experts"
 _limited = "test_route_tokens.py::test_device_limited_takes_the_twins_experts"
+_few = "test_route_tokens.py::test_few_tokens_are_routed_at_once"
 _sorted = "test_route_tokens.py::test_slots_are_sorted_as_the_twin_sorts_them"
 
 
@@ -35,6 +36,25 @@ KERNEL_MUTANTS = [
     _wrong("an_expert_chosen_twice",
            'tl.where(column[None] == winner[:, None], -float("inf"), values)', "values * 1.0",
            _greedy),
-    _wrong("worst_experts_first", "winner = tl.argmax(values, 1) ",
-           "winner = tl.argmin(values, 1) ", _greedy),
+    _wrong("worst_experts_first", "winner = tl.argmax(values, 1)                               # "
+           "(BLOCK,)\n        chosen",
+           "winner = tl.argmin(values, 1)                               # (BLOCK,)\n        chosen",
+           _greedy),
+    Mutant("dropped_slots_summed", "experts", FILE,
+           "mask = mask & (tl.load(keep + n * K + k) != 0)",
+           "mask = mask & (tl.load(keep + n * K + k) >= 0)",
+           "test_grouped_experts.py::test_equals_the_loop"),
+    _wrong("few_gates_without_the_factor", "tl.sum(tl.where(hit, s, 0.0), 1) * factor",
+           "tl.sum(tl.where(hit, s, 0.0), 1) + 0 * factor", _few),
+    _wrong("few_softmax_over_padding", "tl.load(z + at, mask=inside, other=0.0), -float(\"inf\"))",
+           "tl.load(z + at, mask=inside, other=0.0), 0.0)", _few),
+    _wrong("few_slots_of_absent_tokens", "tl.where((n < N)[:, None], taken, 0)", "taken", _few),
+    _wrong("few_slots_by_rank", "n[:, None] * K + k, slot)", "n[:, None] + k * N, slot)", _few),
+    _wrong("few_sorted_backwards", "earlier = tl.cumsum(taken, 0) - taken ",
+           "earlier = counts[None] - tl.cumsum(taken, 0) ", _few),
+    _wrong("few_offsets_of_the_ends", "tl.store(offsets + expert, first,",
+           "tl.store(offsets + expert, first + counts,", _few),
+    _wrong("sum_without_the_stream", "acc += tl.load(u + n * d + column, mask=column < d",
+           "acc += tl.load(u + n * d + column, mask=column < 0",
+           "test_route_tokens.py::test_rows_join_the_stream"),
 ]

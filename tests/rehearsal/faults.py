@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: MIT
+"""Mistakes that were made once and that a CPU did not show: put back, a promise breaks.
+
+Those of a first reading of the kernels and their surroundings that neither memory, launches, waits
+nor compilation show have tests of their own; `ELSEWHERE` says which.
+"""
+
+from typing import NamedTuple
+
+
+class Fault(NamedTuple):
+    name: str
+    file: str          # of dsv2_ref/
+    old: str           # occurs once
+    new: str
+    promise: str
+    says: str          # what a line about it matches
+
+
+FAULTS = [
+    Fault("blocks run again stay alive", "block.py",
+          "            return self._balance_of(s, indices)\n",
+          "            self.found = [*getattr(self, 'found', []), self._balance_of(s, indices)]\n"
+          "            return self.found[-1]\n",
+          "run again", "GB above"),
+    Fault("a plan that holds what it counted", "training/memory.py",
+          "tensor, storage = tensor.detach(), tensor.untyped_storage()",
+          "storage = tensor.untyped_storage()", "step", "peak"),
+    Fault("dropping asks how many slots there are", "moe/dropping.py",
+          "device.new_zeros(n_devices).scatter_add_(0, device, torch.ones_like(device))",
+          "torch.bincount(device, minlength=n_devices)", "V2 drops", "bincount"),
+    Fault("the update of a weight in 62 operations", "training/adamw8.py",
+          "    if kernels_serve(W):", "    if False:", "step", "launches of the optimiser"),
+    Fault("a chunk's log-probabilities outlive it", "cross_entropy.py",
+          "            del log_p ", "            kept = log_p", "kept", "GB above"),
+    Fault("every length compiled", "kernels/latent_decode.py",
+          '@triton.jit(do_not_specialize=["S", "stride_pb", "stride_pt", "stride_tb"])',
+          "@triton.jit", "lengths", "decode_kernel: compilations"),
+    Fault("every number of pieces compiled", "kernels/latent_decode.py",
+          "(16, 512) if splits <= 16 else (triton.next_power_of_2(max(splits, 256)), 64)",
+          "triton.next_power_of_2(splits), 64", "lengths",
+          "combine_kernel: compilations"),
+    Fault("launched on another card", "kernels/latent_decode.py",
+          "@on_its_device\ndef decode_latent", "def decode_latent", "another card",
+          "the launch goes to cuda:0"),
+    Fault("tables cast in every layer", "model.py",
+          "        cos, sin = cos.to(exact), sin.to(exact)\n", "", "decode", "launches"),
+    Fault("wide latents take the tile of narrow ones", "kernels/latent_decode.py",
+          "    if d_c > 512:", "    if d_c > 4096:", "wide latents", "bytes of shared"),
+    Fault("losses read one by one", "training/trainer.py",
+          "    values = torch.stack([t.double() for t in scalars.values()]).tolist()",
+          "    values = [t.item() for t in scalars.values()]", "step", "waits"),
+]
+
+ELSEWHERE: dict[str, str] = {}
