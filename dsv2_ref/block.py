@@ -42,6 +42,7 @@ class Pass:
     learns: bool = False                 # balance losses are taken and slots dropped
     protected: Tensor | None = None      # (B,) bool, sequences that drop nothing
     with_load: bool = False              # traffic is counted
+    positions: Tensor | None = None      # (B, T), where `attend` wants them always
     lengths: Sequence[int] | None = None     # real tokens of each sequence where padding follows
                                              # them, which balance and traffic do not count
 
@@ -176,7 +177,7 @@ class Block(nn.Module):
         `place` is the layer's number in the cache. The last two are None for a dense FFN.
         """
         u = self.attention(self.norm_attention(h), run.cos, run.sin, run.forms.attend, run.cache,
-                           place, rotate=run.forms.rotate)
+                           place, run.positions, rotate_both=run.forms.rotate_both)
         h, x = run.forms.add_norm(h, u, self.norm_ffn)
         if not self.config.is_moe(self.layer):
             return h + self.ffn(x, run.forms.swiglu), None, None

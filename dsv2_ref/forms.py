@@ -44,6 +44,11 @@ from dsv2_ref.moe.routing import select_device_limited, select_greedy
 Form = Callable[..., Tensor]
 
 
+def rotate_both(q_r: Tensor, k_r: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """`rotate` of the queries (B, T, n_h, d_r) and of their key (B, T, d_r)."""
+    return rotate(q_r, cos, sin), rotate(k_r, cos, sin)
+
+
 def add_norm(h: Tensor, u: Tensor, norm: nn.RMSNorm) -> tuple[Tensor, Tensor]:
     """The stream h with u (..., d) added, and the norm of both."""
     h = h + u
@@ -58,7 +63,8 @@ class Forms:
     select: Form
     experts: Form
     keep: Form = keep_within_budget      # which slots are not dropped; training alone
-    rotate: Form = rotate
+    reads_positions: bool = False        # attend is given them, or would make them once a layer
+    rotate_both: Form | None = None      # queries and key at once; None: each where it is made
     swiglu: Form = swiglu
     add_norm: Form = add_norm
     add_up: Form = add_up
@@ -81,7 +87,7 @@ KERNELS: dict[Form, tuple[str, str]] = {
     linear: ("fp8_products", "linear_fp8"),
     dequantise_blocks: ("fp8_products", "dequantise_fp8"),
     Fp8Stack: ("fp8_experts", "experts_fp8"),        # of any twin, whose weights are such stacks
-    rotate: ("between_products", "rotate_fused"),
+    rotate_both: ("between_products", "rotate_both_fused"),
     swiglu: ("between_products", "swiglu_fused"),
     add_norm: ("between_products", "add_norm_fused"),
     add_up: ("route_tokens", "add_up_fused"),
@@ -162,8 +168,9 @@ def choose(
     select = select_greedy if c.max_devices is None else select_device_limited
     if kernels_serve(x):
         select = kernel(select)
-    forms = Forms(attention_form(c, x, T, S, cached), select, experts_form(c, x, B * T, W_gate),
-                  **between(x))
+    attend = attention_form(c, x, T, S, cached)
+    forms = Forms(attend, select, experts_form(c, x, B * T, W_gate),
+                  reads_positions=attend.__module__.endswith("_decode"), **between(x))
     if alone and forms.swiglu is not swiglu and forms.experts is kernel(experts_loop):
         forms = replace(forms, **few(B * T))
     return forms
@@ -181,7 +188,7 @@ def between(x: Tensor) -> dict[str, Form]:
     """The steps between products for tensors such as x, by their names in `Forms`."""
     found: dict[str, Form] = {}
     if kernels_serve(x):
-        found["rotate"] = kernel(rotate)
+        found["rotate_both"] = kernel(rotate_both)
         # the others have no gradient, and want all inputs of one dtype
         if not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type):
             found |= {"swiglu": kernel(swiglu), "add_norm": kernel(add_norm)}

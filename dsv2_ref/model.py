@@ -37,9 +37,11 @@ from dsv2_ref.attention.rope import (
 from dsv2_ref.block import Block, Pass, Traffic
 from dsv2_ref.config import Config
 from dsv2_ref.cross_entropy import IGNORED, cross_entropy, linear_cross_entropy
-from dsv2_ref.forms import Forms, choose, describe_fp8, packing
+from dsv2_ref.forms import Forms, choose, describe_fp8, kernels_serve, packing
+from dsv2_ref.moe.experts import experts_loop, experts_padded
 
 CACHES = {"latent": LatentCache, "six_bit": SixBitCache}
+WAITING = experts_loop, experts_padded       # on a GPU, for how many slots each expert has
 
 
 @dataclass
@@ -174,8 +176,17 @@ class DeepSeekV2(nn.Module):
             words += [f"prompt: {self._forms(1, 4096, 4096, 'latent').names()}",
                       f"decode: {self._forms(1, 1, 4096, 'latent').names()}"]
             words += describe_fp8(self, self.like)
+        if self.step_is_static():
+            words += ["generation: steps in a CUDA graph"]
         return (f"{n / 1e6:.2f}M parameters on {self.like.device} in "
                 f"{str(self.like.dtype)[6:]}; " + "; ".join(words))
+
+    def step_is_static(self) -> bool:
+        """Whether a decode step asks the device for nothing, so that a CUDA graph can hold it."""
+        with torch.no_grad():
+            return (kernels_serve(self.like) and self.across is None and self.first and self.last
+                    and not torch.is_autocast_enabled(self.like.device.type)
+                    and self._forms(1, 1, 4096, "latent").experts not in WAITING)
 
     def _forms(self, B: int, T: int, S: int, cached: str | None = None) -> Forms:
         routed = [block for block in self.blocks if self.config.is_moe(block.layer)]
@@ -208,7 +219,8 @@ class DeepSeekV2(nn.Module):
         forms = self._forms(B, T, S, None if cache is None else cache.kind)
         if self.across is not None:
             forms = self.across(forms)
-        return Pass(cos, sin, forms, cache)
+        reads = cache is not None and forms.reads_positions
+        return Pass(cos, sin, forms, cache, positions=positions if reads else None)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens (B, T) -> h (B, T, d): where the first layer begins."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn  # noqa: E402
 
 from dsv2_ref.kernels.between_products import (  # noqa: E402
     add_norm_fused,
-    rotate_fused,
+    rotate_both_fused,
     swiglu_fused,
 )
 
@@ -30,6 +30,13 @@ TOLERANCE = {torch.float32: 3e-7, torch.float16: 1.5e-3}
 def close(got: Tensor, expected: Tensor) -> None:
     assert got.shape == expected.shape
     assert ((got.double() - expected).abs() <= TOLERANCE[got.dtype] * expected.abs().max()).all()
+
+
+def rotate_fused(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x as the queries, or as the key beside others."""
+    if x.ndim == 4:
+        return rotate_both_fused(x, x[:, :, 0], cos, sin)[0]
+    return rotate_both_fused(torch.stack([x, x], 2), x, cos, sin)[1]
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -97,7 +104,8 @@ def test_what_is_not_asked_for_is_refused():
     x = normal(11, 2, 5, 3, 6).float().to(DEVICE)
     cos, sin = tables(12, 5, 3)
     refused(lambda: rotate_fused(x, cos[:4], sin[:4]), "cos, sin", "(4, 3)", "(..., 5, 3)")
-    refused(lambda: rotate_fused(x.double(), cos, sin), "x", "float64")
+    refused(lambda: rotate_fused(x.double(), cos, sin), "q_r", "float64")
+    refused(lambda: rotate_both_fused(x, x[:1, :, 0], cos, sin), "k_r", "(1, 5, 6)", "as q_r")
     refused(lambda: swiglu_fused(x, x[:1]), "up", "(1, 5, 3, 6)", "as gate")
     refused(lambda: swiglu_fused(x, x.half()), "up", "float16")
     norm = nn.RMSNorm(5, eps=1e-6).to(DEVICE)
@@ -108,8 +116,8 @@ def test_what_is_not_asked_for_is_refused():
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="is about machines without one")
 def test_a_cpu_without_the_interpreter_is_refused(monkeypatch):
-    x = normal(13, 1, 2, 4).float()
+    x = normal(13, 1, 2, 1, 4).float()
     refused(lambda: swiglu_fused(x.bfloat16(), x.bfloat16()), "gate", "bfloat16 on cpu")
     compiled = object.__new__(triton.JITFunction)
-    monkeypatch.setitem(rotate_fused.__wrapped__.__globals__, "_rotate_kernel", compiled)
-    refused(lambda: rotate_fused(x, *tables(14, 2, 2)), "x", "cpu", "TRITON_INTERPRET=1")
+    monkeypatch.setitem(rotate_both_fused.__wrapped__.__globals__, "_rotate_kernel", compiled)
+    refused(lambda: rotate_fused(x, *tables(14, 2, 2)), "q_r", "cpu", "TRITON_INTERPRET=1")

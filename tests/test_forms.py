@@ -238,26 +238,27 @@ def test_every_twin_has_a_kernel_of_its_own_kind():
     assert {kernel(twin).__name__ for twin in KERNELS} == {
         "attend_flash", "attend_latent", "attend_six_bit", "select_greedy_fused",
         "select_device_limited_fused", "experts_fused", "linear_fp8", "dequantise_fp8",
-        "experts_fp8", "rotate_fused", "swiglu_fused", "add_norm_fused", "add_up_fused",
-        "pack_rows_fused"}
+        "experts_fp8", "rotate_both_fused", "swiglu_fused", "add_norm_fused",
+        "add_up_fused", "pack_rows_fused"}
 
 
 def test_what_has_no_gradient_or_is_for_one_rank_is_not_taken_elsewhere(monkeypatch):
     use(monkeypatch, True)
-    x, names = torch.zeros(1, device=DEVICE), ("rotate", "swiglu", "add_norm", "add_up", "route")
+    x, names = torch.zeros(1, device=DEVICE), [
+        "rotate_both", "swiglu", "add_norm", "add_up", "route"]
 
     def fused(**more) -> set[str]:
         found = choose(CONFIG, x, 1, 16, 16, **more)
         plain = Forms(found.attend, found.select, found.experts)
         return {name for name in names if getattr(found, name) is not getattr(plain, name)}
 
-    assert fused() == {"rotate"}
+    assert fused() == {"rotate_both"}
     with torch.no_grad():
         assert fused() == set(names)
-        assert fused(alone=False) == fused(W_gate=[]) == {"rotate", "swiglu", "add_norm"}
+        assert fused(alone=False) == fused(W_gate=[]) == {"rotate_both", "swiglu", "add_norm"}
         assert choose(CONFIG, x, 1, 17, 17).route is None
         with torch.autocast(DEVICE, torch.float16):
-            assert fused() == {"rotate"}
+            assert fused() == {"rotate_both"}
 
 
 def test_a_cache_of_other_rows_is_refused():

@@ -5,7 +5,8 @@ Multi-head attention keeps, for every token and layer, n_h keys and n_h values: 
 Grouped-query attention (GQA) keeps n_g of each, multi-query attention (MQA) one. Multi-head latent
 attention (MLA) keeps one row [c_kv ; k_r] of d_c + d_r numbers, whatever the number of heads
 (section 2.1.2 and Table 1): the latent after its norm, and the shared RoPE key after its rotation.
-Both are stored as they will be used, so nothing is recomputed for an old token.
+Both are stored as they will be used, so nothing is recomputed for an old token. The famous mistake
+is to cache MLA's *expanded* keys and values, n_h·(d_h + d_r + d_v) numbers: 71 times more for V2.
 
 One pass through the layers goes
 
@@ -14,21 +15,17 @@ One pass through the layers goes
     rows = cache.rows(layer)                the rows of all S tokens, what `attend` takes
     cache.advance()                         ends it: the new tokens are old ones now
 
-A layer written twice or not at all, and a pass that was begun but not ended, are refused.
-`select`, `fork` and `release` are for whoever serves many sequences. Any object with these methods
-is a cache to the attention files; `kind` names what its rows are.
+A layer written twice or not at all, a pass begun but not ended, tokens without room are refused.
+`select`, `fork` and `release` are for many sequences. Any object with these methods is a cache.
 
 Memory is allocated once, for `max_tokens` tokens of each sequence. Sequences of one batch may have
 different lengths: new token t of sequence b stands at lengths[b] + t, and `counts` says how many of
 the T are real. The others are padding on the right, which the next real token overwrites, so the
 only mask that attention needs is "key position <= query position".
 
-The famous mistake is to cache the *expanded* keys and values of MLA, n_h·(d_h + d_r + d_v) numbers
-a token: 71 times more for V2.
-
-How this file differs from others: 1. lengths are plain Python ints, so asking for them never
-makes a GPU wait; 2. `nbytes` is what the tensors occupy, `nbytes_per_token` the formula; a test
-compares the two; 3. a cached row has no gradient: see `without_gradient`.
+How this file differs from others: 1. lengths are Python ints, so asking for them never makes a GPU
+wait, and a copy on the device is advanced there; 2. `nbytes` is what the tensors occupy,
+`nbytes_per_token` the formula; 3. a cached row has no gradient: see `without_gradient`.
 
 Shapes: B batch, T new tokens, S = cached + new tokens, l layers, n_kv key-value heads.
 Copy with: nothing.  Needs: torch.
@@ -46,6 +43,7 @@ Wiring, once copied:
 """
 
 import copy
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -61,7 +59,8 @@ class _Pass(NamedTuple):
     positions: Tensor            # (B, T)
     in_line: bool                # all sequences are equally long, and the padding has room
     end: int                     # S
-    real: tuple[Tensor, Tensor] | None       # where not in line: sequence and t of the real ones
+    real: tuple[Tensor, Tensor] | None = None    # where not in line: sequence and t of real ones
+    places: tuple[Tensor, Tensor] | None = None  # where not in line: slot and position of each
 
 
 class Cache:
@@ -78,6 +77,7 @@ class Cache:
         self._lengths = [0] * stores[0].shape[1]       # by slot, shared by what `select` gives
         self._pass: _Pass | None = None
         self._written: set[int] = set()
+        self._known: dict[str, tuple[list, Tensor]] = {}     # numbers, and their copy on the device
 
     @property
     def lengths(self) -> list[int]:
@@ -89,6 +89,12 @@ class Cache:
         for slot, n in zip(self._slots, self._numbers(lengths, self.max_tokens), strict=True):
             self._lengths[slot] = n
         self.undo()
+
+    def _there(self, name: str, numbers: list) -> Tensor:
+        """`numbers` on the device, uploaded where they are not those known there by that name."""
+        if name not in self._known or self._known[name][0] != numbers:
+            self._known[name] = numbers, torch.tensor(numbers, device=self.store.device).long()
+        return self._known[name][1]
 
     def _numbers(self, numbers: Sequence[int], most: int) -> list[int]:
         numbers = [int(n) for n in numbers]
@@ -117,39 +123,33 @@ class Cache:
     @property
     def nbytes_per_token(self) -> int:
         """Bytes one token takes over all layers: the formula of Table 1 times the element size."""
-        return sum(len(store) * store.shape[3:].numel() * store.element_size()
-                   for store in self.stores)
+        return sum(store[:, 0, 0].nbytes for store in self.stores)
 
     def positions(self, new_tokens: int, counts: Sequence[int] | None = None) -> Tensor:
-        """Begin a pass of T = `new_tokens` a sequence: where they stand, (B, T).
-
-        counts: how many of the T are real, one number a sequence; None for all. ValueError where
-        they have no room.
-        """
+        """Begin a pass of T = `new_tokens` a sequence, `counts` of each real: positions (B, T)."""
         counts = self._numbers([new_tokens] * self.batch if counts is None else counts, new_tokens)
-        if self._written:
-            if (self._pass.T, self._pass.counts) == (new_tokens, counts):
-                return self._pass.positions
+        if self._written and (self._pass.T, self._pass.counts) != (new_tokens, counts):
             raise ValueError(f"positions: {self._pass.T} tokens are written and not counted, "
                              "expected advance() at the end of their pass")
-        self._pass = self._begin(new_tokens, counts)
+        if not self._written:
+            self._pass = self._begin(new_tokens, counts)
         return self._pass.positions
 
     def _begin(self, T: int, counts: list[int]) -> _Pass:
-        start, device = self.lengths, self.stores[0].device
+        start, steps = self.lengths, torch.arange(T, device=self.store.device)
         for old, new in zip(start, counts, strict=True):
             if old + new > self.max_tokens:
                 raise ValueError(f"cache is full: {old} + {new} tokens, expected at most "
                                  f"max_tokens = {self.max_tokens}")
-        steps = torch.arange(T, device=device)
         if len(set(start)) == 1 and start[0] + T <= self.max_tokens:
             positions = (start[0] + steps).expand(self.batch, T)
-            return _Pass(T, counts, positions, True, start[0] + T, None)
-        positions = torch.tensor(start, device=device)[:, None] + steps
-        real = [(b, t) for b, n in enumerate(counts) for t in range(n)]
-        b, t = torch.tensor(real, dtype=torch.int64, device=device).view(-1, 2).T
-        end = max(1, *(old + new for old, new in zip(start, counts, strict=True)))
-        return _Pass(T, counts, positions, False, end, (b, t))
+            return _Pass(T, counts, positions, True, start[0] + T)
+        positions = self._there("lengths", start)[:, None] + steps
+        real = [[b, t] for b, n in enumerate(counts) for t in range(n)]
+        b, t = self._there("real", real).view(-1, 2).T
+        slots = b if self.slots is None else self._there("slots", self.slots)[b]
+        end, places = max(1, *map(operator.add, start, counts)), (slots, positions[b, t])
+        return _Pass(T, counts, positions, False, end, (b, t), places)
 
     @property
     def queries(self) -> Tensor | None:
@@ -158,17 +158,14 @@ class Cache:
 
     def write(self, layer: int, *parts: Tensor) -> None:
         """Store the rows of a layer's new tokens, one (B, T, ...) for each store."""
-        n_layers = len(self.stores[0])
-        if not 0 <= layer < n_layers:
-            raise ValueError(f"layer: {layer}, expected 0 to {n_layers - 1}")
+        if not 0 <= layer < len(self.store):
+            raise ValueError(f"layer: {layer}, expected 0 to {len(self.store) - 1}")
         if layer in self._written:
-            raise ValueError(f"layer: {layer} is written a second time, expected one write a "
-                             "layer and then advance()")
+            raise ValueError(f"layer: {layer} is written a second time, expected advance() before")
         if self._pass is None:
             self.positions(parts[0].shape[1])
         for store, rows in zip(self.stores, parts, strict=True):
-            expected = (self.batch, self._pass.T, *store.shape[3:])
-            if tuple(rows.shape) != expected:
+            if rows.shape != (expected := (self.batch, self._pass.T, *store.shape[3:])):
                 raise ValueError(f"rows: shape {tuple(rows.shape)}, expected {expected}")
             # under autocast new rows are in its dtype
             if rows.dtype != store.dtype and not torch.is_autocast_enabled(rows.device.type):
@@ -178,19 +175,16 @@ class Cache:
 
     def _put(self, store: Tensor, rows: Tensor) -> None:
         if self._pass.in_line:
-            slots = slice(None) if self.slots is None else self.slots
+            slots = slice(None) if self.slots is None else self._there("slots", self.slots)
             store[slots, self._pass.end - self._pass.T : self._pass.end] = rows.to(store.dtype)
-            return
-        b, t = self._pass.real
-        slots = b if self.slots is None else torch.tensor(self.slots, device=b.device)[b]
-        store[slots, self._pass.positions[b, t]] = rows[b, t].to(store.dtype)
+        else:
+            store[self._pass.places] = rows[self._pass.real].to(store.dtype)
 
     def rows(self, layer: int) -> tuple[Tensor, ...]:
         """What `attend` takes of a layer: its rows up to the last new token, (B, S, ...) each."""
         end = max(self.lengths) if self._pass is None else self._pass.end
-        if self.slots is None:
-            return tuple(store[layer, :, :end] for store in self.stores)
-        return tuple(store[layer, self.slots, :end] for store in self.stores)
+        slots = slice(None) if self.slots is None else self._there("slots", self.slots)
+        return tuple(store[layer][slots, :end] for store in self.stores)
 
     def advance(self, new_tokens: int | Sequence[int] | None = None) -> None:
         """End the pass: count the new tokens as read, `new_tokens` of each sequence.
@@ -199,12 +193,15 @@ class Cache:
         """
         if self._pass is None:
             raise ValueError("advance: no pass was begun, expected positions() or write() first")
-        if missing := sorted(set(range(len(self.stores[0]))) - self._written):
-            raise ValueError(f"layer: {missing[0]} is not written, expected every layer before "
-                             "advance()")
+        if missing := sorted(set(range(len(self.store))) - self._written):
+            raise ValueError(f"layer: {missing[0]} is not written, expected all before advance()")
         counts = [new_tokens] * self.batch if isinstance(new_tokens, int) else new_tokens
         counts = self._numbers(self._pass.counts if counts is None else counts, self._pass.T)
-        self.lengths = [old + new for old, new in zip(self.lengths, counts, strict=True)]
+        old, ragged = self.lengths, not self._pass.in_line
+        self.lengths = [n + more for n, more in zip(old, counts, strict=True)]
+        if ragged and old == self._known.get("lengths", (None,))[0]:         # the copy is read
+            there = self._known["lengths"][1] + self._there("counts", counts)
+            self._known["lengths"] = self.lengths, there
 
     def undo(self) -> None:
         """Forget the pass that was begun."""
@@ -221,7 +218,7 @@ class Cache:
     def select(self, slots: Sequence[int]) -> "Cache":
         """A cache of some of the sequences, on the same memory: what it reads is read here too."""
         chosen = copy.copy(self)
-        chosen.slots = [self._slots[slot] for slot in slots]
+        chosen._known, chosen.slots = {}, [self._slots[slot] for slot in slots]
         if not slots or len(set(chosen.slots)) != len(chosen.slots):
             raise ValueError(f"slots: {list(slots)}, expected different sequences, at least one")
         chosen.undo()
@@ -232,7 +229,7 @@ class Cache:
         slots = [slots] if isinstance(slots, int) else slots
         at = [self._slots[slot] for slot in slots for _ in range(n)]
         forked = copy.copy(self)
-        forked.slots, forked._lengths = None, [self._lengths[slot] for slot in at]
+        forked.slots, forked._known, forked._lengths = None, {}, [self._lengths[i] for i in at]
         forked.stores = tuple(s.new_zeros(s.shape[0], len(at), *s.shape[2:]) for s in self.stores)
         end = max(forked._lengths)
         for new, old in zip(forked.stores, self.stores, strict=True):
@@ -292,14 +289,12 @@ class _WithoutGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream: Tensor) -> Tensor:
-        raise ValueError("gradient: asked for through a cache, whose rows have none; expected a "
-                         "forward pass without a cache")
+        raise ValueError("gradient: asked for through a cache, expected a pass without one")
 
 
 def without_gradient(u: Tensor) -> Tensor:
     """u, what attention made of cached rows: going backward through it is refused.
 
-    Old tokens have no graph, so the gradient would be that of the new tokens' own rows alone, wrong
-    without a word.
+    Old tokens have no graph, so the gradient would be that of the new rows alone, without a word.
     """
     return _WithoutGradient.apply(u) if u.requires_grad else u

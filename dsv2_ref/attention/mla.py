@@ -212,17 +212,22 @@ class MultiHeadLatentAttention(nn.Module):
     def forward(
         self, h: Tensor, cos: Tensor, sin: Tensor, attend: Callable[..., Tensor] = attend_expanded,
         cache: Cache | None = None, layer: int = 0, positions: Tensor | None = None,
-        rotate: Callable[..., Tensor] = rotate,
+        rotate_both: Callable[..., tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:
         """h (B, T, d), cos and sin (T or B, T, d_r/2) -> u (B, T, d).
 
         `attend` is one of the functions above, expanded for prompts and training, absorbed for
         decoding, or another that takes the cache's rows. `cache` is written at `layer`, not
         advanced. `positions` (B, T) of the new tokens are needed where they are not the last of
-        all S; None with a cache: the cache knows. `rotate` is a function equal to rope.py's.
+        all S; None with a cache: the cache knows. `rotate_both` turns q_r and k_r at once, as
+        `rotate` does each where it is made.
         """
-        q_c, q_r = self.queries(h, cos, sin, rotate)
-        rows = self.latents(h, cos, sin, rotate)
+        turn = rotate if rotate_both is None else lambda x, *tables: x
+        q_c, q_r = self.queries(h, cos, sin, turn)
+        rows = self.latents(h, cos, sin, turn)
+        if rotate_both is not None:
+            q_r, k_r = rotate_both(q_r, rows[1], cos, sin)
+            rows = rows[0], k_r
         if cache is not None:
             cache.write(layer, *rows)
             rows = cache.rows(layer)                                         # (B, S, ·) each

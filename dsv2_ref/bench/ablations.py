@@ -60,7 +60,9 @@ WIDTHS = "d d_h d_r d_v d_c d_cq dense_width expert_width".split()
 class PerHeadAttention(MultiHeadAttention):
     """MHA, GQA or MQA where a block has its MLA; trained alone, it has no cache."""
 
-    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, *_: object) -> Tensor:
+    def forward(
+        self, h: Tensor, cos: Tensor, sin: Tensor, *_: object, **__: object
+    ) -> Tensor:
         """h (B, T, d), cos and sin (1, T, d_h/2) -> (B, T, d)."""
         return super().forward(h, cos, sin)
 

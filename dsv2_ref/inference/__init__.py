@@ -2,6 +2,7 @@
 """Using a trained model.
 
   generate     read prompts, then decode, sample and stream
+  graph        a decode step that a CUDA graph can hold
   paged_cache  a cache in pages, shared where texts begin alike
   pieces       a pass over pieces of different lengths, without padding
   engine       many requests in a fixed number of bytes

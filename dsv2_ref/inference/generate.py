@@ -3,7 +3,8 @@
 
 The prompts of a batch may have different lengths. They are padded on the right, and the cache
 counts the real tokens of each, so a padded row is the next one to be overwritten and no mask for
-padding exists. A long prompt is read in pieces, which bounds the memory and changes nothing.
+padding exists. A long prompt is read in pieces, which bounds the memory and changes nothing. On a
+CUDA device the step is captured once and replayed: graph.py.
 """
 
 import operator
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dsv2_ref.attention.kv_cache import Cache
+from dsv2_ref.inference.graph import DecodeStep, worth
 from dsv2_ref.model import DeepSeekV2
 
 PIECE = 1024    # prompt tokens read at once
@@ -92,10 +94,12 @@ def generate(
     h = read(model, prompts, cache)                             # (B, d)
     new: list[list[int]] = [[] for _ in prompts]
     running = [True] * len(prompts)
+    replay = DecodeStep(model, cache) if worth(model, cache, max_new_tokens) else None
     for n in range(max_new_tokens):
         if n:
             last = torch.tensor([row[-1] for row in new], device=h.device)
-            h = step(model, last, cache, [int(runs) for runs in running])
+            counts = [int(runs) for runs in running]
+            h = replay(last, counts) if replay else step(model, last, cache, counts)
         ids = sample(model.head(h), temperature, top_p, generator).tolist()
         for b, (row, i, runs) in enumerate(zip(new, ids, running, strict=True)):
             if runs and i == NOT_A_NUMBER:

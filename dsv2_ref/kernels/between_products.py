@@ -6,10 +6,11 @@ coordinates turned by an angle, a gate times a value, a residual and its norm. T
 for each cast, product and sum of these; on a card that has little to compute, the launches are what
 a token waits for. Here each step is one kernel over the rows:
 
-  rotate_fused     RoPE, sections 2.1.3 and 3.1.4: both halves of a pair are read once, turned, and
-                   written once. Its gradient is the turn by the opposite angle: the same kernel.
-  swiglu_fused     silu(gate) · up of an expert, section 2.2.1. No gradient.
-  add_norm_fused   h + u and its RMSNorm: a row stays in registers between the two. No gradient.
+  rotate_both_fused  RoPE of queries and key, sections 2.1.3 and 3.1.4: both halves of a pair are
+                     read once, turned, and written once. Its gradient is the turn by the opposite
+                     angle: the same kernel.
+  swiglu_fused       silu(gate) · up of an expert, section 2.2.1. No gradient.
+  add_norm_fused     h + u and its RMSNorm: a row stays in registers between. No gradient.
 
 How this file differs from its twins:
   1. A twin rounds to the dtype after each operation; so do these kernels where more than one
@@ -24,9 +25,10 @@ Copy with: target.py.  Needs: torch, triton.
 
 Wiring, once copied:
     import torch                       # on a CPU, first set TRITON_INTERPRET=1
-    from between_products import add_norm_fused, rotate_fused, swiglu_fused
+    from between_products import add_norm_fused, rotate_both_fused, swiglu_fused
     angles = torch.arange(5)[:, None] * 1e4 ** -torch.linspace(0, 1, 3)      # (T, d_r/2)
-    q_r = rotate_fused(torch.randn(2, 5, 4, 6), angles.cos(), angles.sin())  # (B, T, n_h, d_r)
+    q_r, k_r = torch.randn(2, 5, 4, 6), torch.randn(2, 5, 6)         # (B, T, n_h, d_r), (B, T, d_r)
+    q_r, k_r = rotate_both_fused(q_r, k_r, angles.cos(), angles.sin())
     hidden = swiglu_fused(torch.randn(10, 24), torch.randn(10, 24))          # (N, w)
     norm = torch.nn.RMSNorm(40, eps=1e-6).requires_grad_(False)
     h, x = add_norm_fused(torch.randn(10, 40), torch.randn(10, 40), norm)    # (N, d) twice
@@ -43,14 +45,13 @@ from dsv2_ref.kernels.target import check_device, on_its_device
 BLOCK = 1024
 
 
-# tokens and batches differ from pass to pass: no reason to compile anew
-@triton.jit(do_not_specialize=["rows", "T", "cos_b", "cos_t", "sin_b", "sin_t"])
-def _rotate_kernel(
-    x, cos, sin, out, rows, T, n_h, cos_b, cos_t, sin_b, sin_t, D: tl.constexpr,
+@triton.jit
+def _turn_rows(
+    x, out, cos, sin, first, rows, T, n_h, cos_b, cos_t, sin_b, sin_t, D: tl.constexpr,
     BACK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):
-    """ROWS rows of x (B, T, n_h, D), one after the other; tables (B, T, D/2) by their strides."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    """ROWS rows of x (B, T, n_h, D) from `first` on; tables (B, T, D/2) by their strides."""
+    row = first.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column, pair = tl.arange(0, WIDTH), tl.arange(0, WIDTH // 2)
     at = row[:, None] * D + column[None]
     inside = (row < rows)[:, None] & (column < D)[None]
@@ -65,6 +66,22 @@ def _rotate_kernel(
     s = -s if BACK else s
     turned = tl.reshape(tl.join(a * c - b * s, a * s + b * c), (ROWS, WIDTH))
     tl.store(out + at, turned.to(out.dtype.element_ty), mask=inside)
+
+
+# tokens and batches differ from pass to pass: no reason to compile anew
+@triton.jit(do_not_specialize=["tokens", "T", "cos_b", "cos_t", "sin_b", "sin_t"])
+def _rotate_kernel(
+    q_r, k_r, q_out, k_out, cos, sin, tokens, T, cos_b, cos_t, sin_b, sin_t, N_H: tl.constexpr,
+    D: tl.constexpr, BACK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):
+    """The first programs have rows of q_r, the others of k_r."""
+    queries = (tokens * N_H + ROWS - 1) // ROWS
+    if tl.program_id(0) < queries:
+        _turn_rows(q_r, q_out, cos, sin, tl.program_id(0), tokens * N_H, T, N_H, cos_b, cos_t,
+                   sin_b, sin_t, D, BACK, ROWS, WIDTH)
+    else:
+        _turn_rows(k_r, k_out, cos, sin, tl.program_id(0) - queries, tokens, T, 1, cos_b, cos_t,
+                   sin_b, sin_t, D, BACK, ROWS, WIDTH)
 
 
 @triton.jit
@@ -102,47 +119,53 @@ def _check(kernel: object, **named: Tensor) -> None:
     check_device(name, first, kernel)
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+def _turn(
+    q_r: Tensor, k_r: Tensor, cos: Tensor, sin: Tensor, back: bool
+) -> tuple[Tensor, Tensor]:
     """By the angle, or back."""
-    (B, T), D = x.shape[:2], x.shape[-1]
-    x, out = x.contiguous(), torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    B, T, n_h, D = q_r.shape
+    q_r, k_r = q_r.contiguous(), k_r.contiguous()
+    out = torch.empty_like(q_r), torch.empty_like(k_r)
     cos, sin = (t.expand(B, T, D // 2) for t in (cos, sin))
     cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (cos, sin))
     width = max(2, triton.next_power_of_2(D))
-    rows, each = x.numel() // D, max(1, BLOCK // width)
-    if rows:
-        _rotate_kernel[(triton.cdiv(rows, each),)](
-            x, cos, sin, out, rows, T, rows // (B * T), *cos.stride()[:2], *sin.stride()[:2], D,
-            back, each, width)
+    each = max(1, BLOCK // width)
+    if B * T:
+        _rotate_kernel[(triton.cdiv(B * T * n_h, each) + triton.cdiv(B * T, each),)](
+            q_r, k_r, *out, cos, sin, B * T, T, *cos.stride()[:2], *sin.stride()[:2], n_h, D, back,
+            each, width)
     return out
 
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, cos, sin):
+    def forward(ctx, q_r, k_r, cos, sin):
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin, False)
+        return _turn(q_r, k_r, cos, sin, False)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
-        return _turn(dy, *ctx.saved_tensors, True), None, None
+    def backward(ctx, dq_r, dk_r):
+        return *_turn(dq_r, dk_r, *ctx.saved_tensors, True), None, None
 
 
 @on_its_device
-def rotate_fused(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`rotate` of rope.py: (a, b) -> (a cos - b sin, a sin + b cos) for each adjacent pair.
+def rotate_both_fused(
+    q_r: Tensor, k_r: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`rotate` of both: (a, b) -> (a cos - b sin, a sin + b cos) for each adjacent pair.
 
-    x (B, T, d_r) or (B, T, n_h, d_r) in fp32, bf16 or fp16; cos, sin (T, d_r/2) or (B or 1, T,
-    d_r/2), which get no gradient -> as x.
+    q_r (B, T, n_h, d_r) and k_r (B, T, d_r) of one dtype, fp32, bf16 or fp16; cos, sin (T, d_r/2)
+    or (B or 1, T, d_r/2), which get no gradient -> as q_r and k_r.
     """
-    _check(_rotate_kernel, x=x)
-    if x.shape[-1] % 2 or any(t.shape[-2:] != (x.shape[1], x.shape[-1] // 2) for t in (cos, sin)):
-        raise ValueError(f"cos, sin: shape {tuple(cos.shape)}, expected (..., {x.shape[1]}, "
-                         f"{x.shape[-1] // 2}), a row for each of the T new tokens")
-    if torch.is_grad_enabled() and x.requires_grad:
-        return _Rotate.apply(x, cos, sin)
-    return _turn(x, cos, sin, False)
+    B, T, _, d_r = q_r.shape
+    _check(_rotate_kernel, q_r=q_r[:, :, 0], k_r=k_r)
+    if d_r % 2 or any(t.shape[-2:] != (T, d_r // 2) for t in (cos, sin)):
+        raise ValueError(f"cos, sin: shape {tuple(cos.shape)}, expected (..., {T}, {d_r // 2}), a "
+                         "row for each of the T new tokens")
+    if torch.is_grad_enabled() and (q_r.requires_grad or k_r.requires_grad):
+        return _Rotate.apply(q_r, k_r, cos, sin)
+    return _turn(q_r, k_r, cos, sin, False)
 
 
 def _no_gradient(name: str, *inputs: Tensor) -> None:

@@ -4,8 +4,9 @@
 from audit.machine_code import CARDS, Entry
 
 TABLES = {name: "i32" for name in ("cos_b", "cos_t", "sin_b", "sin_t")}
-ROTATE = {"x": "*bf16", "cos": "*fp32", "sin": "*fp32", "out": "*bf16", "rows": "i32", "T": "i32",
-          "n_h": "i32"} | TABLES
+ROTATE = {**{name: "*bf16" for name in ("q_r", "k_r", "q_out", "k_out")}, "cos": "*fp32",
+          "sin": "*fp32", "tokens": "i32", "T": "i32"} | TABLES
+SIZES = dict(N_H=16, D=64, ROWS=16, WIDTH=64)
 NORM = {"h": "*bf16", "u": "*bf16", "weight": "*bf16", "total": "*bf16", "normed": "*bf16",
         "eps": "fp32"}
 
@@ -17,8 +18,8 @@ def _entry(name: str, kernel: str, signature: dict[str, str], constexprs: dict[s
 
 
 ENTRIES = [entry for target in CARDS for entry in (
-    _entry("rotate", "rotate", ROTATE, dict(D=64, BACK=False, ROWS=16, WIDTH=64), target),
-    _entry("rotate_back", "rotate", ROTATE, dict(D=64, BACK=True, ROWS=16, WIDTH=64), target),
+    _entry("rotate", "rotate", ROTATE, SIZES | dict(BACK=False), target),
+    _entry("rotate_back", "rotate", ROTATE, SIZES | dict(BACK=True), target),
     _entry("swiglu", "swiglu", {"gate": "*bf16", "up": "*bf16", "out": "*bf16", "n": "i32"},
            dict(SIZE=1024), target),
     _entry("norm_lite", "add_norm", NORM, dict(D=2048, WIDTH=2048), target),

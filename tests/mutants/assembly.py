@@ -4,6 +4,7 @@
 from mutants import Mutant
 
 MODEL = "model.py"
+GRAPH = "inference/graph.py"
 CONFIG = "config.py"
 CHECKPOINT = "checkpoint.py"
 FP8_MODEL = "inference/fp8_model.py"
@@ -272,4 +273,40 @@ MUTANTS = [
     Mutant("the_first_expert_not_passed_on", "moments", "training/adamw8.py",
            't, name), first,', 't, name), 0,',
            "test_adamw8.py::test_a_share_of_the_experts_is_a_slice_of_the_whole[torch.bfloat16]"),
+    Mutant("an_ended_sequence_writes_over_its_last_row", "chunks", GRAPH,
+           "source = [b if n else runs for b, n in enumerate(counts)]",
+           "source = [b for b in range(len(counts))]",
+           "test_graph.py::test_steps_equal_plain_ones_while_sequences_end_and_go_on"),
+    Mutant("an_ended_sequence_writes_its_own_row_elsewhere", "chunks", GRAPH,
+           "(self.source, self.zeros), places)", "(self.slots, self.zeros), places)",
+           "test_graph.py::test_steps_equal_plain_ones_while_sequences_end_and_go_on"),
+    Mutant("an_ended_sequence_moves_on", "chunks", GRAPH,
+           "self.queries += self.counts", "self.queries += 1",
+           "test_graph.py::test_steps_equal_plain_ones_while_sequences_end_and_go_on"),
+    Mutant("lengths_that_others_changed_not_seen", "protocol", GRAPH,
+           "if read != self._lengths:", "if self._lengths is None:",
+           "test_graph.py::test_plain_passes_may_come_between"),
+    Mutant("counts_of_the_first_step", "protocol", GRAPH,
+           "if counts != self._counts:", "if self._counts is None:",
+           "test_graph.py::test_steps_equal_plain_ones_while_sequences_end_and_go_on"),
+    Mutant("the_hosts_lengths_stay", "protocol", GRAPH,
+           "        self.cache.lengths = self._lengths\n", "",
+           "test_graph.py::test_plain_passes_may_come_between"),
+    Mutant("room_only_as_far_as_read", "waits", GRAPH,
+           "self.queries, False, self.most,",
+           "self.queries, False, max(self.cache.lengths) + 1,",
+           "test_graph.py::test_nothing_depends_on_the_length"),
+    Mutant("a_selection_steps_in_other_memory", "protocol", GRAPH,
+           "slots = range(cache.batch) if cache.slots is None else cache.slots",
+           "slots = range(cache.batch)",
+           "test_graph.py::test_a_selection_of_sequences_steps_in_the_memory_of_all"),
+    Mutant("positions_behind_the_models_last", "protocol", GRAPH,
+           "min(cache.max_tokens, model.config.max_positions)", "cache.max_tokens",
+           "test_graph.py::test_all_positions_are_used_of_a_cache_with_room_for_more"),
+    Mutant("ranks_in_a_graph", "once a pass", MODEL,
+           "self.across is None and self.first", "self.first",
+           "test_graph.py::test_when_steps_are_replayed"),
+    Mutant("experts_that_wait_in_a_graph", "once a pass", MODEL,
+           "experts not in WAITING", "experts is not None",
+           "test_graph.py::test_when_steps_are_replayed"),
 ]

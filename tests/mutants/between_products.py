@@ -21,7 +21,7 @@ KERNEL_MUTANTS = [
            "(ROWS, 2, WIDTH // 2)).permute(0, 2, 1))\n    token", _turned),
     _wrong("one_angle_for_each_head", "(39)", "token = row // n_h", "token = row", _turned),
     _wrong("tables_of_the_first_sequence", "(39)", "token // T * cos_b + ", "", _turned),
-    _wrong("heads_taken_for_one", "(39)", "rows // (B * T), *cos", "1, *cos", _turned),
+    _wrong("key_taken_for_heads", "(43)", "tokens, T, 1, cos_b", "tokens, T, N_H, cos_b", _turned),
     _wrong("silu_of_up", "(20)", "(g * tl.sigmoid(g))", "tl.sigmoid(g)",
            "test_between_products.py::test_the_gate_meets_up"),
     _wrong("norm_of_the_padded_row", "(20)", "tl.sum(row * row, 0) / D",

@@ -107,7 +107,7 @@ class Card(FakeTensorMode):
     def _chosen(self, x: Tensor, indices: list[Tensor | None]) -> Tensor:
         """x[mask], all of it."""
         if len(indices) != 1:
-            raise NotImplementedError("a mask among other indices, on the pretended card")
+            raise RuntimeError("x[mask, ...]: the pretended card knows x[mask] alone")
         self.wait("nonzero")
         with self:
             return torch.empty(indices[0].numel(), *x.shape[indices[0].ndim :], dtype=x.dtype,
@@ -143,6 +143,20 @@ class _Event:
 
     def elapsed_time(self, other: "_Event") -> float:
         return 1.0
+
+
+class _Stream:
+    def wait_stream(self, other: "_Stream") -> None:
+        pass
+
+
+class _Graph:
+    """What is captured has run, for all there is to see; a replay runs nothing."""
+
+    replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
 
 
 def _listed(x: Tensor) -> Any:
@@ -226,6 +240,9 @@ def card(name: str = "NVIDIA H200", index: int = 0) -> Iterator[Card]:
         "_exchange_device": exchange, "_maybe_exchange_device": exchange,
         "max_memory_allocated": lambda device=None: 0, "memory_allocated": lambda device=None: 0,
         "reset_peak_memory_stats": lambda device=None: None,
+        "Stream": _Stream, "current_stream": lambda device=None: _Stream(),
+        "stream": contextlib.nullcontext, "CUDAGraph": _Graph,
+        "graph": lambda graph, **options: contextlib.nullcontext(),
     }
     with contextlib.ExitStack() as stack:
         def pretend(target: object, name: str, value: object) -> None:

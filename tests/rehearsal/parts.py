@@ -22,6 +22,7 @@ from dsv2_ref.__main__ import main
 from dsv2_ref.config import PRESETS, Config
 from dsv2_ref.cost import causal_training_flops
 from dsv2_ref.inference.generate import sample
+from dsv2_ref.inference.graph import DecodeStep
 from dsv2_ref.kernels import grouped_experts
 from dsv2_ref.model import DeepSeekV2
 from dsv2_ref.moe.routing import Router
@@ -78,8 +79,14 @@ def _told(mode: Card, recorder: Recorder, counts: Counts) -> dict[str, Any]:
 
 
 def decode(preset: str = "lite", layers: int = 0, batch: int = 1, cached: int = 4096,
-           cache: str = "latent", ragged: int = 0, index: int = 0) -> dict[str, Any]:
-    """The second of two decode steps; `ragged` 1: the first sequence is one token shorter."""
+           cache: str = "latent", ragged: int = 0, index: int = 0,
+           graph: int = 0) -> dict[str, Any]:
+    """The second of two decode steps; `ragged` 1: the first sequence is one token shorter.
+
+    `graph` 1: the step of static shapes, not captured; and how it differs at a third of the length.
+    """
+    if graph:
+        return _static(preset, layers, batch, cached, cache, ragged, index)
     with _stage(index=index) as (mode, recorder), torch.no_grad():
         model = _model(_config(preset, layers), mode.here).eval()
         kept = model.new_cache(batch, cached + 16, cache)
@@ -91,6 +98,29 @@ def decode(preset: str = "lite", layers: int = 0, batch: int = 1, cached: int = 
                 h = model.hidden(last, kept, [1] * batch)[:, -1]
                 sample(model.head(h), 0.0, 1.0, None).tolist()
     return _told(mode, recorder, counts) | {"layers": len(model.blocks)}
+
+
+def _static(preset: str, layers: int, batch: int, cached: int, cache: str, ragged: int,
+            index: int) -> dict[str, Any]:
+    with _stage(index=index) as (mode, recorder), torch.no_grad():
+        model = _model(_config(preset, layers), mode.here).eval()
+        kept, told = model.new_cache(batch, cached + 16, cache), []
+        step = DecodeStep(model, kept, capture=False)
+        for length in (cached // 3, cached):
+            kept.lengths = [length - 2 - (ragged and b == 0) for b in range(batch)]
+            for _ in range(2):
+                mode.waits.clear(), recorder.launches.clear()
+                with Counts() as counts:
+                    h = step(torch.tensor([0] * batch, device=mode.here), [1] * batch)
+                    sample(model.head(h), 0.0, 1.0, None).tolist()
+            told.append(_told(mode, recorder, counts) | {"lengths": kept.lengths})
+        with Counts() as counts:             # the way of the capture, too
+            replayed = DecodeStep(model, kept)
+            replayed(torch.tensor([0] * batch, device=mode.here), [1] * batch)
+    differs = [f"{name}: {told[0][name]} and {told[1][name]}" for name in
+               ("kernels", "operations", "moved") if told[0][name] != told[1][name]]
+    return told[1] | {"layers": len(model.blocks), "differs": differs,
+                      "replays": getattr(replayed._graph, "replays", 0)}
 
 
 def prefill(preset: str = "lite", layers: int = 0, tokens: int = 4096,
