@@ -55,8 +55,10 @@ def decoding_alike(a_layer: float, beside: int) -> Callable[[Found], list[str]]:
 
 
 def compiled_twice_at_most(found: Found) -> list[str]:
-    return [*launched(found), *(line for kernel, n in found["variants"].items()
-                                for line in most(f"{kernel}: compilations", n, 2))]
+    """The kernel that adds up pieces has a tile for few and one for many; all others one."""
+    return [*launched(found), *(
+        line for kernel, n in found["variants"].items()
+        for line in most(f"{kernel}: compilations", n, 1 + (kernel == "combine_kernel")))]
 
 
 def learns(kept: float, above: float) -> Callable[[Found], list[str]]:
@@ -145,6 +147,7 @@ SLOW = {
         "variants", {"preset": preset, "cache": cache, "batch": batch, "ragged": int(batch > 1)},
         compiled_twice_at_most)
         for preset in ("lite", "v2") for cache in ("latent", "six_bit") for batch in (1, 4)},
+    "loss": Promise("backward", {"layers": 1, "batch": 4, "recompute": 1.0}, learns(1.1, 1.9)),
     "wide latents": Promise("wide", {}, all_ran),
     "compiled": Promise("shapes", {"build": 1}, all_ran),
     **{f"bench {name}": Promise("bench", {"name": name}, all_ran)
