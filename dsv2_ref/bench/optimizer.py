@@ -54,13 +54,9 @@ def rows(case: Case, device: torch.device) -> Iterator[dict[str, Any]]:
         os.environ.setdefault("TRITON_INTERPRET", "1")           # before a kernel is imported
     from dsv2_ref.kernels.adamw8_update import update_fused
 
-    random = torch.Generator(device).manual_seed(1)
-
-    def normal(_: int) -> Tensor:
-        return torch.randn(*case.size, generator=random, device=device).to(case.dtype)
-
+    normal = drawn(case, device)
     W = normal(0)
-    error = _compare(update_fused, W, normal)
+    error = compared(update_fused, W, normal)
     clip = torch.full((), 0.5, device=device)
     gradients = rotated(normal, W.nbytes, device)
     nbytes = W.numel() * (3 * W.element_size() + 4 + 16 / BLOCK)
@@ -75,7 +71,13 @@ def rows(case: Case, device: torch.device) -> Iterator[dict[str, Any]]:
         yield found
 
 
-def _compare(ours: Callable[..., None], like: Tensor, normal: Callable[[int], Tensor]) -> float:
+def drawn(case: Case, device: torch.device) -> Callable[[int], Tensor]:
+    """A function that gives other standard normal numbers, of the case's size, every time."""
+    random = torch.Generator(device).manual_seed(1)
+    return lambda _: torch.randn(*case.size, generator=random, device=device).to(case.dtype)
+
+
+def compared(ours: Callable[..., None], like: Tensor, normal: Callable[[int], Tensor]) -> float:
     """The largest relative RMS error of ours in three steps; of fp32 weights and the moments."""
     W, worst = like.float(), 0.0
     moments = new_moments(W)

@@ -347,7 +347,9 @@ def bench(name: str, card_name: str = "NVIDIA H200") -> dict[str, Any]:
          contextlib.redirect_stdout(out):
         code = main(["bench", name, "--json"])
     record = json.loads(out.getvalue())
-    failed = [f"{row['case']}: {name}: {ms}" for row in record["rows"]
+    failed = [f"{case}: {why}" for case, why in record.get("cases", {}).items()
+              if why != "measured"]
+    failed += [f"{row['case']}: {name}: {ms}" for row in record["rows"]
               for name, ms in row.get("ms", {}).items()
               if isinstance(ms, str) and not any(reason in ms for reason in NOT_HERE)]
     return {"code": code, "cases": [row["case"] for row in record["rows"]], "failed": failed,
