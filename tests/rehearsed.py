@@ -32,8 +32,9 @@ def run(promises: Mapping[str, Promise], package: Path = TESTS.parent) -> dict[s
     calls = [json.dumps([promise.part, promise.given]) for promise in promises.values()]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
         "PYTHONPATH": f"{package}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"}
+    # not from where a dsv2_ref is: `python -m` would take that one
     done = subprocess.run([sys.executable, "-m", "rehearsal", *calls], env=environment, text=True,
-                          capture_output=True, check=False)
+                          cwd=TESTS, capture_output=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr[-3000:])
     lines = done.stdout.splitlines()

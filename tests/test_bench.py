@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT
 """The benchmarks run and agree with what they are compared with. Never how fast they are."""
 
+import contextlib
 import json
 import math
 import sys
+import types
 
 import pytest
 import torch
@@ -94,18 +96,64 @@ def test_training_is_compared_at_equal_work(train_record: dict) -> None:
 
 def test_the_path_of_lite_is_the_one_a_card_takes(train_record: dict) -> None:
     lite, ways = train_record["lite"], set(map("+".join, one_card.WAYS))
-    assert set(lite["tried_ms"]) | set(lite["out_of_memory"]) == ways
-    assert lite["missing"] == ([] if lite["their_optimizer"] else ["torchao"])
+    assert set(lite["tried_ms"]) | set(lite["not_run"]) == ways
+    assert lite["their_optimizer"].startswith("torch AdamW") and lite["their_error"] is None
     assert lite["planned_peak_bytes"] > 6 * lite["parameters"] and 0 <= lite["recompute"] <= 1
 
 
 @pytest.mark.parametrize(("memory", "layers"), [(139.8e9, 27), (79e9, 15)])
 def test_as_many_layers_as_a_card_holds(memory: float, layers: int) -> None:
-    fitted = one_card.fitting(LITE, one_card.LITTLE, int(memory))
+    def state(n: int) -> int:
+        return state_bytes(n, one_card.LITTLE)
+
+    fitted = one_card.fitting(LITE, state, int(memory))
     assert fitted == LITE.with_(n_layers=layers)
     assert state_bytes(cost.parameters(fitted).total, one_card.LITTLE) < 0.7 * memory
     with pytest.raises(ValueError, match="memory: 1 GiB, expected enough"):
-        one_card.fitting(LITE, one_card.LITTLE, 2**30)
+        one_card.fitting(LITE, state, 2**30)
+
+
+def test_the_peer_has_an_optimizer(monkeypatch) -> None:
+    """torch's where it fits; torchao's; else torch's on as many layers as it has room for."""
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    name, make, config = one_card.their_optimizer(LITE, int(139.8e9))
+    assert config.n_layers == 20 and name.startswith("torch AdamW")
+    assert 8 * cost.parameters(config).total <= 0.68 * 139.8e9
+    assert make([torch.nn.Parameter(torch.zeros(2))], lr=0.0).defaults["fused"]
+    assert one_card.their_optimizer(LITE, 2 * 10**11)[2] == LITE
+    stub = types.SimpleNamespace(AdamW8bit=lambda parameters, lr, bf16_stochastic_round: lr)
+    monkeypatch.setitem(sys.modules, "torchao.optim", stub)
+    name, make, config = one_card.their_optimizer(LITE, int(139.8e9))
+    assert config == LITE and "torchao" in name and make([], lr=3) == 3
+
+
+@pytest.mark.parametrize("where", ["both", "_theirs"])
+def test_what_stops_the_peer_costs_ours_nothing(where, monkeypatch, tmp_path) -> None:
+    def refuses(*args: object) -> None:
+        raise TypeError("another\nversion")
+
+    monkeypatch.setattr(one_card, where, refuses)
+    monkeypatch.setattr(one_card, "_two_layers_agree", lambda *x: refuses() if where == "both"
+                        else 0.0)
+    monkeypatch.setattr(one_card, "peer", lambda name: None)
+    monkeypatch.setattr(one_card, "quiet", contextlib.nullcontext)
+    (case,) = train.QUICK
+    *_, row = train.rows(case, torch.device("cpu"))
+    assert row["their_error"] == "TypeError: another version" and row["ours_tokens_per_s"] > 0
+    assert row["ratio"] is row["theirs_mfu"] is None and row["ours_mfu"] > 0
+    assert json.loads(json.dumps(row)) == row
+
+
+def test_two_sides_that_disagree_are_not_timed(monkeypatch, tmp_path) -> None:
+    def differ(*args: object) -> None:
+        raise timing.Disagreement("training loss")
+
+    monkeypatch.setattr(one_card, "_two_layers_agree", differ)
+    monkeypatch.setattr(one_card, "peer", lambda name: None)
+    monkeypatch.setattr(one_card, "quiet", contextlib.nullcontext)
+    with pytest.raises(timing.Disagreement):
+        next(train.rows(train.QUICK[0], torch.device("cpu")))
 
 
 def test_losses_and_gradients_are_compared_before_anything_is_timed(tmp_path) -> None:

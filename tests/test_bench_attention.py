@@ -2,6 +2,7 @@
 """The attention benchmark runs and agrees with fp32. Never how fast it is."""
 
 import json
+import types
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def test_counts_are_those_of_the_causal_half():
 
 def test_bytes_are_those_of_all_tensors():
     (case,) = QUICK
-    x = attention._inputs(case, torch.device("cpu"), 0)
+    x = attention.inputs(case, torch.device("cpu"), 0)
     inputs = sum(t.nbytes for t in x.leaves["ours"])
     output = x.grads["ours"].nbytes
     assert case.nbytes(backward=False) == inputs + output
@@ -51,15 +52,29 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch):
     """Nor is one whose gradients alone are wrong."""
     right = attention.flash_attention
     monkeypatch.setattr(attention, "flash_attention", lambda *x: right(*x) * 1.01)
-    with pytest.raises(RuntimeError, match="attention forward: relative RMS error"):
-        attention.run(quick=True)
+    record = attention.run(quick=True)
+    assert record["rows"] == []
+    (why,) = record["cases"].values()
+    assert why.startswith("failed: RuntimeError: attention forward: relative RMS error")
 
     def k_r_detached(q_c, q_r, k_c, k_r, *rest):
         return right(q_c, q_r, k_c, 0.5 * k_r + 0.5 * k_r.detach(), *rest)
 
     monkeypatch.setattr(attention, "flash_attention", k_r_detached)
-    with pytest.raises(RuntimeError, match="attention backward, k_r: relative RMS error"):
-        attention.run(quick=True)
+    (why,) = attention.run(quick=True)["cases"].values()
+    assert why.startswith("failed: RuntimeError: attention backward, k_r: relative RMS error")
+
+
+def test_each_case_starts_the_compiler_anew(monkeypatch):
+    """Or a fifth shape, forward and backward, meets its limit of versions and is not compiled."""
+    calls = []
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: calls.append("reset"))
+    monkeypatch.setattr(torch, "compile", lambda f, **how: calls.append(how) or f)
+    monkeypatch.setattr(attention, "create_block_mask", lambda *x, **y: None)
+    monkeypatch.setattr(torch, "arange", lambda n, **y: torch.zeros(n))
+    for case in QUICK * 2:
+        attention.forms(case, types.SimpleNamespace(type="cuda"))
+    assert calls == ["reset", {"dynamic": False}] * 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -4,8 +4,8 @@
 The variants of a concept file stand in tests/mutants/ under the file's name, those of all that is
 put together from them in assembly.py, those of long contexts in needle.py, of chat models in
 chat.py, of GRPO in grpo.py, of pipelines in pipeline.py, of several ranks in mesh.py, of a cluster
-on paper in plan.py, of the engine and its pages in serving.py; those of Triton kernels are
-test_kernel_mutants.py's.
+on paper in plan.py, of the engine and its pages in serving.py, of the GPU benches in bench.py;
+those of Triton kernels are test_kernel_mutants.py's.
 
 `make mutants` runs all of them; `make test` the first one of each file for each equation or pitfall
 that it stands for.
@@ -124,7 +124,7 @@ def test_every_equation_and_pitfall_has_a_mutant():
 
 
 def test_each_concept_has_its_own_list():
-    others = ["assembly", "chat", "grpo", "mesh", "needle", "pipeline", "plan",
+    others = ["assembly", "bench", "chat", "grpo", "mesh", "needle", "pipeline", "plan",
               "serving"]
     assert FILES == sorted([*copying.concepts(), *others])
     for name, file in copying.concepts().items():

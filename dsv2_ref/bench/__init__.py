@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Measurements, most of them against a peer in the same run.
 
-  all             attention, mla_decode, six_bit_decode and experts, in one process
+  all             what runs on a GPU, in order of worth, so many minutes; first_look.md reads it
+  correct         each kernel against fp32, on a GPU
   attention       causal attention, on a GPU
   mla_decode      decoding from the latent cache, on a GPU
   six_bit_decode  decoding from the six-bit cache, on a GPU

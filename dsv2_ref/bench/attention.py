@@ -12,7 +12,7 @@ The others get keys that are put together and repeated for every head, and value
 beforehand: those copies are in nobody's time. 16 and 128 heads, 4K and 8K tokens per sequence,
 bf16; forward, and backward alone (the gradients of all inputs; ours sums that of the shared key
 over the heads, the others leave it to whoever repeated the key). Ours is compared with fp32 in both
-directions before anything is timed.
+directions before anything is timed, the others forward.
 
 TFLOP/s by the analytic count of what causality leaves, T·(T + 1)/2 pairs per sequence and head: two
 products forward, five backward (scores again, dP, dV, dQ, dK), however many a kernel takes.
@@ -20,8 +20,9 @@ products forward, five backward (scores again, dP, dV, dQ, dK), however many a k
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +34,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")            # for `quick`, before triton
 
-from dsv2_ref.bench.harness.gpu import check, device_for, medians, record, rotated, row
+from dsv2_ref.bench.harness.cases import measured
+from dsv2_ref.bench.harness.gpu import PEER_TOLERANCE, Step, check, growing, rotated, row, sound
 from dsv2_ref.kernels.flash_attention import flash_attention
 
 SCALE = 1.2608**2 / 192**0.5                                  # of V2, with YaRN's factor
@@ -53,6 +55,10 @@ class Case:
     dtype: torch.dtype = torch.bfloat16
 
     @property
+    def name(self) -> str:
+        return f"{self.n_h} heads, {self.B}x{self.T}"
+
+    @property
     def d_qk(self) -> int:
         return self.d_h + self.d_r
 
@@ -70,8 +76,17 @@ class Case:
         numbers = 2 * (inputs + self.n_h * self.d_v) if backward else inputs + self.n_h * self.d_v
         return self.B * self.T * numbers * self.dtype.itemsize
 
+    @property
+    def needs(self) -> int:
+        """Twice all forms with outputs and gradients; scores of a few heads in fp32, with theirs.
 
-CASES = [Case(4, 4096, 16), Case(2, 8192, 16), Case(1, 4096, 128), Case(1, 8192, 128)]
+        Both counted at small sizes; the mask of FlexAttention and a workspace come on top.
+        """
+        rows = self.B * self.T * self.n_h * self.dtype.itemsize * 10 * (self.d_qk + self.d_v)
+        return 2 * rows + 4 * self.B * CHECKED_HEADS * self.T**2 * 5 + 2**26
+
+
+CASES = [Case(2, 8192, 16), Case(4, 4096, 16), Case(1, 8192, 128), Case(1, 4096, 128)]
 QUICK = [Case(2, 40, 2, 16, 8, 12, torch.float32)]
 
 
@@ -111,31 +126,36 @@ class Form:
 
 def run(quick: bool = False) -> dict[str, Any]:
     """Two rows a case, forward and backward; ValueError without a CUDA device."""
-    device = device_for("attention", quick)
-    rows = []
-    for case in QUICK if quick else CASES:
-        rows += _rows(case, device, n=2 if quick else 20)
-    return {"name": "attention", "quick": quick, **record(device), "rows": rows}
+    return measured("attention", quick)
 
 
-def _rows(case: Case, device: torch.device, n: int) -> list[dict[str, Any]]:
-    made = rotated(lambda i: _inputs(case, device, i), case.nbytes(backward=False), device)
-    forms = _forms(case, device)
-    errors = _errors(case, forms[0], made[0])
-    sizes = dict(batch=case.B, tokens=case.T, heads=case.n_h, d_qk=case.d_qk, d_v=case.d_v,
-                 dtype=str(case.dtype)[6:])
-    rows = []
-    for direction in ("forward", "backward"):
-        backward = direction == "backward"
-        steps = {form.name: getattr(form, direction) for form in forms}
-        ms = medians(steps, made, device, n, warmup=len(made) + 1)
-        rows.append(row(f"{direction}, {case.n_h} heads, {case.B}x{case.T}", ms,
-                        case.flops(backward), case.nbytes(backward), errors[backward],
-                        direction=direction, **sizes))
-    return rows
+def rows(case: Case, device: torch.device) -> Iterator[dict[str, Any]]:
+    made = rotated(lambda i: inputs(case, device, i), case.nbytes(backward=False), device)
+    ours, *others = forms(case, device)
+    o, *errors = checked(case, ours, made[0])
+    right: dict[str, Step | str] = {}
+
+    def stages(direction: str) -> Iterator[dict[str, Step | str]]:
+        yield {"ours": getattr(ours, direction)}
+        if not right:
+            right.update(sound({form.name: partial(_packed, case, form) for form in others},
+                               made[0], lambda _: o, PEER_TOLERANCE))
+        yield {form.name: why if isinstance(why := right[form.name], str)
+               else getattr(form, direction) for form in others}
+
+    for backward, direction in enumerate(("forward", "backward")):
+        for ms in growing(stages(direction), made, device, warmup=len(made) + 1):
+            yield row(f"{direction}, {case.name}", ms, case.flops(backward), case.nbytes(backward),
+                      errors[backward], direction=direction, batch=case.B, tokens=case.T,
+                      heads=case.n_h, d_qk=case.d_qk, d_v=case.d_v, dtype=str(case.dtype)[6:])
 
 
-def _inputs(case: Case, device: torch.device, seed: int) -> Inputs:
+def _packed(case: Case, form: Form, x: Inputs) -> Tensor:
+    """The output of a comparator as ours has it, (B·T, n_h, d_v)."""
+    return form.forward(x).transpose(1, 2).flatten(0, 1)[..., : case.d_v]
+
+
+def inputs(case: Case, device: torch.device, seed: int) -> Inputs:
     g = torch.Generator(device).manual_seed(seed)
     n_h, d_v = case.n_h, case.d_v
     shapes = [(n_h, case.d_h), (n_h, case.d_r), (n_h, case.d_h), (case.d_r,), (n_h, d_v),
@@ -154,12 +174,10 @@ def _inputs(case: Case, device: torch.device, seed: int) -> Inputs:
     return Inputs(leaves, grads)
 
 
-def _forms(case: Case, device: torch.device) -> list[Form]:
+def forms(case: Case, device: torch.device) -> list[Form]:
     starts = torch.arange(case.B + 1, device=device, dtype=torch.int32) * case.T
     mask = create_block_mask(lambda b, h, i, j: j <= i, None, None, case.T, case.T, device=device)
-    compiled = None
-    if device.type == "cuda":
-        compiled = torch.compile(flex_attention, dynamic=False)
+    compiled = _compiled_flex() if device.type == "cuda" else None
 
     def ours(*x: Tensor) -> Tensor:
         return flash_attention(*x, SCALE, starts, starts, case.T, case.T)
@@ -181,8 +199,14 @@ def _forms(case: Case, device: torch.device) -> list[Form]:
             Form("flex", "plain", flex)]
 
 
-def _errors(case: Case, ours: Form, x: Inputs) -> tuple[float, float]:
-    """Relative RMS error of the output, and the largest of the five gradients, against fp32."""
+def _compiled_flex() -> Callable[..., Tensor]:
+    """Of a new start: of one function the compiler keeps few versions, then runs it uncompiled."""
+    torch._dynamo.reset()
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def checked(case: Case, ours: Form, x: Inputs) -> tuple[Tensor, float, float]:
+    """The output in fp32; the relative RMS error of ours, and the largest of its five gradients."""
     leaves = x.leaves["ours"]
     poison = torch.full_like(leaves[4], math.nan)             # memory that the output may get next
     del poison
@@ -191,8 +215,9 @@ def _errors(case: Case, ours: Form, x: Inputs) -> tuple[float, float]:
     expected, expected_grads = _reference(case, x)
     forward = check(o, expected, "attention forward")
     names = ("q_c", "q_r", "k_c", "k_r", "v")
-    return forward, max(check(got, wanted, f"attention backward, {name}")
-                        for name, got, wanted in zip(names, grads, expected_grads, strict=True))
+    return expected, forward, max(check(got, wanted, f"attention backward, {name}")
+                                  for name, got, wanted in zip(names, grads, expected_grads,
+                                                               strict=True))
 
 
 def _reference(case: Case, x: Inputs) -> tuple[Tensor, list[Tensor]]:

@@ -3,7 +3,7 @@
 
 Ours (kernels/latent_decode.py, kernel and combining) against
 
-  copy         torch's copy of half the cache: as many bytes, half read and half written
+  copy         torch's copy of half the cache: as many bytes, half read and half written; a bound
   bmm          the absorbed form in torch: two matrix products, softmax, one matrix product
   flashinfer   BatchMLAPagedAttentionWrapper, planned beforehand, pages of 64; if it is installed
 
@@ -12,11 +12,13 @@ latent already: W_UK and W_UV are the same products for everyone, and in nobody'
 
 `candidates` has the times of all the tiles that could be the default, on contiguous rows and on
 pages in random order. Every form that is timed is compared with fp32 first; one that is wrong or
-does not launch has the reason in place of a time.
+does not launch has the reason in place of a time. Ours comes first, then with the others, then with
+the tiles: a tile that ends the process takes no time that was known.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -25,23 +27,24 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")            # for `quick`, before triton
 
+from dsv2_ref.bench.harness.cases import measured
 from dsv2_ref.bench.harness.gpu import (
+    PEER_TOLERANCE,
+    TOLERANCE,
     Step,
     Times,
     check,
-    device_for,
-    medians,
-    milliseconds,
-    record,
+    growing,
     rotated,
     row,
+    sound,
 )
 from dsv2_ref.kernels.latent_decode import Tile, decode_latent, tile_for
 from dsv2_ref.kernels.target import target_of
 
 SCALE = 192**-0.5 * 1.2608**2                                 # of V2, with YaRN's factor
 PAGE = 64
-TIMES = {"cuda": (20, 3), "cpu": (2, 1)}            # timed and not timed; an interpreter is slow
+SPARE = 2**28                                                 # rotated copies, workspaces
 
 
 class Case(NamedTuple):
@@ -67,6 +70,14 @@ class Case(NamedTuple):
         own = self.B * self.n_h * (2 * self.d_c + self.d_r) * self.dtype.itemsize
         return self.B * self.S * row_bytes + own
 
+    @property
+    def needs(self) -> int:
+        """Two caches, half of one for the copy, bmm's scores, and fp32 of eight sequences."""
+        own, eight = self.nbytes((self.d_c + self.d_r) * self.dtype.itemsize), min(8, self.B)
+        scores = self.n_h * self.S * (8 + 2 * self.dtype.itemsize)
+        return 3 * own + self.B * scores + eight * (8 * self.S * (self.d_c + self.d_r)
+                                                    + scores) + SPARE
+
 
 SHAPES = [(128, 4096), (128, 8192), (1, 131072), (1, 8192)]
 CASES = [Case(B, S, n_h) for n_h in (16, 128) for B, S in SHAPES]
@@ -88,27 +99,33 @@ class Inputs(NamedTuple):
 
 def run(quick: bool = False) -> dict[str, Any]:
     """A row a case; ValueError without a CUDA device (unless `quick`)."""
-    device = device_for("mla_decode", quick)
-    rows = [_row(case, device) for case in (QUICK if quick else CASES)]
-    return {"name": "mla_decode", "quick": quick, **record(device), "rows": rows}
+    return measured("mla_decode", quick)
 
 
-def _row(case: Case, device: torch.device) -> dict[str, Any]:
+def rows(case: Case, device: torch.device) -> Iterator[dict[str, Any]]:
     nbytes = case.nbytes((case.d_c + case.d_r) * case.dtype.itemsize)
     made = rotated(lambda i: inputs(case, device, i), nbytes, device)
-    steps: dict[str, Step] = {
-        "ours": lambda x: ours(case, x), "bmm": bmm,
-        "flashinfer": FlashInfer(case), "copy": copy_of(made[0].rows)}
-    best = tile_for(case.n_h, case.dtype, target_of(device))
     variants = {
         f"{'paged ' * paged}{label(tile)}": lambda x, tile=tile, paged=paged: ours(
             case, x, tile, paged)
         for tile in TILES[16 if case.n_h <= 32 else 128] for paged in (False, True)}
-    error = check(steps["ours"](made[0]), exact(made[0]), f"decode_latent, {case.name}")
-    failed = wrong({"bmm": bmm, **variants}, made[0], exact)
-    ms = medians({k: s for k, s in (steps | variants).items() if k not in failed}, made, device,
-                 *TIMES[device.type]) | failed
-    return decided(case, ms, nbytes, error, steps.keys(), default=label(best))
+    error = checked(case, made[0])
+    expected = cache(lambda paged: exact(made[0], paged))
+
+    def stages() -> Iterator[dict[str, Step | str]]:
+        yield {"ours": lambda x: ours(case, x), "copy": copy_of(made[0].rows)}
+        yield sound({"bmm": bmm, "flashinfer": FlashInfer(case)}, made[0],
+                    lambda _: expected(False), PEER_TOLERANCE)
+        yield sound(variants, made[0], lambda name: expected(name.startswith("paged")), TOLERANCE)
+
+    default = label(tile_for(case.n_h, case.dtype, target_of(device)))
+    for ms in growing(stages(), made, device):
+        yield decided(case, ms, nbytes, error, variants.keys(), default)
+
+
+def checked(case: Case, x: Inputs) -> float:
+    """The relative RMS error of ours; RuntimeError where it is wrong."""
+    return check(ours(case, x), exact(x), f"decode_latent, {case.name}")
 
 
 def inputs(case: Case, device: torch.device, seed: int) -> Inputs:
@@ -160,36 +177,18 @@ def label(tile: Tile) -> str:
     return (f"{tile.BH}x{tile.BN} w{tile.warps} s{tile.stages}" + " swapped" * tile.swap)
 
 
-def wrong(
-    steps: dict[str, Step], x: Any, expected: Callable[..., Tensor]
-) -> dict[str, str]:
-    """Which steps do not give what they should, and why."""
-    found, right = {}, {}
-    for name, step in steps.items():
-        paged = name.startswith("paged")
-        if paged not in right:
-            right[paged] = expected(x, paged)
-        try:
-            check(step(x), right[paged], name)
-        except Exception as error:                # a tile may be refused by this very GPU
-            found[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return found
-
-
 def decided(
-    case: Case, ms: Times, nbytes: int, error: float, steps: Any, default: str
+    case: Case, ms: Times, nbytes: int, error: float, tiles: Collection[str], default: str
 ) -> dict[str, Any]:
-    """The row of a case: comparators in `ms`, the other tiles apart, and which of them is best."""
-    main = {name: ms[name] for name in steps}
-    candidates = {name: t for name, t in ms.items() if name not in main}
+    """The row of a case: comparators in `ms`, the tiles apart, and which of them is best."""
+    main = {name: t for name, t in ms.items() if name not in tiles}
+    candidates = {name: t for name, t in ms.items() if name in tiles}
     timed = {name: t for name, t in candidates.items() if not isinstance(t, str)}
     best = {kind: min((n for n in timed if n.startswith("paged") == (kind == "paged")),
                       key=timed.get, default=None) for kind in ("contiguous", "paged")}
-    mine = milliseconds(ms, "ours")
     return row(case.name, main, case.flops, nbytes, error, batch=case.B, tokens=case.S,
                heads=case.n_h, d_c=case.d_c, d_r=case.d_r, dtype=str(case.dtype)[6:],
-               default=default, candidates=candidates, best_tile=best,
-               speed_of={name: t / mine for name, t in main.items() if not isinstance(t, str)})
+               default=default, candidates=candidates, best_tile=best)
 
 
 class FlashInfer:
@@ -203,7 +202,8 @@ class FlashInfer:
         if self.wrapper is None:
             self.plan(x)
         rows = x.rows.view(-1, PAGE, c.d_c + c.d_r)
-        return self.wrapper.run(x.q_c[:, 0], x.q_r[:, 0], rows[..., : c.d_c], rows[..., c.d_c :])
+        return self.wrapper.run(x.q_c[:, 0], x.q_r[:, 0], rows[..., : c.d_c],
+                                rows[..., c.d_c :])[:, None]
 
     def plan(self, x: Inputs) -> None:
         from flashinfer.mla import BatchMLAPagedAttentionWrapper
@@ -217,4 +217,3 @@ class FlashInfer:
                      torch.full((c.B,), c.S, device=device, dtype=torch.int32), c.n_h, c.d_c,
                      c.d_r, PAGE, False, SCALE, c.dtype, c.dtype)
         self.wrapper = wrapper
-        check(self(x)[:, None], exact(x), "flashinfer")

@@ -12,13 +12,14 @@ ours are compared with the twin's: fp32 weights, codes and scales, from the same
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dsv2_ref.bench.harness.gpu import check, device_for, medians, record, rotated, row
+from dsv2_ref.bench.harness.cases import measured
+from dsv2_ref.bench.harness.gpu import Step, check, growing, record, rotated, row
 from dsv2_ref.kernels.eight_bit_moments import BLOCK, new_moments, rounding_key, update_in_pieces
 
 
@@ -27,54 +28,56 @@ class Case(NamedTuple):
     size: tuple[int, ...]
     dtype: torch.dtype
 
+    @property
+    def needs(self) -> int:
+        """Two gradients, the weights of four steps with moments, the copy, fp32 of the check."""
+        return 64 * torch.Size(self.size).numel()
+
 
 CASES = [Case("V2-Lite experts, bf16", (64, 1408, 2048), torch.bfloat16),
          Case("V2-Lite embedding, fp32", (102_400, 2048), torch.float32)]
 QUICK = [Case("V2-Lite experts, bf16", (3, 16, 32), torch.bfloat16),
          Case("V2-Lite embedding, fp32", (20, 64), torch.float32)]
-TIMES = {"cuda": (20, 3), "cpu": (2, 1)}            # timed and not timed; an interpreter is slow
 OPTIONS = dict(lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 
 
 def run(quick: bool = False) -> dict[str, Any]:
     """All cases as one JSON-able record; `quick` is a smoke test whose numbers mean nothing.
 
-    ValueError without a CUDA device (unless `quick`); RuntimeError if ours is wrong.
+    ValueError without a CUDA device (unless `quick`).
     """
-    device = device_for("optimizer", quick)
+    return measured("optimizer", quick)
+
+
+def rows(case: Case, device: torch.device) -> Iterator[dict[str, Any]]:
     if device.type == "cpu":
         os.environ.setdefault("TRITON_INTERPRET", "1")           # before a kernel is imported
-    head = record(device)
-    rows = [_case(case, device) for case in (QUICK if quick else CASES)]
-    for found in rows:
-        found["share_of_copy"] = found["tb_per_s"] / head["copy_tb_per_s"]
-    return {"name": "optimizer", "quick": quick, **head, "rows": rows}
-
-
-def _case(case: Case, device: torch.device) -> dict[str, Any]:
     from dsv2_ref.kernels.adamw8_update import update_fused
 
-    random = torch.Generator(device).manual_seed(1)
-
-    def normal(_: int) -> Tensor:
-        return torch.randn(*case.size, generator=random, device=device).to(case.dtype)
-
+    normal = drawn(case, device)
     W = normal(0)
-    error = _compare(update_fused, W, normal)
+    error = compared(update_fused, W, normal)
     clip = torch.full((), 0.5, device=device)
     gradients = rotated(normal, W.nbytes, device)
-    steps = {name: _step(update, W, clip)
-             for name, update in (("ours", update_fused), ("torch", update_in_pieces))}
-    steps["torchao"] = _of_torchao(W)
     nbytes = W.numel() * (3 * W.element_size() + 4 + 16 / BLOCK)
     here, there = torch.zeros(2, round(nbytes / 2), dtype=torch.uint8, device=device)
-    steps["copy"] = lambda _: there.copy_(here)
-    ms = medians(steps, gradients, device, *TIMES[device.type])
-    return row(case.name, ms, 0, nbytes, error, weights=W.numel(),
-               bytes_a_weight=nbytes / W.numel())
+    stages: list[dict[str, Step]] = [
+        {"ours": _step(update_fused, W, clip), "copy": lambda _: there.copy_(here)},
+        {"torch": _step(update_in_pieces, W, clip), "torchao": _of_torchao(W)}]
+    for ms in growing(stages, gradients, device):
+        found = row(case.name, ms, 0, nbytes, error, weights=W.numel(),
+                    bytes_a_weight=nbytes / W.numel())
+        found["share_of_copy"] = found["tb_per_s"] / record(device)["copy_tb_per_s"]
+        yield found
 
 
-def _compare(ours: Callable[..., None], like: Tensor, normal: Callable[[int], Tensor]) -> float:
+def drawn(case: Case, device: torch.device) -> Callable[[int], Tensor]:
+    """A function that gives other standard normal numbers, of the case's size, every time."""
+    random = torch.Generator(device).manual_seed(1)
+    return lambda _: torch.randn(*case.size, generator=random, device=device).to(case.dtype)
+
+
+def compared(ours: Callable[..., None], like: Tensor, normal: Callable[[int], Tensor]) -> float:
     """The largest relative RMS error of ours in three steps; of fp32 weights and the moments."""
     W, worst = like.float(), 0.0
     moments = new_moments(W)

@@ -3,12 +3,14 @@
 
   ours    kernels/six_bit_decode.py on packed rows: 436 bytes per token of 512 + 64 numbers
   bf16    kernels/latent_decode.py on bf16 rows: 1152 bytes
-  copy    torch's copy of half the packed rows: as many bytes, half read and half written
+  copy    torch's copy of half the packed rows: as many bytes, half read and half written; a bound
 
 `candidates` has the times of all the tiles that could be the default, contiguous and paged, as in
 mla_decode.py. Every form is compared with fp32 on the dequantised rows before it is timed.
 """
 
+from collections.abc import Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -16,11 +18,20 @@ from torch import Tensor
 
 from dsv2_ref.attention.cache_quant import unpack
 from dsv2_ref.bench import mla_decode
-from dsv2_ref.bench.harness.gpu import check, device_for, medians, record, rotated
-from dsv2_ref.bench.mla_decode import PAGE, SCALE, SHAPES, TIMES, Case, decided, label, wrong
+from dsv2_ref.bench.harness.cases import measured
+from dsv2_ref.bench.harness.gpu import TOLERANCE, Step, check, growing, rotated, sound
+from dsv2_ref.bench.mla_decode import PAGE, SCALE, SHAPES, decided, label
 from dsv2_ref.kernels.latent_decode import Tile
 from dsv2_ref.kernels.six_bit_decode import decode_six_bit, tile_for
 from dsv2_ref.kernels.target import target_of
+
+
+class Case(mla_decode.Case):
+    @property
+    def needs(self) -> int:
+        """The bf16 rows beside the packed ones, which are less, and eight sequences unpacked."""
+        return 2 * super().needs + 24 * min(8, self.B) * self.S * (self.d_c + self.d_r)
+
 
 CASES = [Case(B, S, 16) for B, S in SHAPES] + [Case(128, 8192, 128)]
 QUICK = [Case(2, 64, 3, 64, 16, torch.float32)]
@@ -41,31 +52,36 @@ class Inputs(NamedTuple):
 
 def run(quick: bool = False) -> dict[str, Any]:
     """A row a case; ValueError without a CUDA device (unless `quick`)."""
-    device = device_for("six_bit_decode", quick)
-    rows = [_row(case, device) for case in (QUICK if quick else CASES)]
-    return {"name": "six_bit_decode", "quick": quick, **record(device), "rows": rows}
+    return measured("six_bit_decode", quick)
 
 
-def _row(case: Case, device: torch.device) -> dict[str, Any]:
+def rows(case: Case, device: torch.device) -> Iterator[dict[str, Any]]:
     nbytes = case.nbytes(6 * (case.d_c + case.d_r) // 8 + 4)
-    made = rotated(lambda i: _inputs(case, device, i), nbytes, device)
-    steps = {"ours": lambda x: _ours(case, x),
-             "bf16": lambda x: mla_decode.ours(case, x.plain),
-             "copy": mla_decode.copy_of(made[0].rows)}
-    best = tile_for(case.n_h, case.dtype, target_of(device))
+    made = rotated(lambda i: inputs(case, device, i), nbytes, device)
     variants = {
         f"{'paged ' * paged}{label(tile)}": lambda x, tile=tile, paged=paged: _ours(
             case, x, tile, paged)
         for tile in TILES[16 if case.n_h <= 16 else 128] for paged in (False, True)}
-    error = check(steps["ours"](made[0]), _exact(made[0]), f"decode_six_bit, {case.name}")
-    check(steps["bf16"](made[0]), mla_decode.exact(made[0].plain), f"decode_latent, {case.name}")
-    failed = wrong(variants, made[0], _exact)
-    ms = medians({k: s for k, s in (steps | variants).items() if k not in failed}, made, device,
-                 *TIMES[device.type]) | failed
-    return decided(case, ms, nbytes, error, steps.keys(), default=label(best))
+    error = checked(case, made[0])
+    expected = cache(lambda paged: _exact(made[0], paged))
+
+    def stages() -> Iterator[dict[str, Step | str]]:
+        yield {"ours": lambda x: _ours(case, x), "copy": mla_decode.copy_of(made[0].rows)}
+        yield sound({"bf16": lambda x: mla_decode.ours(case, x.plain)}, made[0],
+                    lambda _: mla_decode.exact(made[0].plain), TOLERANCE)
+        yield sound(variants, made[0], lambda name: expected(name.startswith("paged")), TOLERANCE)
+
+    default = label(tile_for(case.n_h, case.dtype, target_of(device)))
+    for ms in growing(stages(), made, device):
+        yield decided(case, ms, nbytes, error, variants.keys(), default)
 
 
-def _inputs(case: Case, device: torch.device, seed: int) -> Inputs:
+def checked(case: Case, x: Inputs) -> float:
+    """The relative RMS error of ours; RuntimeError where it is wrong."""
+    return check(_ours(case, x), _exact(x), f"decode_six_bit, {case.name}")
+
+
+def inputs(case: Case, device: torch.device, seed: int) -> Inputs:
     plain, g = mla_decode.inputs(case, device, seed), torch.Generator(device).manual_seed(seed)
     words = torch.randint(-(2**15), 2**15, (case.B, case.S, 3 * (case.d_c + case.d_r) // 8),
                           generator=g, device=device, dtype=torch.int16)

@@ -85,7 +85,7 @@ def quantise(
     if not W.is_floating_point():
         raise ValueError(f"{name}: dtype {W.dtype}, expected floating point")
     W = W.detach().float()
-    bad = W.numel() - int(W.isfinite().sum())
+    bad = int((~W.isfinite()).sum())
     if bad:
         raise ValueError(f"{name}: {bad} of {W.numel()} numbers are NaN or infinite, expected "
                          "finite ones")

@@ -49,6 +49,7 @@ PITFALLS = {
     "chat": "a turn, an answer's tokens, padding or what is held out taken for something else",
     "task": "an answer cut, moved or judged otherwise than its task has it",
     "serving": "a page, a name, a budget or a request of the engine taken for another's",
+    "rows": "a measured row lost, judged by another's measure, or begun without room or time",
     "moments": "moments in a byte, their rounding or updates other than AdamW's",
     "fp8": "codes or scales of FP8 weights taken for something else, or too much put into FP8",
 }

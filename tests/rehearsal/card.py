@@ -91,6 +91,12 @@ class Card(FakeTensorMode):
             x = args[0]
             with self:
                 return torch.empty(x.numel(), x.ndim, dtype=torch.int64, device=self.here)
+        if func is aten.equal.default:
+            self.wait("equal")
+            return True
+        if func is aten.split_with_sizes.default and len(args) == 2 and not any(args[1]):
+            # sizes that were read on the card, as zeros: all is in the first part
+            args = args[0], [args[0].shape[0], *args[1][1:]]
         if func is aten.index.Tensor and any(
                 x is not None and x.dtype == torch.bool for x in args[1]):
             return self._chosen(*args)

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Timing kernels on one GPU, several of them in turns, beside what the card does at most.
 
-A benchmark takes its device from `device_for`, asserts with `check` that what it is about to time
-is right, times everything in one call of `medians`, and returns
-
-    {"name": ..., "quick": ..., **record(device), "rows": [row(...), ...]}
+A benchmark asserts with `check` that what it is about to time is right, times with `medians` and
+makes a `row` of it; cases.py runs its cases one by one. Three kinds of steps: ours, `peers` that do
+the same work, and `bounds` that do not: a copy of as many bytes is a limit, and never the best.
 
 How a time is taken: before each timed call the GPU reads a buffer several times the size of its
 L2 cache. That takes a fraction of a millisecond, in which the CPU launches the call, so that no
@@ -17,7 +16,7 @@ On a CPU (a benchmark's `quick`) the same calls are timed by the clock: that sho
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -26,7 +25,8 @@ from torch import Tensor
 
 from dsv2_ref.training.machine import machine
 
-TOLERANCE = 5e-3        # relative RMS, of bf16 against fp32
+TOLERANCE = 5e-3        # of ours: relative RMS, of bf16 against fp32
+PEER_TOLERANCE = 2e-2   # of others: scores or weights rounded to bf16 alone make 6e-3
 
 Step = Callable[[Any], object]          # takes one of the rotating inputs
 Times = dict[str, float | str]          # milliseconds, or why there are none
@@ -35,7 +35,7 @@ Times = dict[str, float | str]          # milliseconds, or why there are none
 def device_for(name: str, quick: bool) -> torch.device:
     """The CUDA device; for `quick` a CPU serves too. ValueError without one."""
     if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cuda", 0)         # asking which is the current one starts it
     if not quick:
         raise ValueError(f"bench {name}: no CUDA device here, expected one (--quick runs tiny "
                          f"sizes on a CPU)")
@@ -77,28 +77,75 @@ def rotated(make: Callable[[int], Any], nbytes: int, device: torch.device) -> li
 
 
 def medians(
-    steps: dict[str, Step], inputs: Sequence[Any], device: torch.device,
-    n: int = 20, warmup: int = 3,
+    steps: dict[str, Step | str], inputs: Sequence[Any], device: torch.device,
+    n: int | None = None, warmup: int | None = None,
 ) -> Times:
     """Median milliseconds of n calls of each step, one of each in turn, on rotating inputs.
 
-    A step that raises in its warm-up is left out, and its name then has the reason as a string.
+    A step that raises, in its warm-up or while it is timed, is left out from there on, and its name
+    has the reason as a string; a string in place of a step is such a reason already. Without n and
+    warmup 20 and 3; once and without on a CPU, where kernels are interpreted.
     """
-    found: Times = {}
+    usual = (1, 0) if device.type == "cpu" else (20, 3)
+    n, warmup = (x if given is None else given for given, x in zip((n, warmup), usual))
+    found: Times = {name: step for name, step in steps.items() if isinstance(step, str)}
+
+    def guarded(name: str, work: Callable[..., Any], *args: Any) -> Any:
+        if name not in found:
+            try:
+                return work(*args)
+            except Exception as error:       # a comparator may refuse for any reason
+                found[name] = reason(error)
+
+    for name, step in steps.items():
+        for i in range(warmup):
+            guarded(name, step, inputs[i % len(inputs)])
+        guarded(name, _wait, device)
+    timed: dict[str, list] = {name: [] for name in steps}
+    for i in range(n):
+        for name, step in steps.items():
+            timed[name].append(guarded(name, _timed, step, inputs[i % len(inputs)], device))
+    _wait(device)
+    return {name: guarded(name, _median, timed[name]) for name in steps} | found
+
+
+def _median(times: list[Callable[[], float]]) -> float:
+    return statistics.median(t() for t in times)
+
+
+def growing(
+    stages: Iterable[dict[str, Step | str]], inputs: Sequence[Any], device: torch.device,
+    **settings: Any,
+) -> Iterator[Times]:
+    """`medians` of the first stage's steps, then of the first two stages', and so on.
+
+    An error that takes the whole process with it, as an illegal address does, then takes the stage
+    it is in and those after it: what is most worth to know goes into the first one. `stages` may
+    be a generator, which checks what it is about to add.
+    """
+    steps: dict[str, Step | str] = {}
+    for stage in stages:
+        steps |= stage
+        yield medians(steps, inputs, device, **settings)
+
+
+def sound(
+    steps: dict[str, Step], x: Any, expected: Callable[[str], Tensor], tolerance: float
+) -> dict[str, Step | str]:
+    """The steps, with a reason in place of each that does not give expected(name)."""
+    found: dict[str, Step | str] = {}
     for name, step in steps.items():
         try:
-            for i in range(warmup):
-                step(inputs[i % len(inputs)])
-            _wait(device)
-        except Exception as error:           # a comparator may refuse for any reason
-            found[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    running = {name: step for name, step in steps.items() if name not in found}
-    timed: dict[str, list] = {name: [] for name in running}
-    for i in range(n):
-        for name, step in running.items():
-            timed[name].append(_timed(step, inputs[i % len(inputs)], device))
-    _wait(device)
-    return found | {name: statistics.median(t() for t in times) for name, times in timed.items()}
+            check(step(x), expected(name), name, tolerance)
+            found[name] = step
+        except Exception as error:           # it may be refused by this very GPU
+            found[name] = reason(error)
+    return found
+
+
+def reason(error: Exception) -> str:
+    """An error as one short line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _timed(step: Step, x: Any, device: torch.device) -> Callable[[], float]:
@@ -127,15 +174,35 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def squares(got: Tensor, expected: Tensor) -> Tensor:
+    """(2,) in fp64: the sums of the squares of the difference and of `expected`.
+
+    In pieces: a second copy of a large gradient in fp64 takes more than the gradient.
+    """
+    pieces = zip(*(t.detach().flatten().split(2**24) for t in (got, expected)), strict=True)
+    sums = [torch.stack(((a.double() - b.double()).square().sum(), b.double().square().sum()))
+            for a, b in pieces]
+    return torch.stack(sums).sum(0)
+
+
 def rms_error(got: Tensor, expected: Tensor) -> float:
     """Root mean square of the difference over that of `expected`; NaN where `got` has one."""
-    got, expected = got.detach().double(), expected.detach().double()
-    return ((got - expected).square().mean() / expected.square().mean()).sqrt().item()
+    return ratio(squares(got, expected))
+
+
+def ratio(sums: Tensor) -> float:
+    """The relative RMS error of those sums."""
+    return (sums[0] / sums[1]).sqrt().item()
 
 
 def check(got: Tensor, expected: Tensor, what: str, tolerance: float = TOLERANCE) -> float:
     """The relative RMS error; RuntimeError if it is not below `tolerance`."""
-    error = rms_error(got, expected)
+    if got.shape != expected.shape:
+        raise RuntimeError(f"{what}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}")
+    return below(rms_error(got, expected), what, tolerance)
+
+
+def below(error: float, what: str, tolerance: float = TOLERANCE) -> float:
     if not error < tolerance:
         raise RuntimeError(f"{what}: relative RMS error {error:.1e}, expected less than "
                            f"{tolerance:.0e}")
@@ -151,20 +218,22 @@ def milliseconds(ms: Times, name: str) -> float:
 
 def row(
     case: str, ms: Times, flops: float, nbytes: float, error: float, ours: str = "ours",
-    **sizes: Any,
+    bounds: Sequence[str] = ("copy",), **sizes: Any,
 ) -> dict[str, Any]:
     """One line of a record: `flops` and `nbytes` are what the work needs at least.
 
-    `ratio` is the best comparator's time over that of `ours`: above 1, ours is faster.
+    `speed_of` has every other step's time over that of `ours`: above 1, ours is faster. `ratio` is
+    that of the best peer; what is named in `bounds` does other work and is no peer.
     """
-    times = {name: t for name, t in ms.items() if not isinstance(t, str)}
-    theirs = {name: t for name, t in times.items() if name != ours}
-    best = min(theirs, key=theirs.get, default=None)
+    mine = milliseconds(ms, ours)
+    speed_of = {name: t / mine for name, t in ms.items() if not isinstance(t, str) and name != ours}
+    peers = [name for name in ms if name not in (ours, *bounds)]
+    best = min(speed_of.keys() & set(peers), key=speed_of.get, default=None)
     return {
         "case": case, **sizes, "flops": flops, "bytes": nbytes, "error": error, "ms": ms,
-        "ours": ours, "tflops": flops / milliseconds(ms, ours) / 1e9,
-        "tb_per_s": nbytes / milliseconds(ms, ours) / 1e9, "best": best,
-        "ratio": None if best is None else times[best] / times[ours],
+        "ours": ours, "peers": peers, "bounds": [name for name in bounds if name in ms],
+        "tflops": flops / mine / 1e9, "tb_per_s": nbytes / mine / 1e9, "speed_of": speed_of,
+        "best": best, "ratio": speed_of.get(best),
     }
 
 

@@ -3,6 +3,8 @@
 
 import gc
 import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,9 @@ import numpy as np
 import torch
 
 from dsv2_ref import cost
-from dsv2_ref.bench.harness.peer import agreement, both, sizes, update, use
-from dsv2_ref.bench.harness.timing import milliseconds, result, times
+from dsv2_ref.bench.harness.gpu import reason
+from dsv2_ref.bench.harness.peer import agreement, both, peer, quiet, sizes, update, use
+from dsv2_ref.bench.harness.timing import Disagreement, milliseconds, result, times
 from dsv2_ref.config import Config
 from dsv2_ref.model import DeepSeekV2
 from dsv2_ref.training.memory import plan, state_bytes
@@ -26,43 +29,90 @@ WAYS = tuple(itertools.product(("grouped_mm", "eager"), ("again", "single")))
 
 
 def in_turns_as_wholes(
-    transformers: Any, config: Config, recipe: Recipe, updates: int, device: str, folder: Path,
-) -> tuple[Config, dict[str, Any]]:
+    config: Config, recipe: Recipe, updates: int, device: str, folder: Path,
+) -> Iterator[tuple[Config, dict[str, Any]]]:
     """One side's model, its updates, nothing left of it, then the other's; twice each.
 
-    The config that fits, and its record.
+    The config that fits and its record, after ours and again after theirs: whatever stops
+    transformers is a `their_error`, and ours stays. Where they need fewer layers than ours, those
+    of ours come first, in a record of their own. Disagreement if the two sides do not agree.
     """
-    difference = _two_layers_agree(transformers, config, recipe, device, folder)
-    there = torch.cuda.mem_get_info()[1] if device == "cuda" else 2**34
-    config = fitting(config, recipe, there)
-    ours, theirs, tried = [], [], {}
+    difference, error, there = None, None, _there(device)
+    try:
+        transformers = peer("train")
+        with quiet(transformers):
+            difference = _two_layers_agree(transformers, config, recipe, device, folder)
+    except Disagreement:
+        raise
+    except Exception as failed:
+        error = reason(failed)
+    most = fitting(config, lambda n: state_bytes(n, recipe), there)
+    name, optimizer, fewer = their_optimizer(most, there)
+    if fewer != most:
+        taken, memory = _ours(most, recipe, updates, device, there)
+        alone = f"{name} needs fewer layers"
+        yield most, _record(most, config, recipe, (taken, []), {}, memory | {"their_error": alone})
+    sides: tuple[list, list] = [], []
+    tried: dict[str, float | str] = {}
+    more = {"their_optimizer": name, "difference": difference, "their_peak_bytes": None}
     for _ in range(ROUNDS):
-        taken, memory = _ours(config, recipe, updates, device, there)
-        ours += taken
-        taken, their_peak = _theirs(transformers, config, recipe, updates, device, tried)
-        theirs += taken
-    tokens = recipe.batch * recipe.sequence
-    torchao = _torchao() is not None
-    return config, {
-        "batch": recipe.batch, "length": recipe.sequence, **sizes(config),
+        taken, memory = _ours(fewer, recipe, updates, device, there)
+        sides[0].extend(taken)
+        more |= memory | {"their_error": error}
+        yield fewer, _record(fewer, config, recipe, sides, tried, more)
+        if error is not None:
+            return
+        try:
+            with quiet(transformers):
+                taken, more["their_peak_bytes"] = _theirs(
+                    transformers, fewer, recipe, updates, device, tried, optimizer)
+            sides[1].extend(taken)
+        except Exception as failed:
+            error = more["their_error"] = reason(failed)
+        yield fewer, _record(fewer, config, recipe, sides, tried, more)
+
+
+def _record(
+    config: Config, whole: Config, recipe: Recipe, sides: tuple[list, list],
+    tried: dict[str, float | str], more: dict[str, Any],
+) -> dict[str, Any]:
+    """`more` is what was measured beside times; the case says how many layers, if not all."""
+    part = "" if config == whole else f", {config.n_layers} layers"
+    return {
+        "case": f"lite{part}", "batch": recipe.batch, "length": recipe.sequence, **sizes(config),
         "parameters": cost.parameters(config).total, "optimizer": "AdamW8",
-        "their_optimizer": "torchao AdamW8bit" if torchao else None,
-        "missing": [] if torchao else ["torchao"], **result((ours, theirs), tokens),
-        "best": _best(tried),
-        "tried_ms": milliseconds({n: t for n, t in tried.items() if t is not None}),
-        "out_of_memory": [n for n, t in tried.items() if t is None], "difference": difference,
-        **memory, "their_peak_bytes": their_peak,
+        **result(sides, recipe.batch * recipe.sequence), "best": _best(tried),
+        "tried_ms": milliseconds({n: t for n, t in tried.items() if not isinstance(t, str)}),
+        "not_run": {n: why for n, why in tried.items() if isinstance(why, str)}, **more,
     }
 
 
-def fitting(config: Config, recipe: Recipe, there: int) -> Config:
-    """As many layers as leave a third of the memory `there` beside weights, gradients, moments."""
+def fitting(config: Config, state: Callable[[int], float], there: int) -> Config:
+    """As many layers as leave a third of the memory `there` beside weights, gradients, moments,
+    which are state(n) bytes of n parameters."""
     for n_layers in range(config.n_layers, 1, -1):
         smaller = config.with_(n_layers=n_layers)
         # of 141 GB two thirds are 94 GB, and full Lite takes 94.7
-        if state_bytes(cost.parameters(smaller).total, recipe) <= 0.68 * there:
+        if state(cost.parameters(smaller).total) <= 0.68 * there:
             return smaller
     raise ValueError(f"memory: {there / 2**30:.0f} GiB, expected enough for two layers")
+
+
+def their_optimizer(config: Config, there: int) -> tuple[str, Callable[..., Any], Config]:
+    """Of transformers: name, constructor, and the config that fits, with fewer layers at need.
+
+    torch's own fused AdamW, whose moments are bf16 as the weights are, where it fits; else the
+    8-bit one of torchao, if that is installed; else the first on as many layers as it has room for.
+    """
+    plain = fitting(config, lambda n: 8 * n, there)
+    if plain != config:
+        try:
+            from torchao.optim import AdamW8bit
+        except ImportError:
+            pass
+        else:
+            return "torchao AdamW8bit", partial(AdamW8bit, bf16_stochastic_round=True), config
+    return "torch AdamW, fused, bf16 moments", partial(torch.optim.AdamW, fused=True), plain
 
 
 def _two_layers_agree(
@@ -99,7 +149,7 @@ def _ours(
 
 def _theirs(
     transformers: Any, config: Config, recipe: Recipe, updates: int, device: str,
-    tried: dict[str, float | None],
+    tried: dict[str, float | str], optimizer: Callable[..., Any],
 ) -> tuple[list[float], int | None]:
     """The same of transformers; the ways are tried if `tried` is empty, and written there."""
     _forget(device)
@@ -108,9 +158,7 @@ def _theirs(
         model = transformers.AutoModelForCausalLM.from_config(
             transformers.DeepseekV2Config(**config.to_hf()), dtype=torch.bfloat16)
     model.train()
-    optimizer = _torchao()
-    if optimizer is not None:
-        optimizer = optimizer(model.parameters(), lr=recipe.lr, bf16_stochastic_round=True)
+    optimizer = optimizer(model.parameters(), lr=recipe.lr)
 
     def step(way: str) -> Any:
         experts, memory = way.split("+")
@@ -128,26 +176,21 @@ def _theirs(
         for way in map("+".join, WAYS):
             try:
                 tried[way] = min(times(step(way), 2))
-            except torch.OutOfMemoryError:
-                tried[way] = None
+            except Exception as error:              # out of memory, or whatever else stops it
+                tried[way] = reason(error)
             model.zero_grad()
             _forget(device)
     if (best := _best(tried)) is None:
-        raise RuntimeError("transformers: out of memory in every way that was tried")
+        raise RuntimeError(f"transformers: none of the ways ran, {tried}")
     return times(step(best), 1 + updates)[1:], _peak(device)
 
 
-def _best(tried: dict[str, float | None]) -> str | None:
-    return min((n for n, t in tried.items() if t is not None), key=tried.get, default=None)
+def _best(tried: dict[str, float | str]) -> str | None:
+    return min((n for n, t in tried.items() if not isinstance(t, str)), key=tried.get, default=None)
 
 
-def _torchao() -> Any:
-    """torchao's 8-bit AdamW, None if it is not installed."""
-    try:
-        from torchao.optim import AdamW8bit
-    except ImportError:
-        return None
-    return AdamW8bit
+def _there(device: str) -> int:
+    return torch.cuda.mem_get_info()[1] if device == "cuda" else 2**34
 
 
 def _forget(device: str) -> None:

@@ -66,7 +66,8 @@ def add_mfu(record: dict[str, Any], config: Config, flops: float) -> None:
     """Both sides' share of `flops` per second, from tokens per second in sequences of `length`."""
     work = cost.causal_training_flops(config, record["length"]) / flops
     for side in ("ours", "theirs"):
-        record[f"{side}_mfu"] = work * record[f"{side}_tokens_per_s"]
+        rate = record[f"{side}_tokens_per_s"]
+        record[f"{side}_mfu"] = rate and work * rate
 
 
 def update(

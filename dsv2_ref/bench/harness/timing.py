@@ -14,10 +14,14 @@ TOLERANCE = 1e-4        # of the largest output
 Step = Callable[[], object]
 
 
+class Disagreement(RuntimeError):
+    """Two sides that should compute the same do not: nothing is timed."""
+
+
 def agree(a: Tensor, b: Tensor, what: str) -> float:
     difference = ((a - b).abs().max() / b.abs().max()).item()
     if not difference < TOLERANCE:
-        raise RuntimeError(f"{what}: outputs differ by {difference:.1e} of the largest, expected "
+        raise Disagreement(f"{what}: outputs differ by {difference:.1e} of the largest, expected "
                            f"less than {TOLERANCE:.0e}")
     return difference
 
@@ -48,12 +52,15 @@ def in_turns(
 
 
 def result(pair: tuple[list[float], list[float]], tokens: int) -> dict[str, Any]:
-    """Rates, and how often ours is faster: the median of single steps of each side."""
-    ours, theirs = (statistics.median(times) for times in pair)
+    """Rates, and how often ours is faster: the median of single steps of each side.
+
+    The other side may have no times; its rate and the ratio are then None.
+    """
+    ours, theirs = (statistics.median(times) if times else None for times in pair)
     return {
         "steps": len(pair[0]), "ours_tokens_per_s": tokens / ours,
-        "theirs_tokens_per_s": tokens / theirs, "ours_ms": ours * 1e3, "theirs_ms": theirs * 1e3,
-        "ratio": theirs / ours,
+        "theirs_tokens_per_s": theirs and tokens / theirs, "ours_ms": ours * 1e3,
+        "theirs_ms": theirs and theirs * 1e3, "ratio": theirs and theirs / ours,
     }
 
 
