@@ -59,7 +59,7 @@ class _Pass(NamedTuple):
     positions: Tensor            # (B, T)
     in_line: bool                # all sequences are equally long, and the padding has room
     end: int                     # S
-    real: tuple[Tensor, Tensor] | None = None    # where not in line: sequence and t of real ones
+    real: tuple[Tensor, Tensor] | None = None    # sequence and t of each; None: in line, or all
     places: tuple[Tensor, Tensor] | None = None  # where not in line: slot and position of each
 
 

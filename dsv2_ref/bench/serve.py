@@ -28,6 +28,8 @@ not been run on one.
 
 import itertools
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,6 +127,14 @@ def _room(model: DeepSeekV2, asked: list[Ask]) -> int:
     return int(pages * PAGE * cache_bytes(model.config, "per_head", model.like.itemsize))
 
 
+def _engines(
+    model: DeepSeekV2, room: int, asked: list[Ask]
+) -> dict[str, Callable[[], list[list[int]]]]:
+    """Serving all of them, with each cache; the engine is there already, as a server has it."""
+    engines = {kind: Engine(model, room, kind, PAGE) for kind in CACHES}
+    return {kind: partial(served, engine, asked) for kind, engine in engines.items()}
+
+
 def _sixteen(model: DeepSeekV2, plan: Plan) -> dict[str, Any]:
     n, length = 16, plan.tokens
     asked = asks(model.config.vocab, n, (length, length), (length, length))
@@ -134,8 +144,7 @@ def _sixteen(model: DeepSeekV2, plan: Plan) -> dict[str, Any]:
         return [generate(model, [p], length, stop=())[0] for p in prompts[: n // 4]]
 
     ways = {"sequential": alone, "plain batch": lambda: generate(model, prompts, length, stop=())}
-    for kind in CACHES:
-        ways[kind] = lambda kind=kind: served(Engine(model, room, kind, PAGE), asked)
+    ways |= _engines(model, room, asked)
     same = sum(a == b for a, b in zip(alone(), ways["latent"](), strict=False))
     seconds = in_rounds(ways, plan.rounds)
     seconds["sequential"] *= 4
@@ -157,8 +166,7 @@ def _mixed(transformers: Any, ours: DeepSeekV2, theirs: Any, plan: Plan) -> dict
     ways = {f"transformers {batch}{how}": lambda some=some, batch=batch: padded(theirs, some, batch)
             for batch in (16, 64) for how, some in (("", asked), (" sorted", ordered))
             if not (batch == 64 and how)}
-    ways |= {kind: lambda kind=kind: served(Engine(ours, room, kind, PAGE), asked)
-             for kind in CACHES}
+    ways |= _engines(ours, room, asked)
     same = sum(a == b for a, b in zip(ways["latent"](), padded(theirs, asked, 64), strict=True))
     seconds = in_rounds(ways, plan.rounds)
     theirs_all = [way for way in ways if way.startswith("transformers")]

@@ -55,12 +55,12 @@ def sample(
     """
     largest = logits.amax(-1, keepdim=True)
     usable = largest.isfinite()                                              # (B, 1)
-    logits = logits.where(usable, 0.0)
     if temperature == 0:
         ids = logits.argmax(-1, keepdim=True)
     else:
         # in fp64 no temperature above 0 is too small, and sums of a vocabulary are exact enough
-        p = ((logits - largest.where(usable, 0.0)).double() / temperature).softmax(-1)
+        below = logits.where(usable, 0.0) - largest.where(usable, 0.0)
+        p = (below.double() / temperature).softmax(-1)
         if top_p < 1:
             p, order = p.sort(-1, descending=True)
             # what comes before already suffices; probabilities of fp32 logits are known to 1e-6

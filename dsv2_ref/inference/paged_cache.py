@@ -192,10 +192,12 @@ class Paged(Cache):
         places = [tables[b][(at := start[b] + t) // self.page] * self.page + at % self.page
                   for b, t in real]
         self._places = torch.tensor(places, dtype=torch.int64, device=device)
-        positions = torch.tensor(start, device=device)[:, None] + torch.arange(T, device=device)
-        in_line = len(set(start)) == 1 and counts == [T] * self.batch
-        b, t = torch.tensor(real, dtype=torch.int64, device=device).view(-1, 2).T
-        return _Pass(T, counts, positions, in_line, end, None if in_line else (b, t))
+        positions = torch.tensor([[old + t for t in range(T)] for old in start], device=device)
+        all_real = counts == [T] * self.batch
+        if not all_real:
+            b, t = torch.tensor(real, dtype=torch.int64, device=device).view(-1, 2).T
+        return _Pass(T, counts, positions, all_real and len(set(start)) == 1, end,
+                     None if all_real else (b, t))
 
     def _padded(self, end: int) -> Tensor:
         """The tables of all sequences for `end` tokens, (B, P); short ones repeat their last page.

@@ -248,7 +248,7 @@ MUTANTS = [
     Mutant("sum_in_fp32_keeps_one_more", "sampling", "inference/generate.py",
            ">= top_p * (1 - 1e-6)", ">= top_p", "test_generate.py::test_sampling_at_the_edges"),
     Mutant("temperature_in_fp32", "sampling", "inference/generate.py",
-           "(logits - largest.where(usable, 0.0)).double() / temperature",
+           "below.double() / temperature",
            "logits.float() / temperature",
            "test_generate.py::test_sampling_at_the_edges"),
     Mutant("nan_is_token_0", "sampling", "inference/generate.py",
