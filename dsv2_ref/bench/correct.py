@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dsv2_ref.attention.cache_quant import pack_rows
+from dsv2_ref.attention.cache_quant import SixBitCache
+from dsv2_ref.attention.kv_cache import LatentCache
 from dsv2_ref.bench import attention, experts, fp8, mla_decode, optimizer, six_bit_decode
 from dsv2_ref.bench.harness.cases import measured
 from dsv2_ref.bench.harness.gpu import TOLERANCE, check
@@ -87,7 +88,7 @@ class Between(NamedTuple):
 
 
 def _between(case: Between, device: torch.device) -> float:
-    """All that runs between products: turning, SwiGLU, adding with a norm, adding up, packing."""
+    """All that runs between products: turning, SwiGLU, adding with a norm, adding up, writing."""
     random = torch.Generator(device).manual_seed(1)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
 
@@ -107,10 +108,14 @@ def _between(case: Between, device: torch.device) -> float:
         ((kernel(swiglu)(h, u),), (swiglu(h.float(), u.float()),)),
         (kernel(add_norm)(h, u, norm), add_norm(h.float(), u.float(), norm)),
         ((kernel(add_up)(h, u, routed),), (add_up(h.float(), u.float(), routed.float().sum(1)),))]
-    c_kv = normal(B, T, d_c)
-    for ours, twins in zip(kernel(pack_rows)(c_kv, key), pack_rows(c_kv, key), strict=True):
-        if not torch.equal(ours, twins):
-            raise RuntimeError("pack_rows_fused: other words or scales than the twin's")
+    for kind in (LatentCache, SixBitCache):
+        caches = [kind(1, B, T, d_c, d_r, dtype, device) for _ in range(2)]
+        caches[0].fused = kernel(kind)
+        c_kv = normal(B, T, d_c)
+        for cache in caches:
+            cache.write(0, c_kv, key)
+        if not all(map(torch.equal, *(cache.stores for cache in caches))):
+            raise RuntimeError(f"{kind.__name__}: other rows than the twin's")
     return max(check(ours, twins, "between products") for found in pairs
                for ours, twins in zip(*found, strict=True))
 
