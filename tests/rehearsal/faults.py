@@ -60,4 +60,27 @@ FAULTS = [
           "    values = [t.item() for t in scalars.values()]", "step", "waits"),
 ]
 
-ELSEWHERE: dict[str, str] = {}
+# what such a mistake was -> the test that sees it
+ELSEWHERE = {
+    "bench all loses rows": "test_bench_all.py::"
+                            "test_a_killed_run_keeps_its_rows_and_is_gone_on_with",
+    "a case that raises takes others with it": "test_bench_all.py::"
+                                               "test_a_case_that_raises_costs_no_other",
+    "a step that raises while it is timed takes others with it":
+        "test_bench_gpu.py::test_a_step_that_raises_while_it_is_timed_loses_itself_alone",
+    "a peer with rounded scores is refused, a copy is the best peer":
+        "test_bench_decode.py::"
+        "test_others_may_round_their_scores_and_are_told_apart_from_a_bound",
+    "theirs fails and ours is lost": "test_bench.py::test_what_stops_the_peer_costs_ours_nothing",
+    "peers that wait are not named": "test_bench_experts.py::test_who_waits_for_the_gpu_is_named",
+    "a fifth shape of FlexAttention runs eager":
+        "test_bench_attention.py::test_each_case_starts_the_compiler_anew",
+    "no compiler, and every pass raises": "test_forms.py::"
+        "test_where_no_kernel_can_be_launched_twins_serve_and_one_warning_says_why",
+    "a model in fp32 is made to save one":
+        "test_export.py::test_writing_a_model_makes_no_second_one_in_fp32",
+    "every number of pieces is tried on the host in every step":
+        "test_latent_decode.py::test_few_numbers_of_splits_are_tried_and_nearly_the_best_is_found",
+    "one card has two names": "test_target.py::test_a_card_has_one_name",
+    "theirs without an optimiser": "test_bench.py::test_the_peer_has_an_optimizer",
+}
