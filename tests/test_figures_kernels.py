@@ -15,6 +15,7 @@ WORK = {"16 heads": (16 * 2176, 1152), "16 heads, six bits": (16 * 2176, 436),
 WAYS = {"bf16": [("read", 1152)], "six bits, fused": [("read", 436)],
         "six bits, unpacked first": [("read", 436), ("write", 1152), ("read", 1152)]}
 BYTES = {"bf16": 1152, "six bits": 436}
+LAUNCHES = {"plain": {"other": 80, "products": 40}, "fused": {"products": 40, "steps": 10}}
 DRAW = {
     "program_grid": lambda: figures.program_grid(10, 4),
     "attention_tiles": lambda: figures.attention_tiles(8, 8, 2, 2),
@@ -27,6 +28,7 @@ DRAW = {
     "bytes_moved": lambda: figures.bytes_moved(WAYS),
     "decode_floors": lambda: figures.decode_floors((8, 16, 32, 64, 128), 2176, BYTES, 2**19,
                                                    4.8, 989),
+    "launch_bars": lambda: figures.launch_bars(LAUNCHES, 4),
 }
 
 
@@ -66,7 +68,16 @@ def test_titles_state_the_message_from_the_data():
     assert title("decode_roofline") == "Memory is the limit of 3 of 4: those left of the ridge"
     assert title("bytes_moved") == ("six bits, fused: 2.6 times less\n"
                                     "six bits, unpacked first: 2.4 times more")
+    assert title("launch_bars") == "Launches a layer: 30 to 12"
     assert title("decode_floors") == "six bits gains 2.6x at 8 heads and 1.0x at 128"
+
+
+def test_launches_are_told_by_kind_the_most_first():
+    ax = DRAW["launch_bars"]().axes[0]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["other", "products", "steps"]
+    assert [bar.get_width() for bar in ax.patches] == [20, 10, 0, 0, 10, 2.5]
+    assert [t.get_text() for t in ax.texts] == ["20", "10", "0", "0", "10", "2.5"]
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["plain: 120", "fused: 50"]
 
 
 def test_numbers_that_are_missing_are_said_to_be():
@@ -99,3 +110,4 @@ def test_refusals():
     refused(lambda: figures.decode_roofline({"a": (1, 0)}, 1, 1, ""), "work", "positive")
     refused(lambda: figures.bytes_moved({"a": [("x", 1)]}), "ways", "two at least")
     refused(lambda: figures.decode_floors([1], 1, BYTES, 1, 1, 1), "heads", "expected two")
+    refused(lambda: figures.launch_bars({"a": {}}, 1), "ways", "one way")

@@ -15,6 +15,7 @@ LOG[10] |= {"expert_load": [[9, 9, 9], [6, 2, 1]]}
 SIZES = np.logspace(-6, 0, 50)
 PARTS = {"plain": {"weights": 60e9, "gradients": 60e9, "moments": 120e9},
          "small": {"weights": 30e9, "gradients": 30e9, "moments": 30e9}}
+STEP = {"slow": {"bytes": 1.0, "products": 2.0}, "fast": {"bytes": 0.5, "products": 1.5}}
 ROW = [0, 5, 6, 7, 1, 0, 8, 1, 0, 9, 1]               # three documents
 DRAW = {
     "schedule_curves": lambda: figures.schedule_curves(
@@ -33,8 +34,10 @@ DRAW = {
     "packed_windows": lambda: figures.packed_windows(ROW, [6, 2], 4, begin=0),
     "optimizer_paths": lambda: figures.optimizer_paths(
         torch.tensor([1.0, -300]), [1, 0.5], [1, 2], [1.25, -0.5]),
-    "kept_by_width": lambda: figures.kept_by_width(
-        {"dense layer": {128: 1e4, 256: 2e4}, "MoE layer": {128: 2e4, 256: 3e4, 512: 5e4}}, 1024),
+    "memory_bars, counted": lambda: figures.memory_bars(PARTS, counted={"plain": 230e9,
+                                                                        "small": 91e9}),
+    "step_seconds": lambda: figures.step_seconds(STEP, 6000),
+    "step_seconds, measured": lambda: figures.step_seconds(STEP, 6000, {"a run": 4.0}),
     "memory_over_step": lambda: figures.memory_over_step([1e6, 3e6, 2e6], 2.5e6, 1e6),
 }
 TITLES = {
@@ -47,7 +50,8 @@ TITLES = {
     "memory_bars, no limit": ["From 3 to 3 MB"],
     "packed_windows": ["3 documents, 2 windows, 2 with more than one document", ""],
     "optimizer_paths": ["Gradients of up to 300", "Steps of up to 1.2 rates"],
-    "kept_by_width": ["At width 1,024: dense layer 80 KB, MoE layer 90 KB per token"],
+    "step_seconds": ["Expected: 2.0K to 3.0K tokens/s; nothing was measured yet"],
+    "step_seconds, measured": ["Expected: 2.0K to 3.0K tokens/s"],
     "memory_over_step": ["Peak: 3 MB measured, 2.5 MB planned"],
 }
 LABELS = {
@@ -59,7 +63,7 @@ LABELS = {
     "memory_bars": [("memory (GB)", "")],
     "memory_bars, no limit": [("memory (MB)", "")],
     "optimizer_paths": [("step", "size"), ("step", "step (rate = 1)")],
-    "kept_by_width": [("width of the stream", "kept per token (KB)")],
+    "step_seconds": [("a step of 6,000 tokens (seconds)", "")],
     "memory_over_step": [("allocations of the step, in order", "memory in use (MB)")],
 }
 
@@ -105,6 +109,15 @@ def test_bars_stack_to_their_totals_beside_the_limit():
     assert [t.get_text() for t in ax.texts] == ["240", "90"]
     assert ax.lines[0].get_xdata()[0] == 141
     assert not DRAW["memory_bars, no limit"]().axes[0].lines
+    assert list(DRAW["memory_bars, counted"]().axes[0].lines[0].get_xdata()) == [230, 91]
+
+
+def test_a_measured_step_stands_below_those_that_are_expected():
+    ax = DRAW["step_seconds, measured"]().axes[0]
+    assert [(b.get_x(), b.get_width()) for b in ax.patches] == [
+        (0, 1), (0, 0.5), (1, 2), (0.5, 1.5), (0, 4)]
+    assert [t.get_text() for t in ax.texts] == ["3", "2", "4"]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["slow", "fast", "a run"]
 
 
 def test_windows_have_the_colours_of_their_documents():
@@ -137,4 +150,4 @@ def test_bad_input_is_refused_in_one_line():
     refused(lambda: figures.packed_windows([0, 1], [1], 2, 0), "windows of 2 within 2 tokens")
     refused(lambda: figures.optimizer_paths([1], [1], [], [1]), "root_v: 0", "as many of each")
     refused(lambda: figures.memory_over_step([], 1, 1), "in_use: 0 values")
-    refused(lambda: figures.kept_by_width({"a": {1: 1}}, 9), "two widths or more")
+    refused(lambda: figures.step_seconds({"a": {"x": 1}, "b": {"y": 1}}, 1), "the same parts")

@@ -8,7 +8,7 @@ from dsv2_ref.exercises import Exercises, Function, Value
 N_WEIGHTS = cost.parameters(LITE).total
 PEAK_FLOPS = 989e12                       # per second, H100 and H200, bf16, dense
 STANDING = (2 + 2 + 2 + 8 / 256) * N_WEIGHTS
-STREAM, BLOCK = 4096, 268_000             # bytes per token: a block's input, what it keeps
+STREAM, BLOCK = 4096, 102_000             # bytes per token: a block's input, what it keeps
 
 
 def fitting(card: float) -> int:

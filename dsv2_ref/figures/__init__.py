@@ -73,6 +73,7 @@ from dsv2_ref.figures.kernels import (
     bytes_moved,
     decode_floors,
     decode_roofline,
+    launch_bars,
     program_grid,
     softmax_in_pieces,
 )
@@ -121,7 +122,6 @@ from dsv2_ref.figures.positions import (
 )
 from dsv2_ref.figures.pretraining import (
     code_steps,
-    kept_by_width,
     live_picture,
     memory_bars,
     memory_over_step,
@@ -129,6 +129,7 @@ from dsv2_ref.figures.pretraining import (
     packed_windows,
     rounding_paths,
     schedule_curves,
+    step_seconds,
 )
 from dsv2_ref.figures.rewards import (
     answer_tokens,
@@ -178,7 +179,7 @@ __all__ = [
     "error_by_bits", "errors_by_position", "exam_table", "expert_load", "expert_shares",
     "flops_against_context", "flops_by_part", "format_error", "found_by_length", "gradient_norm",
     "group_slider", "grouped_heads", "groups_like_mla", "harm_bars", "hour_ranges",
-    "hours_by_devices", "in_flight_bars", "information_dots", "kept_by_width", "kept_to_scale",
+    "hours_by_devices", "in_flight_bars", "information_dots", "kept_to_scale", "launch_bars",
     "learning_ways", "length_costs", "limit_quality", "live_image", "live_picture",
     "load_animation", "load_over_training", "loss_arrows", "loss_curve", "loss_floor",
     "losses_by_position", "matrices", "memory_bars", "memory_over_step", "mistakes_by_factor",
@@ -190,6 +191,6 @@ __all__ = [
     "router_heat_map", "rows_by_hand", "run_figures", "run_lives", "save", "saving_cost",
     "saving_steps", "scale_map", "schedule_curves", "schedule_gantt", "seeds_and_differences",
     "seen_and_unseen", "serving_timeline", "shared_heads", "slots_by_device", "softmax_in_pieces",
-    "stage_memory", "study_changes", "styled", "throughput_curves", "token_routing",
+    "stage_memory", "step_seconds", "study_changes", "styled", "throughput_curves", "token_routing",
     "tokens_and_bytes", "turned_pair", "word_layout", "yarn_pairs",
 ]

@@ -236,3 +236,37 @@ def decode_floors(
     ax.grid(True)
     ax.legend(loc="center left")
     return figure
+
+
+@styled
+def launch_bars(ways: Mapping[str, Mapping[str, int]], layers: int) -> Figure:
+    """Launches of a step by what they are, one bar for each way of making it.
+
+    ways: way -> kind -> launches of all `layers`; a kind may be missing in some.
+    """
+    if not ways or layers < 1 or not all(ways.values()):
+        raise ValueError(f"ways: {dict(ways)}, layers: {layers}, expected launches of one way and "
+                         "one layer at least")
+    most = {kind: max(way.get(kind, 0) for way in ways.values()) / layers
+            for way in ways.values() for kind in way}
+    kinds = sorted(most, key=most.__getitem__, reverse=True)
+    figure = Picture(8.4, 0.5 * len(kinds) + 1.7)
+    ax = figure.subplots()
+    height, colors = 0.8 / len(ways), (COLORS["GQA"], COLORS["MLA"], *MORE_COLORS)
+    for i, (name, found) in enumerate(ways.items()):
+        at = np.arange(len(kinds)) + (i + 0.5) * height - 0.4
+        n = [found.get(kind, 0) / layers for kind in kinds]
+        ax.barh(at, n, height=height * 0.92, color=colors[i],
+                label=f"{name}: {sum(found.values()):,}")
+        for y, x in zip(at, n):
+            ax.annotate(f"{x:.0f}" if round(x, 1) == round(x) else f"{x:.1f}", (x, y), (4, 0),
+                        textcoords="offset points", va="center", fontsize=9)
+    each = [sum(found.values()) / layers for found in ways.values()]
+    ax.set(yticks=range(len(kinds)), yticklabels=kinds, xlabel="launches a layer",
+           xlim=(0, max(most.values()) * 1.1),
+           title=f"Launches a layer: {' to '.join(f'{n:.0f}' for n in each)}")
+    ax.invert_yaxis()
+    ax.tick_params(axis="y", length=0)
+    ax.grid(True, axis="x")
+    ax.legend(loc="lower right")
+    return figure

@@ -179,31 +179,22 @@ def code_steps(sizes: Sequence[float], kept: Mapping[str, Sequence[float]]) -> F
 
 @styled
 def memory_bars(
-    parts: Mapping[str, Mapping[str, float]], limit: float | None = None, unit: str = "GB"
+    parts: Mapping[str, Mapping[str, float]], limit: float | None = None, unit: str = "GB",
+    counted: Mapping[str, float] | None = None,
 ) -> Figure:
     """Bytes by what they are for, a stacked bar for each way of training.
 
     parts: way -> part -> bytes, the same parts everywhere; limit: what there is, in bytes; unit GB
-    or MB, powers of ten.
+    or MB, powers of ten; counted: way -> bytes, marked beside the sum.
     """
     if unit not in ("GB", "MB"):
         raise ValueError(f"unit: {unit!r}, expected GB or MB")
-    names = list(next(iter(parts.values()), {}))
-    if not names or any(list(ways) != names for ways in parts.values()):
-        raise ValueError(f"parts: {[list(ways) for ways in parts.values()]}, expected the same "
-                         "parts for each way, one at least")
     scale = 1e9 if unit == "GB" else 1e6
     totals = {way: sum(sizes.values()) for way, sizes in parts.items()}
-    figure = Picture(9.0, 0.62 * len(parts) + 1.9)
-    ax = figure.subplots()
-    left = np.zeros(len(parts))
-    for i, name in enumerate(names):
-        widths = np.array([sizes[name] / scale for sizes in parts.values()])
-        ax.barh(list(parts), widths, left=left, color=_LINES[i], height=0.62, label=name)
-        left += widths
-    for i, total in enumerate(totals.values()):
-        ax.annotate(f"{total / scale:,.3g}", (total / scale, i), (5, 0), va="center",
-                    textcoords="offset points")
+    figure, ax = _stacked(parts, scale)
+    if counted:
+        ax.plot([counted[way] / scale for way in parts], range(len(parts)), "D", color="white",
+                mec=INK, ms=6, label="counted")
     most, least = (f(totals.values()) / scale for f in (max, min))
     title = f"From {most:,.3g} to {least:,.3g} {unit}"
     if limit is not None:
@@ -212,12 +203,55 @@ def memory_bars(
         told = f"fits: {fitting[0]}" if len(fitting) == 1 else (
             f"fit {len(fitting)} of these {len(parts)}")
         title = f"In {limit / scale:,.3g} {unit} {told}"
+    ax.set(xlabel=f"memory ({unit})", title=title,
+           xlim=(0, max(most, (limit or 0) / scale) * 1.12))
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    return figure
+
+
+def _stacked(parts: Mapping[str, Mapping[str, float]], scale: float) -> tuple[Figure, Axes]:
+    """A bar for each way, of its parts over `scale`, with their sum behind it."""
+    names = list(next(iter(parts.values()), {}))
+    if not names or any(list(ways) != names for ways in parts.values()):
+        raise ValueError(f"parts: {[list(ways) for ways in parts.values()]}, expected the same "
+                         "parts for each way, one at least")
+    figure = Picture(9.0, 0.62 * len(parts) + 1.9)
+    ax = figure.subplots()
+    left = np.zeros(len(parts))
+    for i, name in enumerate(names):
+        widths = np.array([sizes[name] / scale for sizes in parts.values()])
+        ax.barh(list(parts), widths, left=left, color=_LINES[i], height=0.62, label=name)
+        left += widths
+    for i, total in enumerate(left):
+        ax.annotate(f"{total:,.3g}", (total, i), (5, 0), va="center", textcoords="offset points")
     ax.invert_yaxis()
     ax.tick_params(axis="y", length=0)
     ax.grid(True, axis="x")
-    ax.set(xlabel=f"memory ({unit})", title=title,
-           xlim=(0, max(most, (limit or 0) / scale) * 1.12))
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=len(names))
+    return figure, ax
+
+
+@styled
+def step_seconds(
+    parts: Mapping[str, Mapping[str, float]], tokens: int,
+    measured: Mapping[str, float] | None = None,
+) -> Figure:
+    """Seconds of a training step of `tokens` tokens by what takes them, a bar for each estimate.
+
+    parts: estimate -> part -> seconds, the same parts everywhere; measured: run -> seconds. Without
+    any, the picture says so.
+    """
+    figure, ax = _stacked(parts, 1.0)
+    slow, fast = (f(sum(p.values()) for p in parts.values()) for f in (max, min))
+    for name, seconds in (measured or {}).items():
+        ax.barh(name, seconds, color="#999999", height=0.62)
+        ax.annotate(f"{seconds:,.3g}", (seconds, name), (5, 0), va="center",
+                    textcoords="offset points")
+    told = "" if measured else "; nothing was measured yet"
+    speeds = [f"{tokens / seconds / 1e3:.1f}K" for seconds in (slow, fast)]
+    ax.set(xlabel=f"a step of {tokens:,} tokens (seconds)",
+           xlim=(0, max(slow, *(measured or {"": 0}).values()) * 1.12),
+           title=f"Expected: {' to '.join(speeds)} tokens/s{told}")
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=6)
     return figure
 
 
@@ -245,31 +279,4 @@ def memory_over_step(in_use: Sequence[float], planned: float, standing: float) -
            title=f"Peak: {y.max():,.3g} MB measured, {planned / 1e6:,.3g} MB planned")
     ax.grid(True, axis="y")
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    return figure
-
-
-@styled
-def kept_by_width(counted: Mapping[str, Mapping[int, float]], full: int) -> Figure:
-    """Bytes kept per token at narrow widths, and the line through the two narrowest to `full`.
-
-    counted: kind of layer -> width -> bytes; two widths each at least.
-    """
-    if not counted or min(len(points) for points in counted.values()) < 2:
-        raise ValueError("counted: expected at least one kind of layer, at two widths or more")
-    figure = Picture(7.6, 4.0)
-    ax = figure.subplots()
-    told = []
-    for i, (name, points) in enumerate(counted.items()):
-        (x0, y0), (x1, y1) = sorted(points.items())[:2]
-        at_full = y0 + (y1 - y0) / (x1 - x0) * (full - x0)
-        told.append(f"{name} {at_full / 1e3:.0f} KB")
-        ax.plot([x0, full], [y0 / 1e3, at_full / 1e3], color=_LINES[i], ls="--", lw=1.4)
-        ax.plot(list(points), [y / 1e3 for y in points.values()], "o", color=_LINES[i], ms=7,
-                label=f"{name}, counted")
-        ax.plot([full], [at_full / 1e3], "o", color=_LINES[i], ms=7, mfc="white",
-                label=f"{name}, by the line")
-    ax.set(xlabel="width of the stream", ylabel="kept per token (KB)", xlim=(0, None),
-           ylim=(0, None), title=f"At width {full:,}: {', '.join(told)} per token")
-    ax.grid(True, axis="y")
-    ax.legend(loc="best")
     return figure

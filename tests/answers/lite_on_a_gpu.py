@@ -20,14 +20,14 @@ def left(token_bytes):
 RIGHT = {
     1: [15.706484224 * (2 + 8 / 256), 31.9, torch.tensor(31.904)],
     2: [12_000 * PER_TOKEN / 989e12, 0.199, torch.tensor(0.1989)],
-    3: [17, left(26 * 4096 + 2 * 268_000), torch.tensor(17.0)],
+    3: [36, left(26 * 4096 + 2 * 102_000), torch.tensor(36.0)],
     4: [lambda tokens, batch, sequence: max(1, round(tokens / (batch * sequence))), nearest,
         lambda tokens, batch, sequence: torch.tensor(tokens / batch / sequence).round().clamp(1)],
 }
 WRONG = {
     1: [15.7 * 8, 15.7 * 2, 94.7, 15.7, 31.9e9],
     2: [12_000 * 6 * 2_451_435_008 / 989e12, 12_000 * 2 * 2_451_435_008 / 989e12, 19.9, 0.3, 5],
-    3: [left(26 * 4096 + 268_000), 18, 1, 16, 46],
+    3: [left(26 * 4096 + 102_000), 37, 1, 35, 84],
     4: [lambda t, b, s: int(t / (b * s)), lambda t, b, s: round(t / b),
         lambda t, b, s: round(t / (b * s)), lambda t, b, s: math.ceil(t / (b * s)),
         lambda t, b, s: t / (b * s)],

@@ -12,6 +12,7 @@ something is wrong that a count does not show.
 
 import json
 import sys
+from collections import Counter
 from datetime import date
 from importlib.metadata import version
 from typing import Any
@@ -29,6 +30,17 @@ TORCH, TRITON, GRAPH = 4.5e-6, 24e-6, 2.0e-6
 # share of the matrix rate that our kernels are hoped to reach, base and goal, and torch's products
 EXPERTS, ATTENTION, TORCHS = (280e12, 400e12), (280e12, 400e12), 0.75
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
+
+
+def kinds(counted: dict[str, Any]) -> dict[str, int]:
+    """Launches by what they are: torch's products, its norms, all else of it; kernels by file."""
+    found: Counter[str] = Counter()
+    for name, n in counted["operations"].items():
+        found["torch: products" if name in PRODUCTS else
+              "torch: norms" if "norm" in name else "torch: other"] += n
+    for name, n in counted["kernels"].items():
+        found[counted["files"][name]] += n
+    return dict(found.most_common())
 
 
 def decoding(c: Config, counted: dict[str, Any], batch: int, cached: int,
@@ -87,13 +99,21 @@ def record() -> dict[str, Any]:
         print(f"decoding, {cache}, batch {batch}", file=sys.stderr)
         counted = decode(cache=cache, batch=batch, cached=sequence)
         decoded[f"{cache} {batch}"] = decoding(c, counted, batch, sequence, bits) | {
-            "waits": counted["waits"], "uploads": counted["uploads"]}
+            "waits": counted["waits"], "uploads": counted["uploads"],
+            "kinds": kinds(counted)}
+    # the small steps between products in plain torch, as they would be without their kernels
+    counted = decode(cached=sequence, plain=1)
+    decoded["latent 1"]["without_fusing"] = {"launches": counted["launches"],
+                                             "kinds": kinds(counted)}
     return {
         "what": "counted on a pretended card; no number here was measured on one",
         "date": str(date.today()), "torch": version("torch"), "triton": version("triton"),
         "rates": CARDS, "launch_s": {"torch": TORCH, "triton": TRITON, "graph": GRAPH},
+        "product_rates": {"torch": TORCHS * CARDS["H200"]["matmul"], "experts": EXPERTS,
+                          "attention": ATTENTION},
         "memory": {name: {k: found[k] for k in ("plan", "peak", "at_peak", "weights", "moments",
-                                                "launches", "waits", "uploads", "update")}
+                                                "torch", "triton", "launches", "waits",
+                                                "uploads", "update")}
                    for name, found in plans.items()},
         "flops": work, "training": training(plans["2 x 0.0"], work, 8 * sequence, sequence),
         "decoding": decoded,

@@ -59,6 +59,7 @@ class Recorder:
     def __init__(self, current: object = None, build: bool = False) -> None:
         self.current, self.build = current, build            # a Card, whose device is current
         self.launches: Counter[str] = Counter()
+        self.files: dict[str, str] = {}                      # kernel -> where it stands
         self.compiled: dict[tuple[str, str], dict[str, Any] | None] = {}
         self.wrong: list[str] = []
         self._backend, self._binders, self._keys = make_backend(TARGET), {}, {}
@@ -77,6 +78,7 @@ class Recorder:
 
     def _launch(self, fn: Any, args: tuple, grid: Any, kwargs: dict[str, Any]) -> None:
         name = fn.__name__
+        self.files[name] = fn.module.rpartition(".")[2]
         kwargs.setdefault("debug", fn.debug)
         if fn not in self._binders:
             self._binders[fn] = jit.create_function_from_signature(fn.signature, fn.params,

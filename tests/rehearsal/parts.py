@@ -7,6 +7,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,10 +22,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from dsv2_ref.__main__ import main
 from dsv2_ref.config import PRESETS, Config
 from dsv2_ref.cost import causal_training_flops
+from dsv2_ref.forms import add_norm
 from dsv2_ref.inference.generate import sample
 from dsv2_ref.inference.graph import DecodeStep
 from dsv2_ref.kernels import grouped_experts
 from dsv2_ref.model import DeepSeekV2
+from dsv2_ref.moe.experts import swiglu
 from dsv2_ref.moe.routing import Router
 from dsv2_ref.text import stories
 from dsv2_ref.training.adamw8 import AdamW8
@@ -75,22 +78,27 @@ def _told(mode: Card, recorder: Recorder, counts: Counts) -> dict[str, Any]:
         "torch": sum(counts.launches.values()), "triton": sum(recorder.launches.values()),
         "launches": sum(counts.launches.values()) + sum(recorder.launches.values()),
         "waits": dict(mode.waits), "uploads": dict(counts.uploads), "wrong": recorder.wrong,
-        "kernels": dict(recorder.launches), "operations": dict(counts.launches.most_common()),
+        "kernels": dict(recorder.launches), "files": recorder.files,
+        "operations": dict(counts.launches.most_common()),
         "moved": dict(counts.moved.most_common()),
     }
 
 
 def decode(preset: str = "lite", layers: int = 0, batch: int = 1, cached: int = 4096,
            cache: str = "latent", ragged: int = 0, index: int = 0,
-           graph: int = 0) -> dict[str, Any]:
+           graph: int = 0, plain: int = 0) -> dict[str, Any]:
     """The second of two decode steps; `ragged` 1: the first sequence is one token shorter.
 
     `graph` 1: the step of static shapes, not captured; and how it differs at a third of the length.
+    `plain` 1: the small steps between products in plain torch, not in kernels.
     """
     if graph:
         return _static(preset, layers, batch, cached, cache, ragged, index)
     with _stage(index=index) as (mode, recorder), torch.no_grad():
         model = _model(_config(preset, layers), mode.here).eval()
+        if plain:
+            model.across = lambda forms: replace(forms, rotate_both=None, swiglu=swiglu,
+                                                 add_norm=add_norm)
         kept = model.new_cache(batch, cached + 16, cache)
         kept.lengths = [cached - 2 - (ragged and b == 0) for b in range(batch)]
         for _ in range(2):
@@ -161,7 +169,7 @@ def backward(preset: str = "lite", layers: int = 0, batch: int = 4, sequence: in
 
 def step(preset: str = "lite", layers: int = 0, batch: int = 8, micro: int = 4,
          recompute: float = 1.0, sequence: int = 4096, steps: int = 2) -> dict[str, Any]:
-    """The last of some training steps, as notebook 15 makes them; memory beside the plan's."""
+    """The last of some training steps by notebook 15's recipe; memory beside the plan's."""
     recipe = PAPER["lite"].with_(batch=batch, micro_batch=micro, optimizer="adamw8",
                                  weights="bf16", recompute=recompute, lr=3e-4, warmup=0.1,
                                  sequence=sequence).lasting(5e6)
