@@ -151,7 +151,7 @@ def test_a_needle_run_that_is_killed_goes_on_bit_for_bit(texts, tmp_path):
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def end(process):
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=600)
         assert process.returncode == 0, err
         return json.loads(out)
 

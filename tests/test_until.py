@@ -13,7 +13,7 @@ from dsv2_ref.inference.until import Ask, continue_until, cut
 from dsv2_ref.text.tokenizer import load_tokenizer
 
 # of texts that the model knows: elsewhere tokens that it never met are as good as equal
-PROMPTS = ["Once upon a time", "Long ago there was a little girl named", "从前有一个",
+PROMPTS = ["Once upon a time", "Long ago there was a little girl named", "从前有一个小女孩叫",
            "Lily took the kite to"]
 ROOM = 10**6
 
