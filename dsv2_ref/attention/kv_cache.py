@@ -17,7 +17,6 @@ One pass through the layers goes
 
 A layer written twice or not at all, a pass begun but not ended, tokens without room are refused.
 `select`, `fork` and `release` are for many sequences. Any object with these methods is a cache.
-
 Memory is allocated once, for `max_tokens` tokens of each sequence. Sequences of one batch may have
 different lengths: new token t of sequence b stands at lengths[b] + t, and `counts` says how many of
 the T are real. The others are padding on the right, which the next real token overwrites, so the
@@ -185,12 +184,11 @@ class Cache:
         # under autocast new rows are in its dtype
         if rows.dtype != store.dtype and not torch.is_autocast_enabled(rows.device.type):
             raise ValueError(f"rows: {rows.dtype}, expected {store.dtype}, the cache's dtype")
-        rows = rows.to(store.dtype)
         if run.in_line and self.slots is None:
-            store[:, run.end - run.T : run.end] = rows           # in one piece: faster
+            store[:, run.end - run.T : run.end] = rows                       # in one piece: faster
         else:
-            rows = rows.flatten(0, 1) if run.real is None else rows.flatten(0, 1)[run.real]
-            store.flatten(0, 1).index_copy_(0, run.places, rows)
+            rows = rows.to(store.dtype).flatten(0, 1)[slice(None) if run.real is None else run.real]
+            store.flatten(0, 1).index_copy_(0, run.places, rows)             # (R, ...)
 
     def rows(self, layer: int) -> tuple[Tensor, ...]:
         """What `attend` takes of a layer: its rows up to the last new token, (B, S, ...) each."""
@@ -199,10 +197,7 @@ class Cache:
         return tuple(store[layer][slots, :end] for store in self.stores)
 
     def advance(self, new_tokens: int | Sequence[int] | None = None) -> None:
-        """End the pass: count the new tokens as read, `new_tokens` of each sequence.
-
-        None counts what `positions` was told. ValueError where a layer was not written.
-        """
+        """End the pass: `new_tokens` of each sequence are read, None: as `positions` was told."""
         if self._pass is None:
             raise ValueError("advance: no pass was begun, expected positions() or write() first")
         if missing := sorted(set(range(len(self.store))) - self._written):
@@ -263,7 +258,6 @@ class LatentCache(Cache):
         self.d_c = d_c
 
     def stored(self, c_kv: Tensor, k_r: Tensor) -> tuple[Tensor]:
-        """c_kv (B, T, d_c), k_r (B, T, d_r) -> [c_kv ; k_r]."""
         return (torch.cat((c_kv, k_r), -1),)                                 # (B, T, d_c+d_r)
 
     def rows(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -285,7 +279,6 @@ class PerHeadCache(Cache):
         super().__init__(torch.zeros(shape, dtype=dtype, device=device))
 
     def stored(self, k: Tensor, v: Tensor) -> tuple[Tensor]:
-        """k, v (B, T, n_kv, d_h) -> both."""
         return (torch.stack((k, v), 2),)                                     # (B, T, 2, n_kv, d_h)
 
     def rows(self, layer: int) -> tuple[Tensor, Tensor]:
