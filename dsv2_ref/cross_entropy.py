@@ -47,9 +47,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad = log_p.exp_()                                              # softmax - onehot
                 counted = (t != IGNORED).to(exact)[:, None]
                 grad.scatter_add_(1, t.clamp(min=0)[:, None], -torch.ones_like(counted))
-                grad = (grad * (counted / n)).to(dtype)
+                grad = grad.mul_(counted / n).to(dtype)
                 grad_h[place[0] : place[-1] + 1] = grad @ W_low
-                grad_W += grad.mT @ h_low
+                if dtype == exact:
+                    grad_W.addmm_(grad.mT, h_low)        # without a second tensor of its size
+                else:
+                    grad_W += grad.mT @ h_low
                 del grad
             del log_p            # or they would be there beside the next chunk's: 1.6 GB of Lite's
         ctx.save_for_backward(grad_h, grad_W)

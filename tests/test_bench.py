@@ -14,6 +14,7 @@ from dsv2_ref import cost
 from dsv2_ref.bench import cpu_decode, train
 from dsv2_ref.bench.harness import one_card, peer, timing
 from dsv2_ref.config import LITE
+from dsv2_ref.model import DeepSeekV2
 from dsv2_ref.training.memory import state_bytes
 
 
@@ -68,6 +69,39 @@ def test_the_full_run_has_the_sizes_it_documents() -> None:
         for width in (model.d, model.expert_width, model.dense_width, model.d_c, model.d_cq):
             assert width % 16 == 0
     assert cpu_decode.LAYER.n_h == 16 and cpu_decode.LAYER.d == 2048
+
+
+def test_shares_are_of_what_a_step_needs(record: dict) -> None:
+    """Counted in a live model: the weights that are multiplied with, and the cache's own bytes."""
+    for row in record["decode"] + record["attention"]:
+        for share, what, rate in (("bandwidth_share", "bytes", record["read_gb_per_s"] * 1e9),
+                                  ("matmul_share", "flops", record["matmul_tflops"] * 1e12)):
+            assert row[share] * rate * row["ours_ms"] / 1e3 == pytest.approx(row[what])
+    c = peer.MODEL.with_(d=64, n_h=2, d_cq=24, n_layers=3, vocab=128, dense_width=96, bos=0, eos=1)
+    model, rows, batch = DeepSeekV2(c), 5, 3
+    cache = model.new_cache(batch, rows)
+    chosen: list[int] = []
+    for block in model.blocks[1:]:
+        block.router.register_forward_hook(
+            lambda *given: chosen.append(len(set(given[-1].indices.flatten().tolist()))))
+    tokens = torch.tensor([[1], [2], [3]])
+    experts = cpu_decode.experts_read(model, lambda: model(tokens, cache))
+    assert experts == sum(chosen) and len(chosen) == 2 and experts > 2 * c.top_k
+    routed = [W for block in model.blocks[1:]
+              for W in (block.experts.W_gate, block.experts.W_up, block.experts.W_down)]
+    one = sum(W[0].numel() for W in routed) // 2
+    table = model.embedding.weight.numel()
+    weights = sum(p.numel() for p in model.parameters()) - sum(W.numel() for W in routed) - table
+    found = cpu_decode.needed(c, rows, batch, experts)
+    assert found["bytes"] == 4 * (weights + experts * one) + cache.nbytes
+    pairs = batch * rows * c.n_layers * c.n_h * (2 * c.d_c + c.d_r)
+    assert found["flops"] == 2 * (batch * (weights + 2 * c.top_k * one) + pairs)
+    a = c.with_(n_layers=1)
+    attention = DeepSeekV2(a).blocks[0].attention
+    matrices = sum(p.numel() for p in attention.parameters() if p.ndim == 2)
+    found = cpu_decode.needed_by_attention(a, rows)
+    assert found["bytes"] == 4 * matrices + 4 * rows * (c.d_c + c.d_r)
+    assert found["flops"] == 2 * matrices + 2 * rows * c.n_h * (2 * c.d_c + c.d_r)
 
 
 def test_disagreement_stops_the_run() -> None:

@@ -20,6 +20,11 @@ see the same state of the machine. Medians of single steps. The caches are fille
 agree before anything is timed. Times on a shared machine are noise: read the ratios, and on a
 machine with nothing else to do, for a second busy process slows two threads that wait for each
 other many times over. Training has a bench of its own, train.
+
+How near ours is to the machine's limits: `bandwidth_share` is the bytes that a step has to read,
+its weights and the cached rows once each, over its time and the rate at which a matrix of 256 MB is
+read in the same run; `matmul_share` its FLOPs over its time and the rate of a square matmul. Each
+rate is the better of one before and one after. Weights that stay in a large cache come faster.
 """
 
 import tempfile
@@ -29,12 +34,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv2_ref import cost
 from dsv2_ref.attention.kv_cache import LatentCache
 from dsv2_ref.attention.mla import attend_absorbed
 from dsv2_ref.attention.rope import rope_tables, yarn_frequencies
 from dsv2_ref.bench.harness.peer import ATTENTION, EXPERTS, MODEL, both, peer, quiet, sizes, use
-from dsv2_ref.bench.harness.timing import agree, in_turns, milliseconds, result, times
-from dsv2_ref.config import LITE
+from dsv2_ref.bench.harness.timing import (
+    Step,
+    agree,
+    in_turns,
+    matmul_rate,
+    milliseconds,
+    read_rate,
+    result,
+    times,
+)
+from dsv2_ref.config import LITE, Config
 from dsv2_ref.model import DeepSeekV2
 from dsv2_ref.training.machine import machine
 
@@ -55,14 +70,21 @@ def run(quick: bool = False) -> dict[str, Any]:
         layer = LAYER.with_(d=128, n_h=2)
         contexts, steps, crowds = (32, 64), 4, (1, 2)
     settings = [(contexts[0], crowds[0]), (contexts[0], crowds[1]), (contexts[1], crowds[0])]
+    before = _rates(quick)
     with tempfile.TemporaryDirectory() as folder, quiet(transformers):
         ours, theirs = both(transformers, model, Path(folder) / "model")
         decode = [_decode(transformers, ours, theirs, context, batch, steps)
                   for context, batch in settings]
         ours, theirs = both(transformers, layer, Path(folder) / "layer")
         attention = [_attention(transformers, ours, theirs, context, steps) for context in contexts]
+    rates = [max(pair) for pair in zip(before, _rates(quick), strict=True)]
+    for row in decode + attention:
+        seconds = row["ours_ms"] / 1e3
+        row["bandwidth_share"] = row["bytes"] / seconds / rates[0]
+        row["matmul_share"] = row["flops"] / seconds / rates[1]
     return {
         "name": "cpu_decode", "quick": quick, **machine(),
+        "read_gb_per_s": rates[0] / 1e9, "matmul_tflops": rates[1] / 1e12,
         "transformers": transformers.__version__, "dtype": "float32",
         "model": sizes(model), "layer": sizes(layer),
         "decode": decode, "attention": attention,
@@ -90,19 +112,22 @@ def _decode(
 
     with torch.inference_mode():
         rewind()
+        experts = experts_read(ours, our_step)
+        rewind()
         difference = agree(our_step(), their_step(), f"decode at {context}")
         tried = {}
         for attention in ATTENTION:
-            for experts in EXPERTS:
-                use(theirs, attention, experts)
+            for form in EXPERTS:
+                use(theirs, attention, form)
                 rewind()
-                tried[f"{attention}+{experts}"] = min(times(their_step, 3)[1:])
+                tried[f"{attention}+{form}"] = min(times(their_step, 3)[1:])
         best = min(tried, key=tried.get)
         use(theirs, *best.split("+"))
         rewind()
         pair = in_turns(our_step, their_step, steps, rewind)
     return {"context": context, "batch": batch, **result(pair, batch), "best": best,
-            "tried_ms": milliseconds(tried), "difference": difference}
+            "tried_ms": milliseconds(tried), "difference": difference,
+            **needed(ours.config, context + 1, batch, experts)}
 
 
 def _attention(
@@ -143,7 +168,42 @@ def _attention(
         rewind()
         pair = in_turns(our_step, their_step, steps, rewind)
     return {"context": context, "batch": 1, **result(pair, 1), "best": best,
-            "tried_ms": milliseconds(tried), "difference": difference}
+            "tried_ms": milliseconds(tried), "difference": difference,
+            **needed_by_attention(ours.config, context + 1)}
+
+
+def experts_read(ours: DeepSeekV2, step: Step) -> int:
+    """Routed experts whose weights one step reads, all layers together."""
+    read: list[int] = []
+    hooks = [block.router.register_forward_hook(
+                 lambda _, __, routing: read.append(len(routing.indices.unique())))
+             for block in ours.blocks if ours.config.is_moe(block.layer)]
+    step()
+    for hook in hooks:
+        hook.remove()
+    return sum(read)
+
+
+def needed(c: Config, rows: int, batch: int, experts: int) -> dict[str, int]:
+    """Bytes to read and FLOPs of one token each for `batch` sequences of `rows` cached rows."""
+    more = experts - (c.n_layers - c.n_dense) * c.top_k               # than one token's
+    weights = cost.activated_parameters(c) + more * 3 * c.d * c.expert_width
+    cached = batch * rows * cost.latent_elements(c.n_layers, c.d_c, c.d_r)
+    flops = batch * cost.forward_flops_per_token(c, rows, cost.pair_flops_absorbed)
+    return {"bytes": 4 * (weights + cached), "flops": flops}
+
+
+def needed_by_attention(c: Config, rows: int) -> dict[str, int]:
+    """The same of the attention of one sequence alone, without its norms."""
+    weights, cached = cost.parameters(c).attention, rows * cost.latent_elements(1, c.d_c, c.d_r)
+    return {"bytes": 4 * (weights + cached),
+            "flops": 2 * weights + rows * cost.pair_flops_absorbed(c)}
+
+
+def _rates(quick: bool) -> tuple[float, float]:
+    """Bytes/s read and FLOP/s of a matmul, here and now."""
+    size, square = (1024, 256) if quick else (8192, 2048)
+    return read_rate(size), matmul_rate("cpu", torch.float32, square)
 
 
 def _filled(

@@ -129,8 +129,9 @@ def _side_by_side(
     """The same batch again and again, in turns; both sides start from the same weights."""
     difference, losses = agreement(ours, theirs, shape)
     # rate 0: the work is the same, and both sides keep the same weights
-    our_step, their_step = (update(model, [loss], torch.optim.AdamW(model.parameters(), lr=0.0))
-                            for model, loss in zip((ours, theirs), losses, strict=True))
+    our_step, their_step = (
+        update(model, [loss], torch.optim.AdamW(model.parameters(), lr=0.0, fused=True))
+        for model, loss in zip((ours, theirs), losses, strict=True))
     tried = {}
     for attention, experts in itertools.product(ATTENTION, EXPERTS):
         use(theirs, attention, experts)

@@ -156,7 +156,7 @@ def _rows(x: Tensor, order: Tensor, indices: Tensor) -> Tensor:
 def _gated_sum(out: Tensor, order: Tensor, gates: Tensor, x: Tensor) -> Tensor:
     """Slots (R, d) back to their tokens, each times its gate: (N, d) in x's dtype."""
     y = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, gates.dtype))
-    out = out * gates.flatten()[order, None]
+    out = out * gates.reshape(-1, 1).index_select(0, order)                          # (R, d)
     return y.index_add(0, order // gates.shape[1], out.to(y.dtype)).to(x.dtype)
 
 

@@ -114,7 +114,7 @@ def build_optimizers(
     if kind == "adamw8":
         optimizers = make(AdamW8, groups, **options, seed=seed)
     else:
-        optimizers = make(torch.optim.AdamW, groups, **options)
+        optimizers = make(torch.optim.AdamW, groups, **options, fused=True)
     if matrices:
         optimizers += make(Muon, [{"params": matrices}], lr=lr, weight_decay=weight_decay)
     for optimizer in optimizers:

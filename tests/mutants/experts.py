@@ -27,7 +27,7 @@ MUTANTS = [
            "F.silu(F.linear(h, gate)) * F.linear(h, up)",
            "F.silu(F.linear(h, up)) * F.linear(h, gate)", _oracle),
     Mutant("without_gates", "(20)", FILE,
-           " * gates.flatten()[order, None]", "", _oracle),
+           " * gates.reshape(-1, 1).index_select(0, order)", "", _oracle),
     Mutant("padding_overlaps", "(20)", FILE,
            "place = expert * C + rank", "place = expert * (C - 1) + rank", _oracle),
     Mutant("dropped_slots_computed", "dropping", FILE,

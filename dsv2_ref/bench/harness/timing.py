@@ -73,3 +73,9 @@ def matmul_rate(device: torch.device | str, dtype: torch.dtype, size: int) -> fl
     g = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(size, size, generator=g, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / statistics.median(times(lambda: a @ b, 12)[2:])
+
+
+def read_rate(size: int) -> float:
+    """Bytes/s at which a CPU reads a square matrix once, to multiply a vector by it."""
+    a, x = torch.randn(size, size), torch.randn(size)
+    return 4 * size**2 / statistics.median(times(lambda: torch.mv(a, x), 7)[2:])
