@@ -11,9 +11,11 @@ tiny rows, where general sorts and a host that waits for counts cost more than t
   sort_slots_fused              a counting sort. Each block of slots counts its experts; one running
                                 sum over (expert, block) turns the counts into first places; each
                                 block then puts its slots down in the order in which they stand.
-  route_fused                   all of it at once for up to 16 tokens, in one program: softmax, the
-                                choice, gates and the sort. There a column of the table of tokens by
-                                experts holds all of an expert's slots, and no counts need to meet.
+  route_fused                   all of it for up to 16 tokens, in two launches: products with the
+                                centroids, a program an expert, since one alone would read all the
+                                3 MB of V2's; then softmax, the choice, gates and the sort in one
+                                program. There a column of the table of tokens by experts holds all
+                                of an expert's slots, and no counts need to meet.
   sum_slots, add_up_fused       each token's K rows summed in fp32, alone or with what they join.
 
 The sort is stable because a slot's place is the number of slots that must stand before it: all of
@@ -27,13 +29,15 @@ How this file differs from its twins in moe/:
   2. The order has room for all N·K slots, and its first `offsets[E]` places are filled: to cut it
      there, the host would have to wait for a number that only the device knows.
   3. Offsets take the place of counts: expert e's slots stand at offsets[e] to offsets[e + 1].
+  4. Products with the centroids are summed in fp32 in an order of their own: affinities differ from
+     the twin's in the last bits, and of two experts as near as that the other one may win.
 
 A device is one of the D groups of experts in device-limited routing. A slot is one (token, expert)
 pair, numbered n·K + k.
 Launch: 32 tokens, 64 slots or 1,024 columns of a sum per program, 4 warps. Not timed yet.
 
-Shapes: N flat tokens, E routed experts, K slots per token, D devices, M devices per token, R kept
-slots.
+Shapes: N flat tokens, d width, E routed experts, K slots per token, D devices, M devices per token,
+R kept slots.
 Copy with: target.py.  Needs: torch, triton.
 
 Wiring, once copied:
@@ -94,6 +98,19 @@ def _select_kernel(
         chosen = winner // EACH * each + winner % EACH
         tl.store(indices + n.to(tl.int64) * K + k, chosen.to(tl.int64), mask=n < N)
         values = tl.where(column[None] == winner[:, None], -float("inf"), values)
+
+
+@triton.jit(do_not_specialize=["N"])
+def _similarity_kernel(u, centroids, z, N, E: tl.constexpr, d: tl.constexpr, TOKENS: tl.constexpr,
+                       BLOCK: tl.constexpr):
+    """z[n, e] = u[n]·centroids[e] for this program's e and all N <= TOKENS tokens, in fp32."""
+    n, e = tl.arange(0, TOKENS)[:, None], tl.program_id(0)
+    acc = tl.zeros((TOKENS, BLOCK), tl.float32)
+    for start in tl.range(0, d, BLOCK):
+        column = start + tl.arange(0, BLOCK)[None]
+        x = tl.load(u + n * d + column, mask=(n < N) & (column < d), other=0.0).to(tl.float32)
+        acc += x * tl.load(centroids + e * d + column, mask=column < d, other=0.0).to(tl.float32)
+    tl.store(z + n * E + e, tl.sum(acc, 1)[:, None], mask=n < N)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -267,30 +284,39 @@ def sort_slots_fused(
 
 @on_its_device
 def route_fused(
-    z: Tensor, top_k: int, n_devices: int = 1, max_devices: int | None = None,
+    u: Tensor, centroids: Tensor, top_k: int, n_devices: int = 1, max_devices: int | None = None,
     scaling_factor: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """`route` of routing.py and the sort, for few tokens. There is no gradient.
+    """`Router` of routing.py and the sort, for few tokens. There is no gradient.
 
-    z (N, E) fp32, products with the centroids, N from 1 to 16 -> indices (N, K) int64, gates (N, K)
-    and affinities (N, E) fp32, and order (N·K,) and offsets (E + 1,) as `sort_slots_fused`.
+    u (N, d), N from 1 to 16, and centroids (E, d), in fp32, bf16 or fp16 -> indices (N, K) int64,
+    gates (N, K) and affinities (N, E) fp32, and order (N·K,) and offsets (E + 1,) as
+    `sort_slots_fused`.
     """
-    if z.dtype != torch.float32 or not 1 <= len(z) <= FEW:
-        raise ValueError(f"z: {z.dtype} of shape {tuple(z.shape)}, expected float32 of 1 to {FEW} "
-                         "tokens")
-    if torch.is_grad_enabled() and z.requires_grad:
-        raise ValueError("z: requires a gradient, expected none (route for training)")
+    for name, x in (("u", u), ("centroids", centroids)):
+        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"{name}: dtype {x.dtype}, expected float32, bfloat16 or float16")
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise ValueError(f"{name}: requires a gradient, expected none (the twin for training)")
+        check_device(name, x, _route_kernel)
+    if not 1 <= len(u) <= FEW or u.ndim != 2 or u.shape[1:] != centroids.shape[1:]:
+        raise ValueError(f"u, centroids: shapes {tuple(u.shape)}, {tuple(centroids.shape)}, "
+                         f"expected (N, d), (E, d), N from 1 to {FEW}")
+    (N, d), E = u.shape, len(centroids)
+    z, s = (torch.empty(N, E, device=u.device) for _ in range(2))
     n_devices, max_devices = (1, 1) if max_devices is None else (n_devices, max_devices)
-    N, E, each = _check("z", z, top_k, n_devices, max_devices)
-    z, s = z.contiguous(), torch.empty(N, E, device=z.device)
-    indices = torch.empty(N, top_k, dtype=torch.int64, device=z.device)
-    gates = torch.empty(N, top_k, device=z.device)
-    order = torch.empty(N * top_k, dtype=torch.int32, device=z.device)
-    offsets = torch.empty(E + 1, dtype=torch.int32, device=z.device)
+    _, _, each = _check("z", z, top_k, n_devices, max_devices)
+    few = 1 if N == 1 else FEW
+    _similarity_kernel[(E,)](u.contiguous(), centroids.contiguous(), z, N, E, d, few,
+                             triton.next_power_of_2(min(d, 1024 if few == 1 else 256)))
+    indices = torch.empty(N, top_k, dtype=torch.int64, device=u.device)
+    gates = torch.empty(N, top_k, device=u.device)
+    order = torch.empty(N * top_k, dtype=torch.int32, device=u.device)
+    offsets = torch.empty(E + 1, dtype=torch.int32, device=u.device)
     _route_kernel[(1,)](
         z, s, indices, gates, order, offsets, float(scaling_factor), N, E, top_k, n_devices,
-        max_devices, 1 if N == 1 else FEW, triton.next_power_of_2(n_devices),
-        triton.next_power_of_2(each), num_warps=1 if N == 1 else 4)
+        max_devices, few, triton.next_power_of_2(n_devices), triton.next_power_of_2(each),
+        num_warps=1 if few == 1 else 4)
     return indices, gates, s, (order, offsets)
 
 

@@ -51,16 +51,11 @@ class Routing:
     slots: tuple[Tensor, Tensor] | None = None     # sorted by expert, where that is done already
 
 
-def similarities(u: Tensor, centroids: Tensor) -> Tensor:
-    """u (N, d), centroids (E, d) -> their products (N, E) in at least fp32."""
-    dtype = torch.promote_types(u.dtype, torch.float32)
-    with torch.autocast(u.device.type, enabled=False):
-        return F.linear(u.to(dtype), centroids.to(dtype))
-
-
 def affinities(u: Tensor, centroids: Tensor) -> Tensor:
     """u (N, d), centroids (E, d) -> softmax scores (N, E) in at least fp32."""
-    return similarities(u, centroids).softmax(-1)                            # (N, E)           (22)
+    dtype = torch.promote_types(u.dtype, torch.float32)
+    with torch.autocast(u.device.type, enabled=False):
+        return F.linear(u.to(dtype), centroids.to(dtype)).softmax(-1)        # (N, E)           (22)
 
 
 def select_greedy(s: Tensor, top_k: int, n_devices: int = 1, max_devices: int = 1) -> Tensor:
@@ -107,11 +102,11 @@ class Router(nn.Module):
         """u (N, d), the normed stream -> Routing.
 
         `select` is a function equal to the selection that the router has by its `max_devices`;
-        `route` one that makes all fields of Routing of the `similarities`.
+        `route` one that makes all fields of Routing of u and the centroids.
         """
         if route is not None:
-            return Routing(*route(similarities(u, self.weight), self.top_k, self.n_devices,
-                                  self.max_devices, self.scaling_factor))
+            return Routing(*route(u, self.weight, self.top_k, self.n_devices, self.max_devices,
+                                  self.scaling_factor))
         if select is None:
             select = select_greedy if self.max_devices is None else select_device_limited
         s = affinities(u, self.weight)                                       # (N, E)

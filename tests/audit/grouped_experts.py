@@ -65,6 +65,7 @@ _SELECT = {"s": "*fp32", "indices": "*i64", "N": "i32"}
 _SORT = {"indices": "*i64", "keep": "*u8", "slots": "i32", "blocks": "i32"}
 _ROUTE = {"z": "*fp32", "s_out": "*fp32", "indices": "*i64", "gates": "*fp32", "order": "*i32",
           "offsets": "*i32", "factor": "fp32", "N": "i32"}
+_SIMILARITY = {"u": "*bf16", "centroids": "*fp32", "z": "*fp32", "N": "i32"}
 _SUM = {"rows": "*bf16", "keep": "*i1", "u": "*bf16", "shared": "*bf16", "y": "*bf16"}
 
 ENTRIES = [
@@ -83,6 +84,12 @@ ENTRIES = [
     *(_entry(f"{p}_{t}_odd", p, "small", ODD, t) for p in DESCRIPTORS for t in INSTRUCTION),
     *(_route(f"sum_{t}", "route_tokens:_sum", _SUM,
              dict(d=2048, K=6, KEEP=True, ADD=True, BLOCK=1024), t)
+      for t in INSTRUCTION),
+    *(_route(f"similarity_lite_{t}", "route_tokens:_similarity", _SIMILARITY,
+             dict(E=64, d=2048, TOKENS=1, BLOCK=1024), t)
+      for t in INSTRUCTION),
+    *(_route(f"similarity_v2_{t}", "route_tokens:_similarity", _SIMILARITY,
+             dict(E=160, d=5120, TOKENS=16, BLOCK=256), t)
       for t in INSTRUCTION),
     *(_route(f"route_lite_{t}", "route_tokens:_route", _ROUTE,
              dict(E=64, K=6, D=1, M=1, BLOCK=1, DEVICES=1, EACH=64), t, 1)
