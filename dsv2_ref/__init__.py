@@ -29,7 +29,7 @@ table is made from it (`make map`), and a test compares it with the files and th
 
   kernels/between_products.py  RoPE, SwiGLU, residual and norm in a launch each
   kernels/adamw8_update.py  that AdamW's step in one kernel
-  kernels/pack_six_bits.py  the six-bit cache's rows, quantised and packed in a launch
+  kernels/write_rows.py  new rows of a cache, plain or in six bits, written in a launch
   kernels/target.py  what a card can run; what does run is decided in forms.py
 
   text/             where text comes from, tokens, packed batches, needles, streaming

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsv2_ref.attention.cache_quant import SixBitCache, attend_packed, dequantise, pack_rows, unpack
-from dsv2_ref.attention.kv_cache import Cache
+from dsv2_ref.attention.cache_quant import SixBitCache, attend_packed, dequantise, unpack
+from dsv2_ref.attention.kv_cache import Cache, LatentCache
 from dsv2_ref.attention.mla import (
     absorbed_is_cheaper,
     attend_absorbed,
@@ -68,7 +68,7 @@ class Forms:
     swiglu: Form = swiglu
     add_norm: Form = add_norm
     add_up: Form = add_up
-    route: Form | None = None            # all that a router does after its product
+    route: Form | None = None            # all that a router does
 
     def names(self) -> str:
         return ", ".join(f.__name__ for f in (self.attend, self.route or self.select, self.experts))
@@ -91,7 +91,8 @@ KERNELS: dict[Form, tuple[str, str]] = {
     swiglu: ("between_products", "swiglu_fused"),
     add_norm: ("between_products", "add_norm_fused"),
     add_up: ("route_tokens", "add_up_fused"),
-    pack_rows: ("pack_six_bits", "pack_rows_fused"),
+    LatentCache: ("write_rows", "write_latent_fused"),        # of a cache, what it writes
+    SixBitCache: ("write_rows", "write_six_bit_fused"),
 }
 # from about there, by bytes and FLOPs and not by a clock, dequantising once pays: the library's
 # product is faster by more than five bytes a weight cost
@@ -214,10 +215,11 @@ def attention_form(c: Config, x: Tensor, T: int, S: int, cached: str | None) -> 
     return on_packed_rows(form) if cached == "six_bit" and not absorb else form
 
 
-def packing(cache: Cache) -> Cache:
-    """The same cache; one of packed rows packs them in a kernel where there is one."""
-    if isinstance(cache, SixBitCache) and kernels_serve(cache.scales):
-        cache.pack_rows = kernel(pack_rows)
+def writing(cache: Cache) -> Cache:
+    """The same cache; a kernel writes its rows where there is one."""
+    for kind in (LatentCache, SixBitCache):
+        if isinstance(cache, kind) and kernels_serve(cache.stores[-1]):
+            cache.fused = kernel(kind)
     return cache
 
 

@@ -37,7 +37,7 @@ from dsv2_ref.attention.rope import (
 from dsv2_ref.block import Block, Pass, Traffic
 from dsv2_ref.config import Config
 from dsv2_ref.cross_entropy import IGNORED, cross_entropy, linear_cross_entropy
-from dsv2_ref.forms import Forms, choose, describe_fp8, kernels_serve, packing
+from dsv2_ref.forms import Forms, choose, describe_fp8, kernels_serve, writing
 from dsv2_ref.moe.experts import experts_loop, experts_padded
 
 CACHES = {"latent": LatentCache, "six_bit": SixBitCache}
@@ -165,7 +165,7 @@ class DeepSeekV2(nn.Module):
         c, like = self.config, self.like
         if max_tokens > (most := c.max_positions):
             raise ValueError(f"max_tokens: {max_tokens}, expected at most max_positions = {most}")
-        return packing(CACHES[kind](len(self.blocks), batch, max_tokens, c.d_c, c.d_r, like.dtype,
+        return writing(CACHES[kind](len(self.blocks), batch, max_tokens, c.d_c, c.d_r, like.dtype,
                                     like.device))
 
     def describe(self) -> str:

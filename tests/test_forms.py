@@ -239,7 +239,7 @@ def test_every_twin_has_a_kernel_of_its_own_kind():
         "attend_flash", "attend_latent", "attend_six_bit", "select_greedy_fused",
         "select_device_limited_fused", "experts_fused", "linear_fp8", "dequantise_fp8",
         "experts_fp8", "rotate_both_fused", "swiglu_fused", "add_norm_fused",
-        "add_up_fused", "pack_rows_fused"}
+        "add_up_fused", "write_latent_fused", "write_six_bit_fused"}
 
 
 def test_what_has_no_gradient_or_is_for_one_rank_is_not_taken_elsewhere(monkeypatch):

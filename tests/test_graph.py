@@ -241,7 +241,7 @@ def test_what_a_pass_advances_is_not_uploaded(monkeypatch):
             cache.advance()
         return len(uploads)
 
-    assert passes(1, None, 1) == 3 and passes(1, None, 4) == 0   # lengths, real tokens, counts
-    assert passes(1, [1, 0, 1], 1) == 2 and passes(1, [1, 0, 1], 4) == 0
-    assert passes(2, None, 1) == 2 and passes(2, None, 4) == 0
+    assert passes(1, None, 1) == 3 and passes(1, None, 4) == 0   # first places, lengths, counts
+    assert passes(1, [1, 0, 1], 1) == 2 and passes(1, [1, 0, 1], 4) == 0     # real tokens, counts
+    assert passes(2, None, 1) == 1 and passes(2, None, 4) == 0
     assert cache.lengths == [4 + 20, 2 + 15, 7 + 20]

@@ -23,7 +23,7 @@ from dsv2_ref import copying
 
 PACKAGE = Path(dsv2_ref.__file__).parent
 FILES = ["adamw8_update", "between_products", "flash_attention", "fp8_experts", "fp8_products",
-         "grouped_experts", "latent_decode", "pack_six_bits", "route_tokens", "six_bit_decode"]
+         "grouped_experts", "latent_decode", "route_tokens", "six_bit_decode", "write_rows"]
 MUTANTS = {f"{file}: {m.name}": m for file in FILES
            for m in importlib.import_module(f"mutants.{file}").KERNEL_MUTANTS}
 FIRST = [next(key for key in MUTANTS if key.startswith(f"{file}: "))

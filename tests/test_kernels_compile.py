@@ -13,7 +13,7 @@ import pytest
 from audit import machine_code
 
 FILES = ("adamw8_update", "between_products", "flash_attention", "fp8_experts", "fp8_products",
-         "grouped_experts", "latent_decode", "pack_six_bits", "six_bit_decode")
+         "grouped_experts", "latent_decode", "six_bit_decode", "write_rows")
 ENTRIES = {(f"audit.{file}", entry.name): entry for file in FILES
            for entry in importlib.import_module(f"audit.{file}").ENTRIES}
 # the first entry of these files stands for all in `make test`

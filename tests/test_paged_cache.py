@@ -9,9 +9,10 @@ import torch
 
 from dsv2_ref.config import TINY
 from dsv2_ref.inference.generate import generate
-from dsv2_ref.inference.paged_cache import Pages, paged_cache
+from dsv2_ref.inference.paged_cache import PagedLatentCache, PagedSixBitCache, Pages, paged_cache
 from dsv2_ref.model import DeepSeekV2
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROMPTS = [[5, 9, 2, 7, 11], [3], [8] * 17, [1, 2, 3, 4, 5, 6, 7, 8, 9]]
 KINDS = pytest.mark.parametrize("kind", ["latent", "six_bit", "per_head"])
 
@@ -176,6 +177,25 @@ def test_rows_are_those_written_whatever_came_between(model):
                 assert c_kv.tolist() == [n + 1000 * layer for n in rows]
                 assert torch.equal(k_r, -c_kv)
     assert number > 300
+
+
+@pytest.mark.parametrize("kind", ["latent", "six_bit"])
+def test_a_kernel_writes_where_the_twin_does(kind):
+    rows = pytest.importorskip("dsv2_ref.kernels.write_rows")
+    make, fused = {"latent": (PagedLatentCache, rows.write_latent_fused),
+                   "six_bit": (PagedSixBitCache, rows.write_six_bit_fused)}[kind]
+    twin, cache = (make(1, 9, 4, 10, 6, device=DEVICE) for _ in range(2))
+    cache.fused = fused
+    for seed, counts in enumerate(([5, 5], [2, 2], [1, 4], [0, 1], [3, 3])):
+        g = torch.Generator().manual_seed(seed)
+        new = [torch.randn(2, max(counts), d, generator=g).to(DEVICE) for d in (10, 6)]
+        for each in (twin, cache):
+            view = each.select([4, 1])
+            view.positions(max(counts), counts)
+            view.write(0, *new)
+            view.advance()
+        for store, expected in zip(cache.stores, twin.stores):
+            assert torch.equal(store, expected) and store.any()
 
 
 # ---- names

@@ -184,7 +184,6 @@ class SixBitCache(Cache):
     """
 
     kind = "six_bit"
-    pack_rows = staticmethod(pack_rows)      # an object may have a function equal to it
 
     def __init__(
         self, n_layers: int, batch: int, max_tokens: int, d_c: int, d_r: int,
@@ -207,9 +206,9 @@ class SixBitCache(Cache):
         """(l, B, max_tokens, 2) bf16."""
         return self.stores[1]
 
-    def write(self, layer: int, c_kv: Tensor, k_r: Tensor) -> None:
-        """c_kv (B, T, d_c), k_r (B, T, d_r) of a layer's new tokens."""
-        super().write(layer, *self.pack_rows(c_kv.detach(), k_r.detach()))
+    def stored(self, c_kv: Tensor, k_r: Tensor) -> tuple[Tensor, Tensor]:
+        """c_kv (B, T, d_c), k_r (B, T, d_r) -> words and scales."""
+        return pack_rows(c_kv, k_r)                                          # (B, T, W), (B, T, 2)
 
     def dequantised(self, layer: int) -> tuple[Tensor, Tensor]:
         """c_kv (B, S, d_c), k_r (B, S, d_r) as stored, for attention that reads plain rows."""

@@ -17,7 +17,6 @@ One pass through the layers goes
 
 A layer written twice or not at all, a pass begun but not ended, tokens without room are refused.
 `select`, `fork` and `release` are for many sequences. Any object with these methods is a cache.
-
 Memory is allocated once, for `max_tokens` tokens of each sequence. Sequences of one batch may have
 different lengths: new token t of sequence b stands at lengths[b] + t, and `counts` says how many of
 the T are real. The others are padding on the right, which the next real token overwrites, so the
@@ -44,7 +43,7 @@ Wiring, once copied:
 
 import copy
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -59,14 +58,15 @@ class _Pass(NamedTuple):
     positions: Tensor            # (B, T)
     in_line: bool                # all sequences are equally long, and the padding has room
     end: int                     # S
-    real: tuple[Tensor, Tensor] | None = None    # where not in line: sequence and t of real ones
-    places: tuple[Tensor, Tensor] | None = None  # where not in line: slot and position of each
+    places: Tensor               # (R,) slot·max_tokens + position, where a row is stored
+    real: Tensor | None = None   # (R,) b·T + t, which rows these are; None for all
 
 
 class Cache:
     """The protocol, and what dense caches share. `stores` are (l, B, max_tokens, ...) each."""
 
     kind = "latent"              # what `rows` gives
+    fused: Callable[..., None] | None = None     # a kernel that does the rest of `write`
 
     def __init__(self, *stores: Tensor) -> None:
         for name, value in zip(("batch", "max_tokens"), stores[0].shape[1:3]):
@@ -137,19 +137,20 @@ class Cache:
 
     def _begin(self, T: int, counts: list[int]) -> _Pass:
         start, steps = self.lengths, torch.arange(T, device=self.store.device)
+        first = self._there("first", [slot * self.max_tokens for slot in self._slots])[:, None]
         for old, new in zip(start, counts, strict=True):
             if old + new > self.max_tokens:
                 raise ValueError(f"cache is full: {old} + {new} tokens, expected at most "
                                  f"max_tokens = {self.max_tokens}")
         if len(set(start)) == 1 and start[0] + T <= self.max_tokens:
             positions = (start[0] + steps).expand(self.batch, T)
-            return _Pass(T, counts, positions, True, start[0] + T)
+            return _Pass(T, counts, positions, True, start[0] + T, (first + positions).flatten())
         positions = self._there("lengths", start)[:, None] + steps
-        real = [[b, t] for b, n in enumerate(counts) for t in range(n)]
-        b, t = self._there("real", real).view(-1, 2).T
-        slots = b if self.slots is None else self._there("slots", self.slots)[b]
-        end, places = max(1, *map(operator.add, start, counts)), (slots, positions[b, t])
-        return _Pass(T, counts, positions, False, end, (b, t), places)
+        places, end = (first + positions).flatten(), max(1, *map(operator.add, start, counts))
+        if counts == [T] * self.batch:
+            return _Pass(T, counts, positions, False, end, places)
+        real = self._there("real", [b * T + t for b, n in enumerate(counts) for t in range(n)])
+        return _Pass(T, counts, positions, False, end, places[real], real)
 
     @property
     def queries(self) -> Tensor | None:
@@ -157,28 +158,37 @@ class Cache:
         return None if self._pass is None or self._pass.in_line else self._pass.positions
 
     def write(self, layer: int, *parts: Tensor) -> None:
-        """Store the rows of a layer's new tokens, one (B, T, ...) for each store."""
+        """Store what a layer made of its new tokens, (B, T, ...) each, as `stored` takes it."""
         if not 0 <= layer < len(self.store):
             raise ValueError(f"layer: {layer}, expected 0 to {len(self.store) - 1}")
         if layer in self._written:
             raise ValueError(f"layer: {layer} is written a second time, expected advance() before")
         if self._pass is None:
             self.positions(parts[0].shape[1])
-        for store, rows in zip(self.stores, parts, strict=True):
-            if rows.shape != (expected := (self.batch, self._pass.T, *store.shape[3:])):
-                raise ValueError(f"rows: shape {tuple(rows.shape)}, expected {expected}")
-            # under autocast new rows are in its dtype
-            if rows.dtype != store.dtype and not torch.is_autocast_enabled(rows.device.type):
-                raise ValueError(f"rows: {rows.dtype}, expected {store.dtype}, the cache's dtype")
-            self._put(store[layer], rows.detach())
+        stores, parts = [store[layer] for store in self.stores], [x.detach() for x in parts]
+        if self.fused is not None:
+            self.fused(*parts, *stores, self._pass.places, self._pass.real)
+        else:
+            for store, rows in zip(stores, self.stored(*parts), strict=True):
+                self._put(store, rows)
         self._written.add(layer)
 
+    def stored(self, *parts: Tensor) -> tuple[Tensor, ...]:
+        """What a layer made of its new tokens, as rows of each store."""
+        return parts
+
     def _put(self, store: Tensor, rows: Tensor) -> None:
-        if self._pass.in_line:
-            slots = slice(None) if self.slots is None else self._there("slots", self.slots)
-            store[slots, self._pass.end - self._pass.T : self._pass.end] = rows.to(store.dtype)
+        run = self._pass
+        if rows.shape != (expected := (self.batch, run.T, *store.shape[2:])):
+            raise ValueError(f"rows: shape {tuple(rows.shape)}, expected {expected}")
+        # under autocast new rows are in its dtype
+        if rows.dtype != store.dtype and not torch.is_autocast_enabled(rows.device.type):
+            raise ValueError(f"rows: {rows.dtype}, expected {store.dtype}, the cache's dtype")
+        if run.in_line and self.slots is None:
+            store[:, run.end - run.T : run.end] = rows                       # in one piece: faster
         else:
-            store[self._pass.places] = rows[self._pass.real].to(store.dtype)
+            rows = rows.to(store.dtype).flatten(0, 1)[slice(None) if run.real is None else run.real]
+            store.flatten(0, 1).index_copy_(0, run.places, rows)             # (R, ...)
 
     def rows(self, layer: int) -> tuple[Tensor, ...]:
         """What `attend` takes of a layer: its rows up to the last new token, (B, S, ...) each."""
@@ -187,10 +197,7 @@ class Cache:
         return tuple(store[layer][slots, :end] for store in self.stores)
 
     def advance(self, new_tokens: int | Sequence[int] | None = None) -> None:
-        """End the pass: count the new tokens as read, `new_tokens` of each sequence.
-
-        None counts what `positions` was told. ValueError where a layer was not written.
-        """
+        """End the pass: `new_tokens` of each sequence are read, None: as `positions` was told."""
         if self._pass is None:
             raise ValueError("advance: no pass was begun, expected positions() or write() first")
         if missing := sorted(set(range(len(self.store))) - self._written):
@@ -250,9 +257,8 @@ class LatentCache(Cache):
         super().__init__(torch.zeros(shape, dtype=dtype, device=device))
         self.d_c = d_c
 
-    def write(self, layer: int, c_kv: Tensor, k_r: Tensor) -> None:
-        """c_kv (B, T, d_c), k_r (B, T, d_r) of a layer's new tokens."""
-        super().write(layer, torch.cat((c_kv, k_r), -1))
+    def stored(self, c_kv: Tensor, k_r: Tensor) -> tuple[Tensor]:
+        return (torch.cat((c_kv, k_r), -1),)                                 # (B, T, d_c+d_r)
 
     def rows(self, layer: int) -> tuple[Tensor, Tensor]:
         """c_kv (B, S, d_c) and k_r (B, S, d_r), as views of the cache."""
@@ -272,9 +278,8 @@ class PerHeadCache(Cache):
         shape = (n_layers, max(batch, 0), max(max_tokens, 0), 2, n_kv, d_h)
         super().__init__(torch.zeros(shape, dtype=dtype, device=device))
 
-    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """k, v (B, T, n_kv, d_h) of a layer's new tokens."""
-        super().write(layer, torch.stack((k, v), 2))
+    def stored(self, k: Tensor, v: Tensor) -> tuple[Tensor]:
+        return (torch.stack((k, v), 2),)                                     # (B, T, 2, n_kv, d_h)
 
     def rows(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values (B, S, n_kv, d_h), as views of the cache."""

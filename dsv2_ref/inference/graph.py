@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: MIT
 """A decode step of which nothing depends on the length, so that a CUDA graph can hold it.
 
-A decode step of V2-Lite is 730 launches, 784 with a six-bit cache (counted by tests/rehearsal),
-each of which costs the host time. A CUDA graph is the list of launches, made once: replaying it is
-one call. But it holds addresses and shapes, not what Python would compute. So, in `DecodeStep`
+A decode step of V2-Lite is 650 launches (counted by tests/rehearsal), each of which costs the host
+time. A CUDA graph is the list of launches, made once: replaying it is one call. But it holds
+addresses and shapes, not what Python would compute. So, in `DecodeStep`
 
   ids, positions  and which sequences still run are tensors that stay where they are; the step
                   itself advances the positions, on the device
   rows            are all that the cache has room for, and positions are the mask. The kernels read
                   only what positions see; the naive twins compute for all and mask
-  a write         is one indexed one. A sequence that has ended may have no room, and none of its
-                  rows may be written over: it writes the row of one that runs again, to its place
+  a write         is one to places that the device computes. A sequence that has ended may have no
+                  room, and none of its rows may be written over: it writes the row of one that runs
+                  again, to its place
   lengths         are counted on the host too, so plain passes may go on from the cache, and when
                   they have changed the lengths, the positions are uploaded anew
 
@@ -53,16 +54,15 @@ class _Static:
         self.lengths = [most - 1] * cache.batch      # what room is checked and forms are chosen for
         device = cache.store.device
         slots = range(cache.batch) if cache.slots is None else cache.slots
-        self.slots = torch.tensor(list(slots), device=device)                    # (B,)
-        self.zeros = torch.zeros_like(self.slots)
-        self.queries = torch.zeros_like(self.slots)[:, None]                     # (B, 1) positions
-        self.counts, self.source = torch.zeros_like(self.queries), self.zeros.clone()
+        self.first = torch.tensor([slot * cache.max_tokens for slot in slots], device=device)
+        self.queries = torch.zeros_like(self.first)[:, None]                     # (B, 1) positions
+        self.counts, self.source = torch.zeros_like(self.queries), torch.zeros_like(self.first)
         self.write, self.rows, self.undo = cache.write, cache.rows, cache.undo
 
     def positions(self, new_tokens: int, counts: Sequence[int] | None = None) -> Tensor:
-        places = self.slots[self.source], self.queries[self.source, 0]           # (B,) each
-        self.cache._pass = _Pass(1, [1] * self.batch, self.queries, False, self.most,
-                                 (self.source, self.zeros), places)
+        places = (self.first + self.queries[:, 0])[self.source]                  # (B,)
+        self.cache._pass = _Pass(1, [1] * self.batch, self.queries, False, self.most, places,
+                                 self.source)
         return self.queries
 
     def advance(self) -> None:

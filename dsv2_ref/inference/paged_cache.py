@@ -40,7 +40,7 @@ from torch import Tensor
 from dsv2_ref.attention.cache_quant import SixBitCache
 from dsv2_ref.attention.kv_cache import Cache, LatentCache, _Pass
 from dsv2_ref.attention.mla import expand, matrix
-from dsv2_ref.forms import packing
+from dsv2_ref.forms import writing
 from dsv2_ref.model import DeepSeekV2
 
 
@@ -103,9 +103,10 @@ class Paged(Cache):
         super().__init__(*stores)
         n, self.page = stores[0].shape[1:3]
         self.max_tokens = n * self.page
+        self.slots = list(range(n))                    # never None: rows do not lie side by side
         self.pages = Pages(n)
         self.tables: dict[int, list[int]] = {}         # by slot
-        self._table = self._places = None              # of the pass, as tensors
+        self._table: Tensor | None = None              # of the pass
 
     def pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page)
@@ -188,14 +189,15 @@ class Paged(Cache):
         ends = [old + new for old, new in zip(start, counts, strict=True)]
         end, tables = max(1, *ends), [self.tables[slot] for slot in self._slots]
         self._table = self._padded(end)
-        real = [(b, t) for b, n in enumerate(counts) for t in range(n)]
-        places = [tables[b][(at := start[b] + t) // self.page] * self.page + at % self.page
-                  for b, t in real]
-        self._places = torch.tensor(places, dtype=torch.int64, device=device)
+        places = [tables[b][at // self.page] * self.page + at % self.page
+                  for b, n in enumerate(counts) for at in range(start[b], start[b] + n)]
+        places = torch.tensor(places, dtype=torch.int64, device=device)
         positions = torch.tensor(start, device=device)[:, None] + torch.arange(T, device=device)
-        in_line = len(set(start)) == 1 and counts == [T] * self.batch
-        b, t = torch.tensor(real, dtype=torch.int64, device=device).view(-1, 2).T
-        return _Pass(T, counts, positions, in_line, end, None if in_line else (b, t))
+        if counts == [T] * self.batch:
+            return _Pass(T, counts, positions, len(set(start)) == 1, end, places)
+        real = [b * T + t for b, n in enumerate(counts) for t in range(n)]
+        real = torch.tensor(real, dtype=torch.int64, device=device)
+        return _Pass(T, counts, positions, False, end, places, real)
 
     def _padded(self, end: int) -> Tensor:
         """The tables of all sequences for `end` tokens, (B, P); short ones repeat their last page.
@@ -205,10 +207,6 @@ class Paged(Cache):
         P, tables = self.pages_for(end), [self.tables.get(slot) or [0] for slot in self._slots]
         rows = [table[:P] + table[-1:] * (P - len(table)) for table in tables]
         return torch.tensor(rows, device=self.stores[0].device)
-
-    def _put(self, store: Tensor, rows: Tensor) -> None:
-        rows = rows.flatten(0, 1) if self._pass.real is None else rows[self._pass.real]
-        store.flatten(0, 1).index_copy_(0, self._places, rows.to(store.dtype))
 
     def rows(self, layer: int) -> tuple[Tensor, ...]:
         """The rows of a layer up to the last new token, (B, S, ...) each, gathered."""
@@ -286,5 +284,5 @@ def paged_cache(model: DeepSeekV2, pages: int, page: int, kind: str = "latent") 
     if kind not in kinds:
         raise ValueError(f"cache: {kind!r}, expected 'latent', 'six_bit' or 'per_head'")
     c, like = model.config, model.like
-    return packing(kinds[kind](len(model.blocks), pages, page, c.d_c, c.d_r, like.dtype,
+    return writing(kinds[kind](len(model.blocks), pages, page, c.d_c, c.d_r, like.dtype,
                                like.device))

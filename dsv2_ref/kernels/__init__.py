@@ -7,7 +7,7 @@
   route_tokens     routing, and sorting the slots
   grouped_experts  experts as products over sorted slots
   between_products  the small steps between products: RoPE, SwiGLU, residual and norm
-  pack_six_bits    rows of the six-bit cache, quantised and packed in a launch
+  write_rows       new rows of a cache, plain or packed in six bits, written in a launch
   fp8              FP8 weights in blocks of 128×128: a format of a card, in plain torch
   eight_bit_moments  AdamW with moments of a byte each, in plain torch
   adamw8_update    that AdamW's step, a weight and all that belongs to it touched once
