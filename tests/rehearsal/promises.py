@@ -110,16 +110,16 @@ LINES = [f"train --steps 3 --save-every 2 {TINY}", f"train --steps 5 --resume {T
          "generate OUT/a/model --prompt Once --max-new-tokens 5"]
 
 FAST = {
-    "decode": Promise("decode", {}, decoding(26, 10)),
-    "decode six bits": Promise("decode", {"cache": "six_bit"}, decoding(27, 10)),
+    "decode": Promise("decode", {}, decoding(24, 10)),
+    "decode six bits": Promise("decode", {"cache": "six_bit"}, decoding(24, 10)),
     "decode ragged": Promise("decode", {"layers": 4, "batch": 4, "ragged": 1},
-                             decoding(29, 30)),
+                             decoding(25, 32)),
     "decode graph": Promise("decode", {"layers": 4, "batch": 4, "ragged": 1, "graph": 1},
-                            decoding_alike(29, 30)),
+                            decoding_alike(25, 32)),
     "decode graph six bits": Promise(
         "decode", {"layers": 4, "batch": 4, "ragged": 1, "cache": "six_bit", "graph": 1},
-        decoding_alike(31, 30)),
-    "another card": Promise("decode", {"layers": 2, "index": 1}, decoding(29, 40)),
+        decoding_alike(25, 32)),
+    "another card": Promise("decode", {"layers": 2, "index": 1}, decoding(24, 28)),
     "lengths": Promise("variants", {"every": 8011}, compiled_twice_at_most),
     "lengths six bits": Promise("variants", {"every": 8011, "cache": "six_bit"},
                                 compiled_twice_at_most),
@@ -137,10 +137,10 @@ SLOW = {
     **{f"Lite {batch} {micro} {again}": Promise(
         "step", {"batch": batch, "micro": micro, "recompute": again}, as_planned)
         for batch, micro, again in ((8, 1, 0.0), (8, 2, 0.0), (8, 2, 0.5), (8, 4, 1.0))},
-    "decode V2": Promise("decode", {"preset": "v2"}, decoding(27, 30)),
-    "decode Lite 128": Promise("decode", {"batch": 128}, decoding(35, 20)),
+    "decode V2": Promise("decode", {"preset": "v2"}, decoding(25, 35)),
+    "decode Lite 128": Promise("decode", {"batch": 128}, decoding(34, 25)),
     "decode V2 six bits": Promise("decode", {"preset": "v2", "batch": 128, "cache": "six_bit"},
-                                  decoding(38, 20)),
+                                  decoding(36, 25)),
     "prompt": Promise("prefill", {}, fits(40)),
     "prompt of V2": Promise("prefill", {"preset": "v2", "layers": 4}, fits(60)),
     **{f"lengths {preset} {cache} {batch}": Promise(
