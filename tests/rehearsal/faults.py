@@ -54,6 +54,8 @@ FAULTS = [
           "    if d_c > 512:", "    if d_c > 4096:", "wide latents", "bytes of shared"),
     Fault("whole tensors compared in fp64", "bench/harness/gpu.py", "split(2**24)", "split(2**40)",
           "bench experts on 80 GB", "GB"),
+    Fault("new rows joined, then copied", "forms.py", "            cache.fused = kernel(kind)",
+          "            pass", "decode", "launches"),
     Fault("losses read one by one", "training/trainer.py",
           "    values = torch.stack([t.double() for t in scalars.values()]).tolist()",
           "    values = [t.item() for t in scalars.values()]", "step", "waits"),
