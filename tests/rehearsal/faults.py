@@ -55,6 +55,8 @@ FAULTS = [
     Fault("all experts compared in fp32 at once", "bench/experts.py",
           "[w[e : e + 1].float() for w in W]", "[w.float()[e : e + 1] for w in W]",
           "bench experts", "GB"),
+    Fault("new rows joined, then copied", "forms.py", "            cache.fused = kernel(kind)",
+          "            pass", "decode", "launches"),
     Fault("losses read one by one", "training/trainer.py",
           "    values = torch.stack([t.double() for t in scalars.values()]).tolist()",
           "    values = [t.item() for t in scalars.values()]", "step", "waits"),
