@@ -17,6 +17,7 @@ One pass through the layers goes
 
 A layer written twice or not at all, a pass begun but not ended, tokens without room are refused.
 `select`, `fork` and `release` are for many sequences. Any object with these methods is a cache.
+
 Memory is allocated once, for `max_tokens` tokens of each sequence. Sequences of one batch may have
 different lengths: new token t of sequence b stands at lengths[b] + t, and `counts` says how many of
 the T are real. The others are padding on the right, which the next real token overwrites, so the
