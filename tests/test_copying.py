@@ -18,17 +18,44 @@ from refusals import refused
 from dsv2_ref import __version__, copying
 from dsv2_ref.__main__ import main
 
+# a process that has torch and pytest, and for each line forks another: to import them takes longer
+# than most tests do
 ALONE = """
-import sys
+import json, os, sys
 sys.modules["dsv2_ref"] = None
-import pytest
+import pytest, torch
 class FirstCases:
     def pytest_collection_modifyitems(self, items):
         items[:] = {item.originalname: item for item in reversed(items)}.values()
-options = ["-q", "-x", "-p", "no:cacheprovider", "-W", "error"]
-plugins = [FirstCases()] if sys.argv[1] == "first" else []
-sys.exit(pytest.main([*options, *sys.argv[2:]], plugins=plugins))
+for cases, root, folder in map(json.loads, sys.stdin):
+    if not (child := os.fork()):
+        os.chdir(root)
+        out = os.open("told.txt", os.O_WRONLY | os.O_CREAT)
+        os.dup2(out, 1), os.dup2(out, 2)
+        plugins = [FirstCases()] if cases == "first" else []
+        code = pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-W", "error",
+                            f"--rootdir={root}", folder], plugins=plugins)
+        sys.stdout.flush()
+        os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """A function that runs the tests in a folder without the package: exit code, and its output."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", ALONE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        # torch and pytest are all that a copy needs, and plugins take two seconds to import
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"})
+
+    def run(cases, root, folder):
+        print(json.dumps([cases, str(root), str(folder)]), file=process.stdin, flush=True)
+        code = process.stdout.readline()
+        return int(code), (root / "told.txt").read_text(encoding="utf-8")
+
+    yield run
+    process.communicate()
 
 
 def runs_here(name: str) -> bool:
@@ -38,7 +65,7 @@ def runs_here(name: str) -> bool:
 
 
 @pytest.mark.parametrize("name", sorted(copying.concepts()))
-def test_a_copy_stands_alone(tmp_path, name):
+def test_a_copy_stands_alone(tmp_path, name, alone):
     if not runs_here(name):
         pytest.skip("needs triton")
     files = copying.copy(name, tmp_path)
@@ -46,14 +73,8 @@ def test_a_copy_stands_alone(tmp_path, name):
     assert len([f for f in files if f in {f"{n}.py" for n in copying.concepts()}]) <= 5
     kernel = copying.concepts()[name].parent.name == "kernels"
     cases = "first" if kernel and "DSV2_ALL_COPIES" not in os.environ else "all"
-    done = subprocess.run(
-        [sys.executable, "-c", ALONE, cases, f"--rootdir={tmp_path}", str(tmp_path)], cwd=tmp_path,
-        # torch and pytest are all that a copy needs, and plugins take two seconds to import
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
-        capture_output=True, text=True, check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:]
-    assert " passed" in done.stdout
+    code, told = alone(cases, tmp_path, tmp_path)
+    assert code == 0 and " passed" in told, told[-2000:]
 
 
 IMPORT_ALL = """
@@ -81,13 +102,12 @@ def test_copies_and_their_tests_import_as_a_package_and_from_the_path(tmp_path, 
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_a_test_runs_in_a_package_of_copies(tmp_path):
+def test_a_test_runs_in_a_package_of_copies(tmp_path, alone):
     dest = tmp_path / "dest"
     copying.copy("dropping", dest)
     (dest / "__init__.py").touch()
-    done = subprocess.run([sys.executable, "-c", ALONE, "all", f"--rootdir={tmp_path}", str(dest)],
-                          cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-2000:]
+    code, told = alone("all", tmp_path, dest)
+    assert code == 0 and " passed" in told, told[-2000:]
 
 
 def test_imports_are_rewritten_and_nothing_else():
