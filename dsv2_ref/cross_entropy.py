@@ -50,7 +50,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad = grad.mul_(counted / n).to(dtype)
                 grad_h[place[0] : place[-1] + 1] = grad @ W_low
                 if dtype == exact:
-                    grad_W.addmm_(grad.mT, h_low)        # without a second tensor of its size
+                    torch.addmm(grad_W, grad.mT, h_low, out=grad_W)      # no second one of its size
                 else:
                     grad_W += grad.mT @ h_low
                 del grad
