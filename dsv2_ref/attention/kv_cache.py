@@ -23,9 +23,8 @@ different lengths: new token t of sequence b stands at lengths[b] + t, and `coun
 the T are real. The others are padding on the right, which the next real token overwrites, so the
 only mask that attention needs is "key position <= query position".
 
-How this file differs from others: 1. lengths are Python ints, so asking for them never makes a GPU
-wait, and a copy on the device is advanced there; 2. `nbytes` is what the tensors occupy,
-`nbytes_per_token` the formula; 3. a cached row has no gradient: see `without_gradient`.
+How this file differs from others: 1. lengths are Python ints, so asking never makes a GPU wait;
+2. `nbytes` is what the tensors occupy, `nbytes_per_token` the formula; 3. a row has no gradient.
 
 Shapes: B batch, T new tokens, S = cached + new tokens, l layers, n_kv key-value heads.
 Copy with: nothing.  Needs: torch.
