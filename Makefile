@@ -110,7 +110,7 @@ execute: ready
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace \
 		--ExecutePreprocessor.record_timing=False notebooks/*.ipynb
 
-# the small trained model under data/model (10-15 minutes); data/README.md has the result
+# the small trained model under data/model (half an hour on one core); data/README.md has the result
 model: ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m dsv2_ref train --preset mini --corpus stories --steps 4000 \
 		--batch 8 --precision fp32 --out build/mini

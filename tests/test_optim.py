@@ -4,11 +4,13 @@ import torch
 
 from dsv2_ref.config import TINY
 from dsv2_ref.model import DeepSeekV2
+from dsv2_ref.training import optim
 from dsv2_ref.training.optim import Muon, build_optimizers, orthogonalise, set_rate
 
 
 @pytest.mark.parametrize("shape", [(5, 9), (9, 5), (7, 7)], ids=str)
-def test_muon_equals_torch_on_matrices(shape):
+def test_muon_equals_torch_on_matrices(shape, monkeypatch):
+    monkeypatch.setattr(optim, "fast_precision", lambda device: "bf16")           # torch's, always
     g = torch.Generator().manual_seed(0)
     theirs = torch.randn(shape, generator=g).requires_grad_()
     ours = theirs.detach().clone().requires_grad_()
@@ -34,6 +36,20 @@ def test_a_stack_is_its_matrices_and_company_changes_nothing():
         weight.grad = one
         Muon([weight], lr=0.1).step()
     assert torch.allclose(together, torch.stack(alone), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("shape", [(2, 12, 8), (8, 12)], ids=str)
+def test_orthogonalise_maps_the_singular_values_alone(shape, precision, monkeypatch):
+    """Each of them by the odd polynomial, five times over, in the basis that it stands in."""
+    monkeypatch.setattr(optim, "fast_precision", lambda device: precision)
+    M = torch.randn(shape, generator=torch.Generator().manual_seed(2)).double()
+    U, s, V = torch.linalg.svd(M, full_matrices=False)
+    s = s / M.norm(dim=(-2, -1), keepdim=True)[..., 0]
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    expected, near = U @ s.diag_embed() @ V, 1e-5 if precision == "fp32" else 0.03
+    torch.testing.assert_close(orthogonalise(M).double(), expected, rtol=0, atol=near)
 
 
 def test_orthogonalise_flattens_the_singular_values():

@@ -28,6 +28,12 @@ from dsv2_ref.moe.experts import sort_slots  # noqa: E402
 from dsv2_ref.moe.routing import Router, select_device_limited, select_greedy  # noqa: E402
 
 
+def before_nan(x: torch.Tensor) -> torch.Tensor:
+    """x, followed in memory by NaN: what reads beyond its end, even times 0, is seen."""
+    longer = torch.cat((x.flatten(), x.new_full((8,), torch.nan)))
+    return longer[: x.numel()].view(x.shape)
+
+
 def scores(seed: int, n: int, n_routed: int) -> torch.Tensor:
     return normal(seed, n, n_routed).softmax(-1).float().to(DEVICE)
 
@@ -109,8 +115,8 @@ def test_one_expert_may_get_all_and_others_none():
 def test_few_tokens_are_routed_at_once(n, n_routed, top_k, n_devices, max_devices, d):
     """As the twin in fp64. Widths beside a block; half precision is widened, not computed in."""
     router = Router(d, n_routed, top_k, n_devices, max_devices, 2.5).to(DEVICE)
-    router.weight.copy_(normal(7, n_routed, d) * (7 / d) ** 0.5)
-    u = normal(8, n, d).to(DEVICE, torch.float16 if d == 300 else torch.float32)
+    router.weight.data = before_nan((normal(7, n_routed, d) * (7 / d) ** 0.5).float().to(DEVICE))
+    u = before_nan(normal(8, n, d).to(DEVICE, torch.float16 if d == 300 else torch.float32))
     fused, twin = router(u, route=route_fused), router.double()(u.double())
     assert torch.equal(fused.indices, twin.indices)
     for got, expected in ((fused.gates, twin.gates), (fused.scores, twin.scores)):

@@ -42,7 +42,6 @@ Wiring, once copied:
 """
 
 import copy
-import operator
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -136,21 +135,21 @@ class Cache:
         return self._pass.positions
 
     def _begin(self, T: int, counts: list[int]) -> _Pass:
-        start, steps = self.lengths, torch.arange(T, device=self.store.device)
-        first = self._there("first", [slot * self.max_tokens for slot in self._slots])[:, None]
+        start = self.lengths
         for old, new in zip(start, counts, strict=True):
             if old + new > self.max_tokens:
                 raise ValueError(f"cache is full: {old} + {new} tokens, expected at most "
                                  f"max_tokens = {self.max_tokens}")
-        if len(set(start)) == 1 and start[0] + T <= self.max_tokens:
-            positions = (start[0] + steps).expand(self.batch, T)
-            return _Pass(T, counts, positions, True, start[0] + T, (first + positions).flatten())
-        positions = self._there("lengths", start)[:, None] + steps
-        places, end = (first + positions).flatten(), max(1, *map(operator.add, start, counts))
-        if counts == [T] * self.batch:
-            return _Pass(T, counts, positions, False, end, places)
-        real = self._there("real", [b * T + t for b, n in enumerate(counts) for t in range(n)])
-        return _Pass(T, counts, positions, False, end, places[real], real)
+        in_line = len(set(start)) == 1 and start[0] + T <= self.max_tokens
+        at = start[0] if in_line else self._there("lengths", start)[:, None]
+        positions = (at + torch.arange(T, device=self.store.device)).expand(self.batch, T)
+        ends = [old + (T if in_line else new) for old, new in zip(start, counts, strict=True)]
+        first = self._there("first", [slot * self.max_tokens for slot in self._slots])
+        places, real = (first[:, None] + positions).flatten(), None
+        if not in_line and counts != [T] * self.batch:
+            real = self._there("real", [b * T + t for b, n in enumerate(counts) for t in range(n)])
+            places = places[real]
+        return _Pass(T, counts, positions, in_line, max(1, *ends), places, real)
 
     @property
     def queries(self) -> Tensor | None:

@@ -53,11 +53,9 @@ def sample(
     Top-p keeps the fewest most likely tokens whose probabilities reach `top_p` together. The id is
     `NOT_A_NUMBER` where a logit is NaN or the largest is infinite: a flag that needs no wait.
     """
-    largest = logits.amax(-1, keepdim=True)
-    usable = largest.isfinite()                                              # (B, 1)
-    if temperature == 0:
-        ids = logits.argmax(-1, keepdim=True)
-    else:
+    largest, ids = logits.max(-1, keepdim=True)         # (B, 1); of equal ones the first
+    usable = largest.isfinite()
+    if temperature > 0:
         # in fp64 no temperature above 0 is too small, and sums of a vocabulary are exact enough
         below = logits.where(usable, 0.0) - largest.where(usable, 0.0)
         p = (below.double() / temperature).softmax(-1)

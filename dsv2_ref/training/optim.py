@@ -21,17 +21,20 @@ from torch.optim import Optimizer
 from dsv2_ref.kernels.eight_bit_moments import blocks_of
 from dsv2_ref.moe.experts import MixtureOfExperts
 from dsv2_ref.training.adamw8 import AdamW8
+from dsv2_ref.training.machine import fast_precision
 
 
 def orthogonalise(M: Tensor, iterations: int = 5) -> Tensor:
     """About U·Vᵀ of M = U·S·Vᵀ, for each matrix of (..., rows, columns).
 
     A quintic Newton-Schulz iteration: X <- aX + (b·XXᵀ + c·(XXᵀ)²)X maps every singular value
-    towards 1 (into about 0.7 to 1.2; the coefficients trade the limit for steepness at zero).
+    towards 1 (into about 0.7 to 1.2; the coefficients trade the limit for steepness at zero). In
+    bf16 where matrices are faster in it; a CPU that is not made for it takes up to 11 times longer.
     """
+    fast = torch.bfloat16 if fast_precision(M.device) == "bf16" else torch.float32
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = M.shape[-2] > M.shape[-1]
-    X = (M.mT if tall else M).to(torch.bfloat16)
+    X = (M.mT if tall else M).to(fast)
     X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     shape, X = X.shape, X.reshape(-1, *X.shape[-2:])
     for _ in range(iterations):

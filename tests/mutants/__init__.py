@@ -51,6 +51,7 @@ PITFALLS = {
     "serving": "a page, a name, a budget or a request of the engine taken for another's",
     "rows": "a measured row lost, judged by another's measure, or begun without room or time",
     "moments": "moments in a byte, their rounding or updates other than AdamW's",
+    "muon": "Muon's momentum, its look ahead, its scale or its iteration other than they are said",
     "fp8": "codes or scales of FP8 weights taken for something else, or too much put into FP8",
 }
 

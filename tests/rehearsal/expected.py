@@ -4,8 +4,8 @@
     python -m rehearsal.expected > ../data/results/rehearsal-DATE.json        (from tests/)
 
 Nothing here was measured on a card. Time is bytes over the rate of a copy, products over the rate
-of a matrix product, and launches times what each costs at least; `CARDS` says where the rates come
-from. Whatever overlaps, waits for something else, or is moved by our own kernels of training
+of a matrix product, and launches times what each costs at least; `CARDS` says what rates are
+assumed. Whatever overlaps, waits for something else, or is moved by our own kernels of training
 beside what they multiply is not in it: a first run will be slower, and where it is much slower
 something is wrong that a count does not show.
 """
@@ -21,8 +21,8 @@ from dsv2_ref.config import LITE, Config
 from dsv2_ref.cost import latent_elements
 from rehearsal.parts import decode, flops, step
 
-# bytes/s of a copy (read and written), FLOP/s of a large bf16 product, as measured on an H200; an
-# H100 has the same matrix units and 3.35 of an H200's 4.8 TB/s
+# bytes/s of a copy (read and written), FLOP/s of a large bf16 product, both assumed: nine tenths of
+# an H200's 4.8 TB/s, four fifths of its 989 TFLOP/s. An H100 has the same matrix units, 3.35 TB/s
 CARDS = {"H200": {"copy": 4.3e12, "matmul": 780e12},
          "H100": {"copy": 4.3e12 * 3.35 / 4.8, "matmul": 780e12}}
 # seconds of the host for a launch, from torch and from Triton, and of the card in a CUDA graph
