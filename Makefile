@@ -74,7 +74,7 @@ parity_lm_eval: ready
 rehearse: ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests/rehearse.py
 
-# every test of every lifted kernel, where `make test` runs one case of each
+# every test of every lifted kernel, where `make test` runs the first
 copies: ready
 	DSV2_ALL_COPIES=1 $(BIN)/python -m pytest -q -n 2 tests/test_copying.py
 
