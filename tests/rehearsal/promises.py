@@ -104,7 +104,7 @@ def fits(gb: float) -> Callable[[Found], list[str]]:
     return broken
 
 
-TINY = ("--preset tiny --corpus TEXTS --text-bytes 1e5 --sequence 64 --batch 8 --micro-batch 4 "
+TINY = ("--preset tiny --corpus TEXTS --text-bytes 1e5 --sequence 64 --batch 4 "
         "--optimizer adamw8 --weights bf16 --recompute 1 --evaluate-every 2 --out OUT/a")
 LINES = [f"train --steps 2 --save-every 1 {TINY}", f"train --steps 3 --resume {TINY}",
          "generate OUT/a/model --prompt Once --max-new-tokens 5"]
