@@ -124,8 +124,8 @@ def test_every_equation_and_pitfall_has_a_mutant():
 
 
 def test_each_concept_has_its_own_list():
-    others = ["assembly", "bench", "chat", "grpo", "mesh", "needle", "pipeline", "plan",
-              "serving"]
+    others = ["assembly", "bench", "chat", "grpo", "mesh", "needle", "optim", "pipeline",
+              "plan", "serving"]
     assert FILES == sorted([*copying.concepts(), *others])
     for name, file in copying.concepts().items():
         (found,) = (vars(LISTS[name])[key] for key in ("MUTANTS", "KERNEL_MUTANTS")
