@@ -27,7 +27,8 @@ CONFIG = Config.from_hf(FOLDER)
 TRAINED = trained_positions(CONFIG)
 TEXT = haystack([Document(str(i), story.text) for i, story in enumerate(stories.sample(7, 400))],
                 TOKENIZER, 8 * TRAINED)
-EIGHT = Grid((8 * TRAINED,), (0, 50, 100), samples=6)
+EIGHT = Grid((8 * TRAINED,), (0, 50, 100), samples=4)
+MORE = Grid(EIGHT.lengths, EIGHT.depths, samples=6)        # where not all or nothing is found
 
 
 @pytest.fixture(scope="module")
@@ -54,19 +55,19 @@ def test_with_yarn_needles_are_found_at_eight_times_the_trained_length(found):
 
 def test_with_plain_rope_they_are_found_at_the_trained_length_and_not_at_eight_times_it(model):
     plain = stretched(model, 1)
-    assert run(plain, TOKENIZER, TEXT, Grid((TRAINED,), EIGHT.depths, samples=6))["mean"] >= 0.95
+    assert run(plain, TOKENIZER, TEXT, Grid((TRAINED,), EIGHT.depths, samples=4))["mean"] >= 0.95
     assert run(plain, TOKENIZER, TEXT, EIGHT)["mean"] <= 0.4
 
 
 def test_six_bits_lose_at_most_a_point(model, found):
-    six = run(model, TOKENIZER, TEXT, Grid(EIGHT.lengths, EIGHT.depths, 6, cache="six_bit"))["mean"]
+    six = run(model, TOKENIZER, TEXT, Grid(EIGHT.lengths, EIGHT.depths, 4, cache="six_bit"))["mean"]
     assert six >= found - 0.01
 
 
 @pytest.mark.parametrize("mistake, most", [("layout", 0.1), ("index ramp", 0.8),
                                            ("no mscale", 0.8)])
 def test_the_mistakes_show_in_the_grid(model, mistake, most):
-    assert run(misread(model, mistake), TOKENIZER, TEXT, EIGHT)["mean"] <= most
+    assert run(misread(model, mistake), TOKENIZER, TEXT, MORE)["mean"] <= most
 
 
 def test_a_forgotten_mscale_leaves_all_but_the_softmax_scale(model):
@@ -121,7 +122,7 @@ def test_fast_pairs_must_stay_as_they_are_and_slow_ones_must_not(model, monkeypa
         frequencies[pairs] *= times
         return frequencies, magnitude
 
-    far = Grid(EIGHT.lengths, (0,), samples=6)
+    far = Grid(EIGHT.lengths, (0,), samples=4)
     assert run(model, TOKENIZER, TEXT, far)["mean"] == 1
     monkeypatch.setattr(model_module, "_rope", wrong)
     assert run(model, TOKENIZER, TEXT, far)["mean"] <= 0.5
