@@ -200,7 +200,7 @@ MINI = TINY.with_(      # the committed checkpoint, data/model; d_h + d_r = 48 s
     vocab=1024, d=96, d_h=32, d_r=16, d_v=32, d_c=64, d_cq=72, dense_width=256, expert_width=64,
     max_positions=1024,
 )
-SMALL = TINY.with_(     # the main job
+SMALL = TINY.with_(     # the main job takes two of its layers
     vocab=4096, d=128, d_h=32, d_r=16, d_v=32, d_c=128, d_cq=96, dense_width=384, n_shared=2,
     n_routed=16, top_k=4, expert_width=64, max_positions=2048,
 )

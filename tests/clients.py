@@ -63,7 +63,7 @@ def run(*command: object, **settings: str) -> str:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """Of the main job's sizes, with random numbers."""
+    """The preset small with random numbers."""
     folder = tmp_path_factory.mktemp("small") / "model"
     tokenizer = load_tokenizer(MODEL / "tokenizer.json")
     config = SMALL.with_(vocab=1024, init_std=0.2, trained_positions=256)

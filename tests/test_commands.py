@@ -389,7 +389,7 @@ def test_empty_corpus(tmp_path, capsys):
 
 
 def test_the_main_job_in_small(tmp_path, texts, capsys, monkeypatch):
-    monkeypatch.setattr(main_job, "SMALL", TINY)
+    monkeypatch.setattr(main_job, "MODEL", TINY)
     code, out, err = call(capsys, "run", "--seconds", 6, "--corpus", texts, "--out", tmp_path)
     assert code == 0
     result = json.loads(out)

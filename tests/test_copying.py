@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Every concept file is copied to an empty folder; its test runs there without the package.
 
-The interpreter of Triton is slow, and what a kernel computes is tested where it stands: of its copied
-tests the first one is run, which shows that the copy is whole, and all of them by `make copies`.
+The interpreter of Triton is slow, and what a kernel computes is tested where it stands: of its
+copied tests the first one is run, which shows that the copy is whole, all by `make copies`.
 """
 
 import hashlib

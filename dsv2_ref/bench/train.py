@@ -2,7 +2,7 @@
 """A training step side by side with transformers: tokens per second, and MFU.
 
   small, 36M   on a CPU, fp32: forward, backward, clipping and AdamW on 1024 tokens, as 4 sequences
-               of 256 and as one. `small` is the main job's preset; 36M is V2's proportions made
+               of 256 and as one. `small` is that preset, 36M V2's proportions made
                small. Both sides have the same weights and take turns, step by step; the losses and
                the norms of all gradients must agree before anything is timed.
   lite         on a GPU, bf16: V2-Lite, as many of its 27 layers as leave a third of the card free

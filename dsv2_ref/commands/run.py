@@ -29,6 +29,8 @@ from dsv2_ref.training.recipe import Recipe
 from dsv2_ref.training.run_folder import RunFolder
 from dsv2_ref.training.setup import Setup, set_up
 
+# one layer less than the preset: it reads a third more text in the same time, which brings more
+MODEL = SMALL.with_(n_layers=2)
 # no space at the end: tokens carry the space before a word, not the one after it
 PROMPT = "class Parser:\n    def __init__(self, name):\n        self.name = name\n\n    def"
 
@@ -59,7 +61,7 @@ def run(
     say(f"   {text.origin}: {byte_count(text.train) / 1e6:.1f} MB to train on, "
         f"{len(text.test)} whole files, {byte_count(text.test) / 1e6:.2f} MB, for the test")
     compressors = compressed_bits_per_byte(text.test)
-    setup = set_up(SMALL, recipe, text)
+    setup = set_up(MODEL, recipe, text)
     say(f"   byte-level BPE, {setup.tokenizer.vocab} tokens")
 
     say(f"2. Training\n   {setup.describe()}")
