@@ -130,6 +130,8 @@ def test_heat_map_shows_shares_of_each_layer_and_device_borders():
     assert [line.get_xdata()[0] for line in ax.lines] == [1.5, 3.5]
     assert tuple(ax.images[0].get_extent()) == (-0.5, 5.5, 6.5, 4.5)
     assert len(figures.expert_load(load, 1).axes[0].lines) == 0
+    one_layer = figures.expert_load(load[:1], 1, first_layer=1).axes[0]
+    assert [y for y in one_layer.get_yticks() if 0.5 <= y <= 1.5] == [1]
 
 
 def test_tokens_are_printable_labels_even_where_the_font_has_no_glyph():

@@ -38,7 +38,7 @@ def _heat_map(values: np.ndarray, n_devices: int, first: int, height: float, bar
                       extent=(-0.5, n_experts - 0.5, first + n_rows - 0.5, first - 0.5))
     figure.colorbar(image, ax=ax, pad=0.02, **bar)
     for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_locator(MaxNLocator(nbins=10, integer=True))
+        axis.set_major_locator(MaxNLocator(nbins=10, integer=True, min_n_ticks=1))
     if n_devices > 1:
         for border in range(size, n_experts, size):
             ax.axvline(border - 0.5, color=INK, lw=1.4)
