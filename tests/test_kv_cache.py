@@ -190,6 +190,20 @@ def test_room_of_each_sequence_is_its_own():
     assert cache.lengths == [11, 7, 11]
 
 
+def test_a_pass_with_padding_in_every_sequence_leaves_old_rows_and_shows_all_new_ones():
+    cache = latent()
+    fill(cache, 3)
+    before = cache.rows(0)[0].clone()
+    cache.positions(5, [2, 0, 1])                             # none of them has 5
+    for layer in range(2):
+        cache.write(layer, normal(30, 3, 5, 5), normal(31, 3, 5, 4))
+    assert cache.queries is None                              # the last 5 of all there are
+    c_kv, _ = cache.rows(0)
+    assert torch.equal(c_kv[:, :3], before) and torch.equal(c_kv[:, 3:], normal(30, 3, 5, 5))
+    cache.advance()
+    assert cache.lengths == [5, 3, 4]
+
+
 def test_positions_for_the_mask_where_sequences_differ():
     cache = latent()
     assert cache.queries is None

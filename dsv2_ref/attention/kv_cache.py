@@ -149,7 +149,7 @@ class Cache:
         if not in_line and counts != [T] * self.batch:
             real = self._there("real", [b * T + t for b, n in enumerate(counts) for t in range(n)])
             places = places[real]
-        return _Pass(T, counts, positions, in_line, max(1, *ends), places, real)
+        return _Pass(T, counts, positions, in_line, max(ends), places, real)
 
     @property
     def queries(self) -> Tensor | None:

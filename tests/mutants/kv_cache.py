@@ -52,6 +52,10 @@ MUTANTS = [
     Mutant("room_of_the_longest", "protocol", FILE,
            "if old + new > self.max_tokens:", "if max(start) + T > self.max_tokens:",
            "test_kv_cache.py::test_room_of_each_sequence_is_its_own"),
+    Mutant("padding_not_among_the_rows", "protocol", FILE,
+           "old + (T if in_line else new) for", "old + new for",
+           "test_kv_cache.py::test_a_pass_with_padding_in_every_sequence_leaves_old_rows_and_shows_"
+           "all_new_ones"),
     Mutant("padding_behind_the_end", "protocol", FILE,
            "and start[0] + T <= self.max_tokens", "and True",
            "test_kv_cache.py::test_positions_for_the_mask_where_sequences_differ"),
